@@ -1,0 +1,139 @@
+"""The gradient rule: at an equilibrium the incoming cotangent g becomes ``u = (I - J^T)^-1 g``.
+
+Theorem 1 of arXiv 2306.16645. For the layer's own blocks the rule is two plain functions per operator,
+registered on it, so that eager mode, ``torch.compile`` and ``opcheck`` share them. For an arbitrary
+callable it is `ImplicitGradient`, a thin ``torch.autograd.Function``. Second derivatives are refused
+with an error: the rule does not give them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deqfuse import ops, reporting
+from deqfuse.errors import DoubleBackwardError
+from deqfuse.solvers.adjoint import solve_adjoint
+from deqfuse.solvers.options import GradientOption, from_code
+
+CELLS, FUSE = "the modality cells", "the fuse block"
+
+
+# ---- the layer's blocks --------------------------------------------------------------------------
+
+
+def _cells_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, params, _, *ctx.options = inputs
+    ctx.save_for_backward(output[0], x, *params)
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _cells_backward(ctx: Any, grad_z: Tensor, *_: Any) -> tuple[Any, ...]:
+    z, x, *params = ctx.saved_tensors
+    num_groups, variant, _, adjoint, backend, on_failure = ctx.options
+    dx, dparams, residual, _, outcome = ops.adjoint_cells(
+        grad_z, z, x, params, num_groups, variant, adjoint, backend, any(ctx.needs_input_grad[1])
+    )
+    _report(f"the backward solve of {CELLS}", outcome, residual, adjoint, on_failure)
+    return dx, dparams or [None] * len(params), None, *[None] * len(ctx.options)
+
+
+def _fuse_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x_fuse, cell_sum, params, mask, _, *ctx.options = inputs
+    ctx.save_for_backward(output[0], x_fuse, cell_sum, mask, *params)
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _fuse_backward(ctx: Any, grad_z: Tensor, *_: Any) -> tuple[Any, ...]:
+    z, x_fuse, cell_sum, mask, *params = ctx.saved_tensors
+    n, num_groups, variant, _, adjoint, backend, on_failure = ctx.options
+    dx, dcell_sum, dparams, residual, _, outcome = ops.adjoint_fuse(
+        grad_z, z, x_fuse, cell_sum, params, mask, n,
+        num_groups, variant, adjoint, backend, any(ctx.needs_input_grad[2]),
+    )  # fmt: skip
+    _report(f"the backward solve of {FUSE}", outcome, residual, adjoint, on_failure)
+    grads = dparams or [None] * len(params)
+    return dx, dcell_sum, grads, None, None, *[None] * len(ctx.options)
+
+
+def _report(what: str, outcome: Tensor, residual: Tensor, adjoint: str, on_failure: str) -> None:
+    option: GradientOption = from_code(adjoint)
+    if option.reports:
+        reporting.flush()
+        reporting.report(what, outcome, residual, option, on_failure)
+
+
+def _refuse(ctx: Any, *grads: Any) -> Any:
+    raise DoubleBackwardError
+
+
+torch.library.register_autograd(
+    "deqfuse::solve_cells", _cells_backward, setup_context=_cells_setup
+)
+torch.library.register_autograd("deqfuse::solve_fuse", _fuse_backward, setup_context=_fuse_setup)
+torch.library.register_autograd("deqfuse::adjoint_cells", _refuse)
+torch.library.register_autograd("deqfuse::adjoint_fuse", _refuse)
+
+
+# ---- any callable --------------------------------------------------------------------------------
+
+
+class ImplicitGradient(torch.autograd.Function):
+    """Identity on ``f(z*)`` whose backward solves the adjoint equation.
+
+    The graph of one evaluation of f at z* does the rest: behind this node it carries u to everything
+    that f touched, its arguments and its closed-over parameters alike.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        image: Tensor,  # (B, n) f(z*), with its graph
+        z_star: Tensor,  # (B, n) the leaf that the graph starts from
+        adjoint: GradientOption,
+        on_failure: str,
+    ) -> Tensor:  # (B, n)
+        ctx.save_for_backward(image, z_star)
+        ctx.adjoint, ctx.on_failure = adjoint, on_failure
+        return image.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+        image, z_star = ctx.saved_tensors
+
+        def vjp(u: Tensor) -> Tensor:
+            (out,) = torch.autograd.grad(
+                image, z_star, u, retain_graph=True, allow_unused=True, materialize_grads=True
+            )
+            return out
+
+        with torch.no_grad():
+            solution = solve_adjoint(vjp, grad, ctx.adjoint)
+        if ctx.adjoint.reports:
+            reporting.flush()
+            reporting.report(
+                "the backward solve",
+                solution.outcome,
+                solution.residual,
+                ctx.adjoint,
+                ctx.on_failure,
+            )
+        u = solution.z
+        # With create_graph=True, u depends on z* and the parameters in ways that no graph records.
+        return (_NoSecond.apply(u, image) if torch.is_grad_enabled() else u), None, None, None
+
+
+class _NoSecond(torch.autograd.Function):
+    """Passes ``u`` on and refuses to be differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, u: Tensor, image: Tensor) -> Tensor:
+        return u.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        raise DoubleBackwardError
+
+

@@ -1,0 +1,104 @@
+"""Which backend runs a problem, or why not.
+
+Every backend is a module with the same few names: ``unavailable()`` (None, or why it cannot run here
+and what would change that), ``refuses(problem)`` (None, or why it cannot take this problem) and the four
+functions ``solve_cells``, ``adjoint_cells``, ``solve_fuse``, ``adjoint_fuse``. An explicit request is
+never answered by another backend; only "auto" moves on.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+
+from deqfuse.errors import BackendUnavailable
+from deqfuse.solvers.options import GradientOption, SolverOption
+
+__all__ = ["BACKENDS", "BackendStatus", "Problem", "choose", "describe", "load"]
+
+# Fastest first: "auto" takes the first that accepts the problem.
+BACKENDS = ("cuda", "cpu", "reference")
+ENVIRONMENT = "DEQFUSE_BACKEND"
+
+_log = logging.getLogger("deqfuse")
+_announced: set[str] = set()
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What a backend needs to know to accept or refuse a call."""
+
+    device: torch.device
+    dtype: torch.dtype
+    dim: int
+    num_groups: int
+    solver: SolverOption
+    adjoint: GradientOption
+
+
+@dataclass(frozen=True)
+class BackendStatus:
+    """One line of ``python -m deqfuse.info``."""
+
+    name: str
+    available: bool
+    reason: str
+    remedy: str
+
+
+def load(name: str) -> ModuleType:
+    """The module of a backend."""
+    return importlib.import_module(f"deqfuse.backends.{name}")
+
+
+def describe() -> list[BackendStatus]:
+    """Every backend, whether it can run here, and if not, why and what would change that."""
+    table = []
+    for name in BACKENDS:
+        missing = load(name).unavailable()
+        reason, remedy = missing or (load(name).__doc__.splitlines()[0], "")
+        table.append(BackendStatus(name, missing is None, reason, remedy))
+    return table
+
+
+def _objection(name: str, problem: Problem) -> str | None:
+    backend = load(name)
+    missing = backend.unavailable()
+    if missing is not None:
+        return f"{missing[0]}. Remedy: {missing[1]}"
+    refusal: str | None = backend.refuses(problem)
+    return refusal
+
+
+def choose(requested: str, problem: Problem) -> str:
+    """The backend that runs ``problem``.
+
+    Args:
+        requested: "auto", or a name in ``BACKENDS``. The environment variable ``DEQFUSE_BACKEND``
+            takes the place of "auto".
+
+    Raises:
+        ValueError: an unknown name.
+        BackendUnavailable: the requested backend cannot take the problem; says why.
+    """
+    if requested == "auto":
+        requested = os.environ.get(ENVIRONMENT, "auto")
+    if requested not in ("auto", *BACKENDS):
+        raise ValueError(
+            f"backend: expected 'auto' or one of {', '.join(BACKENDS)}, got {requested!r}"
+        )
+    if requested != "auto":
+        objection = _objection(requested, problem)
+        if objection is not None:
+            raise BackendUnavailable(f"backend={requested!r} cannot take this call: {objection}")
+        return requested
+    name = next(name for name in BACKENDS if _objection(name, problem) is None)
+    if name not in _announced and not torch.compiler.is_compiling():
+        _announced.add(name)
+        _log.info("deqfuse: backend=%r for %s", name, problem.device)
+    return name

@@ -1,0 +1,198 @@
+"""Plain PyTorch on any device: the readable path that every other one is checked against."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from deqfuse import backends
+from deqfuse.backends.linearization import CellLinearization, FuseLinearization
+from deqfuse.backends.maps import (
+    CellParams,
+    FuseParams,
+    Variant,
+    gate_constant,
+    purify_combine,
+    residual_cell,
+)
+from deqfuse.solvers.adjoint import solve_adjoint
+from deqfuse.solvers.newton_krylov import Linearize
+from deqfuse.solvers.options import GradientOption, SolverOption
+from deqfuse.solvers.rows import Solution
+from deqfuse.solvers.solve import solve
+
+
+class Solved(NamedTuple):
+    """Output of a forward solve; the statistics have the shape of ``z`` less its last dimension."""
+
+    z: Tensor  # compute dtype
+    residual: Tensor
+    nfe: Tensor  # int32
+    outcome: Tensor  # int8
+    trace: Tensor  # (trace_length, ...) padded with NaN at the end; (0, ...) when not asked for
+
+
+class Statistics(NamedTuple):
+    """How the linear solve of a backward pass went, per row."""
+
+    residual: Tensor
+    nfe: Tensor
+    outcome: Tensor
+
+
+def unavailable() -> tuple[str, str] | None:
+    """Why this backend cannot run here: it always can."""
+    return None
+
+
+def refuses(problem: backends.Problem) -> str | None:
+    """Why this backend cannot take the problem: it takes them all."""
+    return None
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """16-bit storage is computed in float32: states and norms never have fewer digits."""
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+def solve_cells(
+    x: Tensor,  # (N, B, d)
+    flat_params: list[Tensor],
+    z0: Tensor | None,  # (N, B, d)
+    num_groups: int,
+    variant: Variant,
+    solver: SolverOption,
+) -> Solved:
+    """Equilibria of all N residual cells, every row of every modality on its own."""
+    x, flat_params = _to_compute(x, x), _to_compute(flat_params, x)
+    params, shape = CellParams.stack(flat_params), x.shape
+
+    def step(z: Tensor) -> Tensor:
+        return residual_cell(z.view(shape), x, params, num_groups, variant).flatten(0, 1)
+
+    def linearize(z: Tensor):  # type: ignore[no-untyped-def]
+        at = CellLinearization(z.view(shape), x, params, num_groups, variant)
+        return lambda v: at.jvp(v.view(shape)).flatten(0, 1)
+
+    return _solve(step, shape, x, z0, solver, linearize)
+
+
+def solve_fuse(
+    x_fuse: Tensor,  # (B, d)
+    cell_sum: Tensor,  # (B, d)
+    flat_params: list[Tensor],
+    mask: Tensor | None,  # (B, d)
+    z0: Tensor | None,  # (B, d)
+    num_modalities: int,
+    num_groups: int,
+    variant: Variant,
+    solver: SolverOption,
+) -> Solved:
+    """Equilibrium of the purify-then-combine step, the cells' equilibria held fixed."""
+    params = FuseParams(*_to_compute(flat_params, x_fuse))
+    x_fuse, cell_sum, mask = (_to_compute(t, x_fuse) for t in (x_fuse, cell_sum, mask))
+    constant = gate_constant(cell_sum, num_modalities, params)
+    at_zero = (x_fuse, constant, mask, num_modalities, params, num_groups, variant)
+
+    def step(z: Tensor) -> Tensor:
+        return purify_combine(z, *at_zero)
+
+    def linearize(z: Tensor):  # type: ignore[no-untyped-def]
+        return FuseLinearization(
+            z, x_fuse, cell_sum, mask, num_modalities, params, num_groups, variant
+        ).jvp
+
+    return _solve(step, x_fuse.shape, x_fuse, z0, solver, linearize)
+
+
+def adjoint_cells(
+    grad_z: Tensor,  # (N, B, d)
+    z: Tensor,  # (N, B, d)
+    x: Tensor,  # (N, B, d)
+    flat_params: list[Tensor],
+    num_groups: int,
+    variant: Variant,
+    adjoint: GradientOption,
+    want_params: bool,
+) -> tuple[Tensor, list[Tensor], Statistics]:
+    """Gradients through the cells' equilibria: dx, the parameters' gradients, and the statistics."""
+    params = CellParams.stack(_to_compute(flat_params, z))
+    at = CellLinearization(z, _to_compute(x, z), params, num_groups, variant)
+    shape = z.shape
+    solution = solve_adjoint(
+        lambda u: at.vjp(u.reshape(shape)).flatten(0, 1), grad_z.reshape(-1, shape[-1]), adjoint
+    )
+    dx, dparams = at.vjp_operands(solution.z.view(shape), want_params)
+    grads = [] if dparams is None else _like(dparams.unstack(), flat_params)
+    return dx.to(x.dtype), grads, _statistics(solution, shape[:-1])
+
+
+def adjoint_fuse(
+    grad_z: Tensor,  # (B, d)
+    z: Tensor,  # (B, d)
+    x_fuse: Tensor,  # (B, d)
+    cell_sum: Tensor,  # (B, d)
+    flat_params: list[Tensor],
+    mask: Tensor | None,  # (B, d)
+    num_modalities: int,
+    num_groups: int,
+    variant: Variant,
+    adjoint: GradientOption,
+    want_params: bool,
+) -> tuple[Tensor, Tensor, list[Tensor], Statistics]:
+    """Gradients through the fuse equilibrium: dx_fuse, dcell_sum, the parameters', the statistics."""
+    params = FuseParams(*_to_compute(flat_params, z))
+    at = FuseLinearization(
+        z,
+        _to_compute(x_fuse, z),
+        _to_compute(cell_sum, z),
+        _to_compute(mask, z),
+        num_modalities,
+        params,
+        num_groups,
+        variant,
+    )
+    solution = solve_adjoint(at.vjp, grad_z, adjoint)
+    dx, dcell_sum, dparams = at.vjp_operands(solution.z, want_params)
+    grads = [] if dparams is None else _like(list(dparams), flat_params)
+    statistics = _statistics(solution, z.shape[:-1])
+    return dx.to(x_fuse.dtype), dcell_sum.to(cell_sum.dtype), grads, statistics
+
+
+def _to_compute(value, like):  # type: ignore[no-untyped-def]
+    """A tensor, a list of tensors or None in the compute dtype that belongs to ``like``."""
+    if value is None:
+        return None
+    dtype = compute_dtype(like.dtype)
+    if isinstance(value, list):
+        return [t.to(dtype) for t in value]
+    return value.to(dtype)
+
+
+def _like(grads: list[Tensor], params: list[Tensor]) -> list[Tensor]:
+    return [g.to(p.dtype) for g, p in zip(grads, params, strict=True)]
+
+
+def _statistics(solution: Solution, shape: torch.Size) -> Statistics:
+    return Statistics(
+        solution.residual.view(shape), solution.nfe.view(shape), solution.outcome.view(shape)
+    )
+
+
+def _solve(
+    step,  # type: ignore[no-untyped-def]
+    shape: torch.Size,
+    like: Tensor,
+    z0: Tensor | None,
+    solver: SolverOption,
+    linearize: Linearize,
+) -> Solved:
+    start = like.new_zeros(shape) if z0 is None else z0.to(like.dtype)
+    found = solve(step, start.reshape(-1, shape[-1]), solver, linearize)
+    stats = _statistics(found, shape[:-1])
+    trace = stats.residual.new_full((solver.trace_length if solver.trace else 0, *shape[:-1]), torch.nan)
+    if found.trace is not None:
+        trace[: found.trace.shape[0]] = found.trace.view(-1, *shape[:-1])
+    return Solved(found.z.view(shape), *stats, trace)

@@ -1,0 +1,66 @@
+"""Key maps from the authors' released state dicts to this library's parameter names.
+
+Three layouts are read: the repository's root module (also MM-IMDB; ``weights.i`` and ``bias``), and BRCA,
+whose fused injection is the plain sum (no modality weights, no bias). Any prefix is removed. CMU-MOSI uses
+another cell (1x1 Conv1d and BatchNorm) and is refused by name.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_CELL = {"conv1": "linear1", "conv2": "linear2", "gn1": "norm1", "gn2": "norm2", "gn3": "norm3"}
+_COMBINE = {"gate": "gate", "fuse": "fuse", "gn3": "norm"}
+_BRANCH = re.compile(r"^(?P<prefix>.*?)func_\.branches\.(?P<branch>\d+)\.(?P<part>\w+)\.(?P<leaf>\w+)$")
+
+
+def read_released(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Sizes and renamed parameters of a released state dict.
+
+    Returns:
+        ``{"dim": d, "num_modalities": N}`` and a state dict for ``DEQFusion(..., variant="released")``
+        or ``"released-mmimdb"``.
+
+    Raises:
+        ValueError: not a DEQ Fusion state dict, CMU-MOSI's cell, or missing or unknown keys.
+    """
+    found = [(key, match) for key in state_dict if (match := _BRANCH.match(key))]
+    if not found:
+        raise ValueError(
+            "state_dict: expected keys such as 'func_.branches.0.conv1.weight' (the authors' released "
+            f"DEQ Fusion), got {sorted(state_dict)[:4]}..."
+        )
+    mosi = [key for key, m in found if state_dict[key].dim() == 3 or m["leaf"].startswith("running_")]
+    if mosi:
+        raise ValueError(
+            f"state_dict: {mosi[0]!r} belongs to the CMU-MOSI model, whose cell is a 1x1 Conv1d with "
+            "BatchNorm and is not a row-wise residual cell. Remedy: none; DEQFusion covers the root, "
+            "BRCA and MM-IMDB models"
+        )
+    prefix = found[0][1]["prefix"]
+    num_modalities = max(int(m["branch"]) for _, m in found)  # the last branch is the combination
+    renamed = {}
+    for key, match in found:
+        branch = int(match["branch"])
+        names, home = (_COMBINE, "combine") if branch == num_modalities else (_CELL, f"cells.{branch}")
+        if match["part"] not in names or match["prefix"] != prefix:
+            raise ValueError(f"state_dict: unknown key {key!r} for {num_modalities} modalities")
+        renamed[f"{home}.{names[match['part']]}.{match['leaf']}"] = state_dict[key]
+    like = next(iter(renamed.values()))
+    weights = [state_dict.get(f"{prefix}weights.{i}") for i in range(num_modalities)]
+    given = [w for w in weights if w is not None]
+    if given and len(given) != num_modalities:
+        raise ValueError(
+            f"state_dict: expected {num_modalities} keys '{prefix}weights.i', got {len(given)}"
+        )
+    renamed["modality_weights"] = (
+        torch.cat([w.reshape(1) for w in given]) if given else like.new_ones(num_modalities)
+    )
+    renamed["injection_bias"] = state_dict.get(f"{prefix}bias", like.new_zeros(1)).reshape(())
+    dim = renamed["combine.norm.weight"].shape[0]
+    return {"dim": dim, "num_modalities": num_modalities}, renamed

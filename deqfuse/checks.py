@@ -1,0 +1,93 @@
+"""Argument checks. Each message names the argument, what was expected, what came, and the remedy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deqfuse.reporting import ON_FAILURE
+from deqfuse.solvers.options import GradientOption, NewtonKrylov, SolverOption, Unrolled
+
+FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def one_of(name: str, value: Any, choices: Iterable[Any]) -> None:
+    """``value`` must be one of ``choices``."""
+    choices = tuple(choices)
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def positive_int(name: str, value: Any) -> None:
+    """``value`` must be an int >= 1."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected an int, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{name}: expected an int >= 1, got {value}")
+
+
+def groups(dim: int, num_groups: int) -> None:
+    """``num_groups`` must divide ``dim``."""
+    positive_int("dim", dim)
+    positive_int("num_groups", num_groups)
+    if dim % num_groups:
+        fitting = [g for g in range(1, dim + 1) if dim % g == 0][:8]
+        raise ValueError(
+            f"num_groups: expected a divisor of dim={dim}, got {num_groups}. "
+            f"Remedy: choose one of {fitting}..."
+        )
+
+
+def options(solver: Any, adjoint: Any, on_failure: Any) -> None:
+    """The solver, gradient and failure options must be of their types and go together."""
+    if not isinstance(solver, SolverOption):
+        raise TypeError(
+            f"solver: expected Anderson(...), Picard(...), Broyden(...) or NewtonKrylov(...), "
+            f"got {solver!r}"
+        )
+    if not isinstance(adjoint, GradientOption):
+        raise TypeError(
+            f"adjoint: expected Implicit(...), OneStep(), Neumann(...) or Unrolled(), got {adjoint!r}"
+        )
+    if isinstance(adjoint, Unrolled) and (
+        isinstance(solver, NewtonKrylov) or getattr(solver, "rescue", False)
+    ):
+        raise ValueError(
+            "adjoint: Unrolled() cannot backpropagate through Newton-Krylov steps; got "
+            f"solver={solver!r}. Remedy: Implicit(), or Anderson(), Picard() or Broyden()."
+        )
+    one_of("on_failure", on_failure, ON_FAILURE)
+
+
+def tensor(name: str, value: Any, like: Tensor | None = None) -> None:
+    """``value`` must be a floating-point tensor, of the dtype and device of ``like`` when given."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+    if value.dtype not in FLOATING:
+        raise TypeError(
+            f"{name}: expected a floating-point dtype (float16, bfloat16, float32 or float64), got "
+            f"{value.dtype}. Remedy: {name}.float()"
+        )
+    if like is None:
+        return
+    if value.device != like.device:
+        raise ValueError(
+            f"{name}: expected device {like.device} like the other tensors, got {value.device}. "
+            f"Remedy: {name}.to({str(like.device)!r})"
+        )
+    if value.dtype != like.dtype and not torch.is_autocast_enabled(value.device.type):
+        raise TypeError(
+            f"{name}: expected dtype {like.dtype} like the other tensors, got {value.dtype}. "
+            f"Remedy: {name}.to({like.dtype}), or convert the module"
+        )
+
+
+def shape(name: str, value: Tensor, expected: tuple[int, ...], meaning: str) -> None:
+    """``value`` must have exactly this shape; ``meaning`` names the dimensions."""
+    if tuple(value.shape) != tuple(expected):
+        raise ValueError(
+            f"{name}: expected shape {tuple(expected)} = {meaning}, got {tuple(value.shape)}"
+        )

@@ -1,0 +1,67 @@
+"""Size and spectral radius of the Jacobian of a row-wise map at a point."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+Map = Callable[[Tensor], Tensor]
+
+
+def jacobian_penalty(blocks: Sequence[tuple[Map, Tensor]], num_probes: int) -> Tensor:
+    """Hutchinson estimate of ``sum_b |J_b|_F^2`` per element of the state, differentiable.
+
+    Args:
+        blocks: (f, z) pairs; f maps (..., d) to (..., d), row by row. z is held constant.
+        num_probes: Gaussian probes v per block; the estimate averages ``|J^T v|^2``.
+
+    Returns:
+        Scalar, ``sum over blocks and probes |J^T v|^2 / (num_probes * total number of elements)``.
+    """
+    if num_probes < 1:
+        raise ValueError(f"num_probes: expected an int >= 1, got {num_probes}")
+    if not blocks:
+        return torch.zeros(())
+    elements = sum(z.numel() for _, z in blocks)
+    total = blocks[0][1].new_zeros(())
+    if elements == 0:
+        return total
+    keep_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        for f, z in blocks:
+            z = z.detach().requires_grad_()
+            fz = f(z)
+            for _ in range(num_probes):
+                probe = torch.randn_like(fz)
+                (vjp,) = torch.autograd.grad(
+                    fz, z, probe, create_graph=True, allow_unused=True, materialize_grads=True
+                )
+                total = total + vjp.square().sum()
+    total = total / (num_probes * elements)
+    return total if keep_graph else total.detach()
+
+
+def spectral_radius(f: Map, z: Tensor, num_iters: int = 60) -> Tensor:
+    """(...) estimate of the spectral radius of each row's Jacobian, for z (..., d).
+
+    Power iteration on J^T; the mean growth over the second half of the iterations, so that a complex
+    pair, whose growth oscillates, is averaged out.
+    """
+    if num_iters < 2:
+        raise ValueError(f"num_iters: expected an int >= 2, got {num_iters}")
+    with torch.enable_grad():
+        z = z.detach().requires_grad_()
+        fz = f(z)
+    v = torch.randn_like(z)
+    log_growth, counted = torch.zeros_like(z[..., 0]), 0
+    for i in range(num_iters):
+        v = v / torch.linalg.vector_norm(v, dim=-1, keepdim=True).clamp_min(1e-30)
+        (v,) = torch.autograd.grad(
+            fz, z, v, retain_graph=True, allow_unused=True, materialize_grads=True
+        )
+        if i >= num_iters // 2:
+            log_growth = log_growth + torch.linalg.vector_norm(v, dim=-1).clamp_min(1e-30).log()
+            counted += 1
+    return (log_growth / counted).exp().detach()

@@ -1,0 +1,230 @@
+"""The layer as functions of tensors: validate, resolve options, call the operator.
+
+Parameters are passed explicitly, so these also serve hand-made modules. The modules in ``deqfuse.nn`` are
+thin owners of parameters around them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deqfuse import backends, checks, ops, reporting
+from deqfuse import autograd as rule
+from deqfuse.backends import maps, reference
+from deqfuse.backends.maps import CellParams, FuseParams, Variant
+from deqfuse.result import BlockInfo
+from deqfuse.solvers.options import Anderson, GradientOption, Implicit, SolverOption, Unrolled
+from deqfuse.solvers.solve import solve
+
+__all__ = [
+    "fixed_point",
+    "output_norm",
+    "purify_combine",
+    "residual_cell",
+    "solve_cells",
+    "solve_fuse",
+]
+
+output_norm = maps.output_norm
+
+
+def residual_cell(
+    z: Tensor,  # (B, d)
+    x: Tensor,  # (B, d)
+    params: Sequence[Tensor],  # the ten tensors of CellParams, without the modality dimension
+    *,
+    num_groups: int = 4,
+    variant: Variant = "paper",
+) -> Tensor:  # (B, d)
+    """One step of one residual cell, Eq. 8 of arXiv 2306.16645; differentiable."""
+    stacked = CellParams(*(p[None] for p in params))
+    return maps.residual_cell(z[None], x[None], stacked, num_groups, variant)[0]
+
+
+def purify_combine(
+    z: Tensor,  # (B, d)
+    cells: Tensor,  # (N, B, d)
+    x_fuse: Tensor,  # (B, d)
+    params: Sequence[Tensor],  # the six tensors of FuseParams
+    *,
+    mask: Tensor | None = None,  # (B, d)
+    num_groups: int = 4,
+    variant: Variant = "paper",
+) -> Tensor:  # (B, d)
+    """One step of the soft gate and the combination, Eqs. 9-12; differentiable."""
+    fuse = FuseParams(*params)
+    constant = maps.gate_constant(cells.sum(0), cells.shape[0], fuse)
+    return maps.purify_combine(
+        z, x_fuse, constant, mask, cells.shape[0], fuse, num_groups, variant
+    )
+
+
+def solve_cells(
+    x: Tensor,  # (N, B, d)
+    params: Sequence[Tensor],  # N * 10 tensors: CellParams of cell 0, then of cell 1, ...
+    *,
+    num_groups: int = 4,
+    variant: Variant = "paper",
+    solver: SolverOption = Anderson(),  # noqa: B008 - frozen
+    adjoint: GradientOption = Implicit(),  # noqa: B008 - frozen
+    z0: Tensor | None = None,  # (N, B, d)
+    on_failure: str = "warn",
+    backend: str = "auto",
+) -> tuple[Tensor, BlockInfo, str]:
+    """Equilibria of N residual cells, each row of each modality to its own tolerance.
+
+    Args:
+        x: injections, any floating dtype; 16-bit storage is computed in float32.
+        params: floating tensors of one dtype.
+        z0: start, zero when not given; no gradient flows to it.
+
+    Returns:
+        ``z`` (N, B, d) in the compute dtype, differentiable in x and params; statistics (N, B); the
+        name of the backend that ran.
+
+    Raises:
+        ValueError, TypeError: a wrong shape, device, dtype or option.
+        BackendUnavailable: ``backend`` was named and cannot take the call.
+        ConvergenceError: rows failed and ``on_failure="raise"``.
+    """
+    flat = list(params)
+    checks.options(solver, adjoint, on_failure)
+    checks.one_of("variant", variant, maps.VARIANTS)
+    checks.tensor("x", x)
+    if x.dim() != 3:
+        raise ValueError(f"x: expected (N, B, d), got shape {tuple(x.shape)}")
+    checks.groups(x.shape[-1], num_groups)
+    size = len(CellParams._fields)
+    if len(flat) != size * x.shape[0]:
+        raise ValueError(
+            f"params: expected {size} tensors for each of {x.shape[0]} cells, got {len(flat)}"
+        )
+    _check_z0(z0, x, "(N, B, d)")
+    adjoint, name = _resolve(x, num_groups, solver, adjoint, backend)
+    if isinstance(adjoint, Unrolled):
+        solved = reference.solve_cells(x, flat, _detach(z0), num_groups, variant, solver)
+    else:
+        solved = reference.Solved(
+            *ops.solve_cells(
+                x, flat, _detach(z0), num_groups, variant, solver.code, adjoint.code, name, on_failure
+            )
+        )
+    return solved.z, _block_info(solved, rule.CELLS, solver, on_failure), name
+
+
+def solve_fuse(
+    x_fuse: Tensor,  # (B, d)
+    cell_sum: Tensor,  # (B, d)
+    params: Sequence[Tensor],  # the six tensors of FuseParams
+    *,
+    num_modalities: int,
+    mask: Tensor | None = None,  # (B, d)
+    num_groups: int = 4,
+    variant: Variant = "paper",
+    solver: SolverOption = Anderson(),  # noqa: B008 - frozen
+    adjoint: GradientOption = Implicit(),  # noqa: B008 - frozen
+    z0: Tensor | None = None,  # (B, d)
+    on_failure: str = "warn",
+    backend: str = "auto",
+) -> tuple[Tensor, BlockInfo, str]:
+    """Equilibrium of the purify-then-combine step for given cell equilibria, per row.
+
+    Args:
+        x_fuse: the injection ``sum_i w_i x_i``.
+        cell_sum: ``sum_i z_i*``; all that the collapsed gate needs of the cells.
+        mask: dropout factors (0 or 1 / (1 - p)), one draw for the whole solve.
+
+    Returns, raises: as :func:`solve_cells`, with shapes (B, d) and (B,).
+    """
+    flat = list(params)
+    checks.options(solver, adjoint, on_failure)
+    checks.one_of("variant", variant, maps.VARIANTS)
+    checks.positive_int("num_modalities", num_modalities)
+    checks.tensor("x_fuse", x_fuse)
+    if x_fuse.dim() != 2:
+        raise ValueError(f"x_fuse: expected (B, d), got shape {tuple(x_fuse.shape)}")
+    checks.groups(x_fuse.shape[-1], num_groups)
+    checks.shape("cell_sum", cell_sum, tuple(x_fuse.shape), "(B, d)")
+    if mask is not None:
+        checks.shape("mask", mask, tuple(x_fuse.shape), "(B, d)")
+    if len(flat) != len(FuseParams._fields):
+        raise ValueError(f"params: expected {len(FuseParams._fields)} tensors, got {len(flat)}")
+    _check_z0(z0, x_fuse, "(B, d)")
+    adjoint, name = _resolve(x_fuse, num_groups, solver, adjoint, backend)
+    block = (x_fuse, cell_sum, flat, mask, _detach(z0), num_modalities, num_groups, variant)
+    if isinstance(adjoint, Unrolled):
+        solved = reference.solve_fuse(*block, solver)
+    else:
+        solved = reference.Solved(
+            *ops.solve_fuse(*block, solver.code, adjoint.code, name, on_failure)
+        )
+    return solved.z, _block_info(solved, rule.FUSE, solver, on_failure), name
+
+
+def fixed_point(
+    f: Callable[[Tensor], Tensor],
+    z0: Tensor,  # (B, n)
+    *,
+    solver: SolverOption = Anderson(),  # noqa: B008 - frozen
+    adjoint: GradientOption = Implicit(),  # noqa: B008 - frozen
+    on_failure: str = "warn",
+) -> tuple[Tensor, BlockInfo]:
+    """Equilibrium ``z = f(z)`` of any row-wise callable, with gradients to everything f touches.
+
+    Args:
+        f: maps (B, n) to (B, n); row b of the output may depend on row b of the input only.
+        z0: start; no gradient flows to it.
+
+    Returns:
+        ``z`` (B, n), differentiable in whatever f uses (arguments, closed-over parameters), and
+        statistics (B,).
+    """
+    checks.options(solver, adjoint, on_failure)
+    checks.tensor("z0", z0)
+    adjoint = adjoint.for_forward(solver)
+    if isinstance(adjoint, Unrolled):
+        found = solve(f, z0.detach(), solver)
+    else:
+        with torch.no_grad():
+            found = solve(f, z0.detach(), solver)
+    info = _block_info(found, "the fixed point", solver, on_failure)
+    z_star = found.z
+    if torch.is_grad_enabled() and not isinstance(adjoint, Unrolled):
+        leaf = z_star.detach().requires_grad_()
+        image = f(leaf)
+        if image.requires_grad:
+            z_star = rule.ImplicitGradient.apply(image, leaf, adjoint, on_failure)
+    return z_star, info
+
+
+def _resolve(
+    x: Tensor, num_groups: int, solver: SolverOption, adjoint: GradientOption, backend: str
+) -> tuple[GradientOption, str]:
+    """The gradient option in force and the backend that takes the problem."""
+    adjoint = adjoint.for_forward(solver)
+    problem = backends.Problem(x.device, x.dtype, x.shape[-1], num_groups, solver, adjoint)
+    if isinstance(adjoint, Unrolled) and backend == "auto":
+        backend = "reference"  # the only one whose steps autograd can follow
+    return adjoint, backends.choose(backend, problem)
+
+
+def _block_info(solved: Any, what: str, solver: SolverOption, on_failure: str) -> BlockInfo:
+    """Statistics as users see them, and the report on rows that failed."""
+    reporting.flush()
+    residual, outcome = solved.residual.detach(), solved.outcome
+    reporting.report(what, outcome, residual, solver, on_failure)
+    return BlockInfo(residual, solved.nfe, outcome, solved.trace if solver.trace else None)
+
+
+def _check_z0(z0: Tensor | None, x: Tensor, meaning: str) -> None:
+    if z0 is not None:
+        checks.tensor("z0", z0)
+        checks.shape("z0", z0, tuple(x.shape), meaning)
+
+
+def _detach(z0: Tensor | None) -> Tensor | None:
+    return None if z0 is None else z0.detach()

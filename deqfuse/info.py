@@ -1,0 +1,134 @@
+"""``python -m deqfuse.info``: what is installed, what the machine has, which backends can run."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from pathlib import Path
+
+__all__ = ["main", "system_report"]
+
+# Environment variables that change what deqfuse does, and what they mean when unset.
+_SWITCHES = {"DEQFUSE_BACKEND": "auto"}
+
+
+def system_report() -> str:
+    """Versions, devices, switches and backends as text for a terminal or a bug report.
+
+    Asks CUDA for its devices, which initialises it in this process.
+    """
+    sections = {
+        "versions": _versions(),
+        "machine": _machine(),
+        "CUDA devices": _cuda_devices(),
+        "environment": {
+            name: os.environ.get(name) or f"not set ({default})"
+            for name, default in _SWITCHES.items()
+        },
+        "backends": _backends(),
+    }
+    lines = []
+    for title, entries in sections.items():
+        width = max(map(len, entries)) + 1
+        lines.append(f"{title}:")
+        lines += [f"  {name + ':':<{width}} {text}" for name, text in entries.items()]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Print the report."""
+    print(system_report())
+
+
+def _versions() -> dict[str, str]:
+    import numpy
+    import torch
+
+    import deqfuse
+
+    return {
+        "deqfuse": f"{deqfuse.__version__} ({Path(deqfuse.__file__).parent})",
+        "Python": f"{platform.python_version()} ({sys.executable})",
+        "torch": f"{torch.__version__} ({_torch_build()})",
+        "triton": _triton(),
+        "numpy": numpy.__version__,
+    }
+
+
+def _torch_build() -> str:
+    import torch
+
+    if torch.version.cuda:
+        return f"built for CUDA {torch.version.cuda}"
+    if torch.version.hip:
+        return f"built for ROCm {torch.version.hip}"
+    return "CPU only"
+
+
+def _triton() -> str:
+    try:
+        import triton
+    except ModuleNotFoundError as error:
+        if error.name == "triton":
+            return "not installed; CUDA builds of torch bring it, or: pip install 'deqfuse[triton]'"
+        return f"installed, but it cannot be imported: {error}"
+    except Exception as error:  # the report has to come out whatever a broken install raises
+        return f"installed, but it cannot be imported: {error}"
+    return str(triton.__version__)
+
+
+def _machine() -> dict[str, str]:
+    import torch
+
+    return {
+        "system": platform.platform(),
+        "CPU": f"{_cpu_name()}, {_usable_cores()} cores for this process",
+        "threads": f"{torch.get_num_threads()} for torch",
+    }
+
+
+def _cpu_name() -> str:
+    try:  # platform.processor() is empty on most Linux systems
+        with open("/proc/cpuinfo", encoding="utf-8") as cpuinfo:
+            for line in cpuinfo:
+                if line.startswith("model name"):
+                    return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _usable_cores() -> int:
+    if hasattr(os, "sched_getaffinity"):  # os.cpu_count() ignores the process's CPU mask
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _cuda_devices() -> dict[str, str]:
+    import torch
+
+    if not torch.cuda.is_available():
+        build = "this torch sees none" if torch.version.cuda else "this torch has no CUDA support"
+        return {"none": build}
+    devices = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    return {
+        f"cuda:{i}": f"{device.name}, compute capability {device.major}.{device.minor}, "
+        f"{device.total_memory / 2**30:.0f} GiB"
+        for i, device in enumerate(devices)
+    }
+
+
+def _backends() -> dict[str, str]:
+    from deqfuse import backends
+
+    return {
+        backend.name: f"available. {backend.reason}"
+        if backend.available
+        else f"unavailable, because {backend.reason}. To change that: {backend.remedy}"
+        for backend in backends.describe()
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,136 @@
+"""The two building blocks as modules that own their parameters: residual cell, purify-then-combine."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from deqfuse import checks, functional
+from deqfuse.backends.maps import VARIANTS, Variant
+
+INITS = ("contractive", "torch")
+
+
+class ResidualCell(nn.Module):
+    """Residual cell of one modality, Eq. 8 of arXiv 2306.16645.
+
+    ``z <- GN3(relu(GN2(W2 relu(GN1(W1 z + b1)) + b2 + x)))``
+
+    Args:
+        dim: features d.
+        num_groups: groups of the three GroupNorms; divides ``dim``.
+        variant: "released" and "released-mmimdb" add the skip ``+ z`` before the last relu.
+        init: "contractive" draws W2 with standard deviation ``0.1 / sqrt(d)``; "torch" leaves
+            torch's default, with which some equilibria do not exist or cannot be found.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        num_groups: int = 4,
+        variant: Variant = "paper",
+        init: str = "contractive",
+    ) -> None:
+        super().__init__()
+        _check(dim, num_groups, variant, init)
+        self.num_groups, self.variant = num_groups, variant
+        self.linear1 = nn.Linear(dim, dim)
+        self.linear2 = nn.Linear(dim, dim)
+        self.norm1 = nn.GroupNorm(num_groups, dim)
+        self.norm2 = nn.GroupNorm(num_groups, dim)
+        self.norm3 = nn.GroupNorm(num_groups, dim)
+        if init == "contractive":
+            nn.init.normal_(self.linear2.weight, std=0.1 / math.sqrt(dim))
+
+    def flat(self) -> list[Tensor]:
+        """The ten parameters in the order of ``CellParams``."""
+        parts = (self.linear1, self.linear2, self.norm1, self.norm2, self.norm3)
+        return [t for part in parts for t in (part.weight, part.bias)]
+
+    def forward(
+        self,
+        z: Tensor,  # (B, d)
+        x: Tensor,  # (B, d)
+    ) -> Tensor:  # (B, d)
+        """One step of the cell (not its equilibrium)."""
+        return functional.residual_cell(
+            z, x, self.flat(), num_groups=self.num_groups, variant=self.variant
+        )
+
+
+class PurifyCombine(nn.Module):
+    """Soft gate and combination, Eqs. 9-12 of arXiv 2306.16645.
+
+    ``a_i = W_a (z_f + z_i) + b_a``;  ``z_f <- GN(relu(W_f sum_i (a_i * z_f) + b_f + x_f))``
+
+    Args:
+        dim: features d.
+        num_modalities: N.
+        gate: without it ``z_f = GN(relu(W_f sum_i z_i + b_f + x_f))``, in closed form.
+        num_groups, variant: as in :class:`ResidualCell`.
+        init: "contractive" draws W_f with standard deviation ``0.1 / sqrt(d)`` and W_a with
+            ``0.25 / (N sqrt(d))``; "torch" leaves torch's default.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_modalities: int,
+        *,
+        gate: bool = True,
+        num_groups: int = 4,
+        variant: Variant = "paper",
+        init: str = "contractive",
+    ) -> None:
+        super().__init__()
+        _check(dim, num_groups, variant, init)
+        checks.positive_int("num_modalities", num_modalities)
+        self.num_modalities = num_modalities
+        self.num_groups, self.variant = num_groups, variant
+        self.gate = nn.Linear(dim, dim) if gate else None
+        self.fuse = nn.Linear(dim, dim)
+        self.norm = nn.GroupNorm(num_groups, dim)
+        if init == "contractive":
+            nn.init.normal_(self.fuse.weight, std=0.1 / math.sqrt(dim))
+            if self.gate is not None:
+                nn.init.normal_(self.gate.weight, std=0.25 / (num_modalities * math.sqrt(dim)))
+
+    def flat(self) -> list[Tensor]:
+        """The six parameters in the order of ``FuseParams``; only with a gate."""
+        assert self.gate is not None
+        parts = (self.gate, self.fuse, self.norm)
+        return [t for part in parts for t in (part.weight, part.bias)]
+
+    def forward(
+        self,
+        z: Tensor,  # (B, d)
+        cells: Tensor,  # (N, B, d)
+        x_fuse: Tensor,  # (B, d)
+        mask: Tensor | None = None,  # (B, d)
+    ) -> Tensor:  # (B, d)
+        """One step (not the equilibrium). Without a gate the result does not depend on ``z``."""
+        if self.gate is None:
+            combined = self.fuse(cells.sum(0))
+            if mask is not None:
+                combined = combined * mask
+            return functional.output_norm(
+                combined + x_fuse, self.norm.weight, self.norm.bias, self.num_groups, self.variant
+            )
+        return functional.purify_combine(
+            z, cells, x_fuse, self.flat(), mask=mask, num_groups=self.num_groups, variant=self.variant
+        )
+
+
+def _check(dim: int, num_groups: int, variant: str, init: str) -> None:
+    checks.groups(dim, num_groups)
+    checks.one_of("variant", variant, VARIANTS)
+    checks.one_of("init", init, INITS)
+
+
+def dropout_mask(like: Tensor, p: float) -> Tensor:
+    """Factors 0 or 1 / (1 - p) of the shape of ``like``, one draw for a whole solve."""
+    keep = torch.full_like(like, 1.0 - p)
+    return torch.bernoulli(keep) / keep if p < 1 else torch.zeros_like(like)

@@ -1,0 +1,129 @@
+"""``DEQ(f)``: the equilibrium of any callable as a module."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deqfuse import checks, functional
+from deqfuse.result import SolveInfo
+from deqfuse.solvers.options import Anderson, GradientOption, Implicit, SolverOption
+
+State = Tensor | tuple[Tensor, ...]
+
+
+class DEQ(nn.Module):
+    """Solves ``z = f(z, *args)`` and differentiates the solution implicitly.
+
+    Args:
+        f: callable or module. Its state z is a tensor (B, ...) or a tuple of tensors that share B; it
+            returns a state of the same structure and shapes. Row b of the output may depend on row b
+            of the input only: rows stop on their own.
+        solver: forward solver and tolerance.
+        adjoint: how gradients pass; they reach ``args`` and everything that f closes over.
+        on_failure: "warn", "raise" or "ignore" when rows do not converge, forward or backward.
+
+    Example:
+        >>> deq = DEQ(lambda z, x: torch.tanh(z @ weight + x))
+        >>> z, info = deq(torch.zeros_like(x), x)
+    """
+
+    def __init__(
+        self,
+        f: Callable[..., Any],
+        *,
+        solver: SolverOption = Anderson(),  # noqa: B008 - frozen
+        adjoint: GradientOption = Implicit(),  # noqa: B008 - frozen
+        on_failure: str = "warn",
+    ) -> None:
+        super().__init__()
+        if not callable(f):
+            raise TypeError(f"f: expected a callable f(z, *args), got {type(f).__name__}")
+        checks.options(solver, adjoint, on_failure)
+        self.f, self.solver, self.adjoint, self.on_failure = f, solver, adjoint, on_failure
+
+    def forward(self, z0: State, *args: Any) -> tuple[State, SolveInfo]:
+        """Equilibrium and statistics.
+
+        Args:
+            z0: start, tensor (B, ...) or tuple of such; no gradient flows to it.
+            args: passed on to f.
+
+        Returns:
+            The equilibrium, structured like ``z0``, and a ``SolveInfo`` whose ``fuse`` block has
+            shape (B,).
+
+        Raises:
+            TypeError, ValueError: z0, or what f returned, has a wrong type or shape.
+            ConvergenceError: with ``on_failure="raise"``.
+        """
+        layout = _Layout(z0)
+
+        def rows(z: Tensor) -> Tensor:
+            return layout.flatten(self.f(layout.unflatten(z), *args), "f(z, *args)")
+
+        z, block = functional.fixed_point(
+            rows,
+            layout.flatten(z0, "z0"),
+            solver=self.solver,
+            adjoint=self.adjoint,
+            on_failure=self.on_failure,
+        )
+        star = z.detach()
+        info = SolveInfo(block, None, "reference", (lambda: (rows, star),))
+        return layout.unflatten(z), info
+
+
+class _Layout:
+    """How a state is laid out as rows (B, n), and back."""
+
+    def __init__(self, z0: State) -> None:
+        self.is_tuple = isinstance(z0, tuple)
+        parts = z0 if isinstance(z0, tuple) else (z0,)
+        if not parts:
+            raise ValueError("z0: expected a tensor or a non-empty tuple of tensors, got ()")
+        for i, part in enumerate(parts):
+            name = f"z0[{i}]" if self.is_tuple else "z0"
+            checks.tensor(name, part, like=parts[0] if i else None)
+            if part.dim() < 1 or part.shape[0] != parts[0].shape[0]:
+                raise ValueError(
+                    f"{name}: expected shape (B, ...) with one row per sample"
+                    f"{f' and B = {parts[0].shape[0]}' if i else ''}, got {tuple(part.shape)}"
+                )
+        self.shapes = [tuple(part.shape) for part in parts]
+        self.sizes = [part[0].numel() if len(part) else _numel(part.shape[1:]) for part in parts]
+
+    def flatten(self, state: Any, name: str) -> Tensor:
+        parts = state if isinstance(state, tuple) else (state,)
+        if isinstance(state, tuple) != self.is_tuple or len(parts) != len(self.shapes):
+            raise TypeError(
+                f"{name}: expected {'a tuple of ' + str(len(self.shapes)) + ' tensors' if self.is_tuple else 'a tensor'} "
+                f"like z0, got {type(state).__name__}"
+            )
+        for i, (part, shape) in enumerate(zip(parts, self.shapes, strict=True)):
+            checks.tensor(name, part)
+            if tuple(part.shape) != shape:
+                raise ValueError(
+                    f"{name}: expected the shape of z0{f'[{i}]' if self.is_tuple else ''}, {shape}, "
+                    f"got {tuple(part.shape)}"
+                )
+        return torch.cat([p.reshape(p.shape[0], -1) for p in parts], dim=1) if len(parts) > 1 else (
+            parts[0].reshape(parts[0].shape[0], self.sizes[0])
+        )
+
+    def unflatten(self, rows: Tensor) -> Any:
+        parts = tuple(
+            part.reshape(shape)
+            for part, shape in zip(rows.split(self.sizes, dim=1), self.shapes, strict=True)
+        )
+        return parts if self.is_tuple else parts[0]
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    size = 1
+    for n in shape:
+        size *= n
+    return size

@@ -1,0 +1,146 @@
+"""Operator schemas and shape rules. torch only; the backend named in the call is loaded when it runs.
+
+Four operators: the forward solve and the adjoint of each block kind. Options travel as text
+(``Option.code``), so one schema serves every solver and every backend, and ``torch.compile`` sees
+constants. The gradient rule is registered in ``autograd.py``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from deqfuse import backends
+from deqfuse.backends.reference import compute_dtype
+from deqfuse.solvers.options import from_code
+
+_COMMON = "int num_groups, str variant, str solver, str adjoint, str backend, str on_failure"
+
+torch.library.define(
+    "deqfuse::solve_cells",
+    f"(Tensor x, Tensor[] params, Tensor? z0, {_COMMON}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+torch.library.define(
+    "deqfuse::solve_fuse",
+    "(Tensor x_fuse, Tensor cell_sum, Tensor[] params, Tensor? mask, Tensor? z0, "
+    f"int num_modalities, {_COMMON}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+torch.library.define(
+    "deqfuse::adjoint_cells",
+    "(Tensor grad_z, Tensor z, Tensor x, Tensor[] params, int num_groups, str variant, str adjoint, "
+    "str backend, bool want_params) -> (Tensor, Tensor[], Tensor, Tensor, Tensor)",
+)
+torch.library.define(
+    "deqfuse::adjoint_fuse",
+    "(Tensor grad_z, Tensor z, Tensor x_fuse, Tensor cell_sum, Tensor[] params, Tensor? mask, "
+    "int num_modalities, int num_groups, str variant, str adjoint, str backend, bool want_params) "
+    "-> (Tensor, Tensor, Tensor[], Tensor, Tensor, Tensor)",
+)
+
+
+def _full_precision(device: torch.device) -> torch.autocast:
+    """A converging loop keeps its norms in float32: autocast ends at the operator's door."""
+    return torch.autocast(device_type=device.type, enabled=False)
+
+
+@torch.library.impl("deqfuse::solve_cells", "CompositeExplicitAutograd")
+def _solve_cells(x, params, z0, num_groups, variant, solver, adjoint, backend, on_failure):  # type: ignore[no-untyped-def]
+    with _full_precision(x.device):
+        return tuple(
+            backends.load(backend).solve_cells(
+                x, params, z0, num_groups, variant, from_code(solver)
+            )
+        )
+
+
+@torch.library.impl("deqfuse::solve_fuse", "CompositeExplicitAutograd")
+def _solve_fuse(  # type: ignore[no-untyped-def]
+    x_fuse, cell_sum, params, mask, z0, num_modalities,
+    num_groups, variant, solver, adjoint, backend, on_failure,
+):  # fmt: skip
+    with _full_precision(x_fuse.device):
+        return tuple(
+            backends.load(backend).solve_fuse(
+                x_fuse, cell_sum, params, mask, z0, num_modalities,
+                num_groups, variant, from_code(solver),
+            )
+        )  # fmt: skip
+
+
+@torch.library.impl("deqfuse::adjoint_cells", "CompositeExplicitAutograd")
+def _adjoint_cells(grad_z, z, x, params, num_groups, variant, adjoint, backend, want_params):  # type: ignore[no-untyped-def]
+    with _full_precision(z.device):
+        dx, dparams, statistics = backends.load(backend).adjoint_cells(
+            grad_z, z, x, params, num_groups, variant, from_code(adjoint), want_params
+        )
+    return dx, dparams, *statistics
+
+
+@torch.library.impl("deqfuse::adjoint_fuse", "CompositeExplicitAutograd")
+def _adjoint_fuse(  # type: ignore[no-untyped-def]
+    grad_z, z, x_fuse, cell_sum, params, mask, num_modalities,
+    num_groups, variant, adjoint, backend, want_params,
+):  # fmt: skip
+    with _full_precision(z.device):
+        dx, dcell_sum, dparams, statistics = backends.load(backend).adjoint_fuse(
+            grad_z, z, x_fuse, cell_sum, params, mask, num_modalities,
+            num_groups, variant, from_code(adjoint), want_params,
+        )  # fmt: skip
+    return dx, dcell_sum, dparams, *statistics
+
+
+def _fake_solved(x: Tensor, solver: str) -> tuple[Tensor, ...]:
+    option, rows = from_code(solver), x.shape[:-1]
+    dtype = compute_dtype(x.dtype)
+    steps = option.trace_length if option.trace else 0
+    return (
+        x.new_empty(x.shape, dtype=dtype),
+        x.new_empty(rows, dtype=dtype),
+        x.new_empty(rows, dtype=torch.int32),
+        x.new_empty(rows, dtype=torch.int8),
+        x.new_empty((steps, *rows), dtype=dtype),
+    )
+
+
+def _fake_statistics(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    rows = z.shape[:-1]
+    return (
+        z.new_empty(rows),
+        z.new_empty(rows, dtype=torch.int32),
+        z.new_empty(rows, dtype=torch.int8),
+    )
+
+
+def _fake_grads(params: list[Tensor], want_params: bool) -> list[Tensor]:
+    return [p.new_empty(p.shape) for p in params] if want_params else []
+
+
+@torch.library.register_fake("deqfuse::solve_cells")
+def _fake_solve_cells(x, params, z0, num_groups, variant, solver, *rest):  # type: ignore[no-untyped-def]
+    return _fake_solved(x, solver)
+
+
+@torch.library.register_fake("deqfuse::solve_fuse")
+def _fake_solve_fuse(x_fuse, cell_sum, params, mask, z0, n, num_groups, variant, solver, *rest):  # type: ignore[no-untyped-def]
+    return _fake_solved(x_fuse, solver)
+
+
+@torch.library.register_fake("deqfuse::adjoint_cells")
+def _fake_adjoint_cells(grad_z, z, x, params, *rest):  # type: ignore[no-untyped-def]
+    return x.new_empty(x.shape), _fake_grads(params, rest[-1]), *_fake_statistics(z)
+
+
+@torch.library.register_fake("deqfuse::adjoint_fuse")
+def _fake_adjoint_fuse(grad_z, z, x_fuse, cell_sum, params, mask, *rest):  # type: ignore[no-untyped-def]
+    return (
+        x_fuse.new_empty(x_fuse.shape),
+        cell_sum.new_empty(cell_sum.shape),
+        _fake_grads(params, rest[-1]),
+        *_fake_statistics(z),
+    )
+
+
+solve_cells = torch.ops.deqfuse.solve_cells.default
+solve_fuse = torch.ops.deqfuse.solve_fuse.default
+adjoint_cells = torch.ops.deqfuse.adjoint_cells.default
+adjoint_fuse = torch.ops.deqfuse.adjoint_fuse.default

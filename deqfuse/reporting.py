@@ -1,0 +1,121 @@
+"""Saying that a solve did not converge: at once on the CPU, without a synchronisation on a GPU."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections import deque
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deqfuse.errors import ConvergenceError, ConvergenceWarning
+from deqfuse.result import Outcome
+from deqfuse.solvers.options import GradientOption, Implicit, SolverOption
+
+ON_FAILURE = ("warn", "raise", "ignore")
+
+
+@dataclass
+class _Late:
+    """A summary on its way from the device, to be reported once it has arrived."""
+
+    summary: Tensor
+    arrived: Any  # torch.cuda.Event
+    what: str
+    option: SolverOption | GradientOption
+
+
+_late: deque[_Late] = deque(maxlen=64)
+_lock = threading.Lock()
+
+
+def report(
+    what: str,
+    outcome: Tensor,  # int8, any shape
+    residual: Tensor,  # the same shape
+    option: SolverOption | GradientOption,
+    on_failure: str,
+) -> None:
+    """Warn or raise when rows of a solve failed.
+
+    Args:
+        what: the solve in words, e.g. "the fuse block".
+        outcome, residual: per row, as in ``BlockInfo``.
+        option: the solver or gradient option, whose knobs the message names.
+        on_failure: "warn", "raise" or "ignore". Under ``torch.compile`` always "ignore".
+    """
+    if on_failure == "ignore" or torch.compiler.is_compiling() or outcome.numel() == 0:
+        return
+    if outcome.device.type != "cuda" or on_failure == "raise":
+        _say(what, _summarise(outcome, residual).tolist(), option, on_failure)
+        return
+    if torch.cuda.is_current_stream_capturing():
+        return
+    summary = _summarise(outcome, residual).to("cpu", non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record()
+    with _lock:
+        _late.append(_Late(summary, arrived, what, option))
+
+
+def flush() -> None:
+    """Report what has arrived from devices since the last look. Never waits."""
+    while True:
+        with _lock:
+            if not _late or not _late[0].arrived.query():
+                return
+            item = _late.popleft()
+        _say(item.what, item.summary.tolist(), item.option, "warn")
+
+
+def _summarise(outcome: Tensor, residual: Tensor) -> Tensor:
+    """[rows, failed by max_iter, by stalling, by NaN, worst residual among the failed]."""
+    failed = outcome != int(Outcome.CONVERGED)
+    kinds = [(outcome == int(kind)).sum() for kind in Outcome if kind is not Outcome.CONVERGED]
+    finite = failed & torch.isfinite(residual)
+    worst = torch.where(finite, residual, 0.0).amax()
+    total = torch.tensor(outcome.numel(), device=outcome.device)
+    return torch.stack([t.to(torch.float64) for t in (total, *kinds, worst)])
+
+
+def _say(
+    what: str,
+    summary: list[float],
+    option: SolverOption | GradientOption,
+    on_failure: str,
+) -> None:
+    total, budget, stalled, poisoned, worst = summary
+    failed = int(budget + stalled + poisoned)
+    if failed == 0:
+        return
+    parts = [
+        f"{int(count)} {text}"
+        for count, text in (
+            (budget, "used up their evaluations"),
+            (stalled, "stalled"),
+            (poisoned, "became NaN or infinite (check the input)"),
+        )
+        if count
+    ]
+    tol = getattr(option, "tol", float("nan"))
+    message = (
+        f"deqfuse: {failed} of {int(total)} rows of {what} did not converge: {', '.join(parts)}; "
+        f"worst relative residual {worst:.1e}, tol {tol:.1e}. {_remedy(option)} "
+        f"on_failure='ignore' silences this."
+    )
+    if on_failure == "raise":
+        raise ConvergenceError(message)
+    warnings.warn(message, ConvergenceWarning, stacklevel=2)
+
+
+def _remedy(option: SolverOption | GradientOption) -> str:
+    name, budget = type(option).__name__, getattr(option, "max_iter", 0)
+    if isinstance(option, Implicit):
+        return f"Their gradient is inexact. Remedy: Implicit(max_iter={2 * budget}), a looser tol."
+    return (
+        f"Remedies: {name}(max_iter={2 * budget}), Anderson(rescue=True), NewtonKrylov(), "
+        f"init='contractive', or info.jacobian_penalty() in the loss."
+    )

@@ -1,0 +1,1 @@
+"""Forward solvers and linear solvers, per row. ``options`` says what, the other files say how."""

@@ -1,0 +1,99 @@
+"""Anderson mixing and damped Picard iteration, per row.
+
+Written without in-place updates, so that the same code is the solver and, under grad mode, the thing
+that ``Unrolled`` backpropagates through.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from deqfuse.solvers.options import Anderson, Picard
+from deqfuse.solvers.rows import Rows, Solution, row_dot, select
+
+PIVOT_FLOOR = 2.4e-7  # relative to the largest diagonal; without it float32 Cholesky gives NaN
+TINY = 1e-30
+
+
+def mixing_weights(
+    gram: Tensor,  # (R, k, k)
+    lam: float,
+) -> Tensor:  # (R, k)
+    """Weights that minimise ``|sum_i alpha_i g_i|`` with ``sum_i alpha_i = 1``, from the Gram matrix.
+
+    ``alpha = A^-1 1 / (1^T A^-1 1)`` with ``A = gram + lam max(diag gram) I``, by a Cholesky
+    factorisation whose pivots are kept above a relative floor.
+    """
+    k = gram.shape[1]
+    largest = gram.diagonal(dim1=1, dim2=2).amax(1)
+    floor = PIVOT_FLOOR * largest + TINY
+    work = gram + torch.diag_embed((lam * largest)[:, None].expand(-1, k))
+    rhs = torch.ones_like(gram[:, 0])
+    columns, y = [], []
+    for _ in range(k):  # right-looking: factor and forward-substitute in one sweep
+        inv = torch.maximum(work[:, 0, 0], floor).rsqrt()
+        column = work[:, 1:, 0] * inv[:, None]
+        y.append(rhs[:, 0] * inv)
+        rhs = rhs[:, 1:] - column * y[-1][:, None]
+        work = work[:, 1:, 1:] - column[:, :, None] * column[:, None, :]
+        columns.append((inv, column))
+    solved: list[Tensor] = []  # entries i..k-1 of A^-1 1
+    for (inv, column), value in zip(reversed(columns), reversed(y), strict=True):
+        for j, later in enumerate(solved):
+            value = value - column[:, j] * later
+        solved.insert(0, value * inv)
+    alpha = torch.stack(solved, dim=1)
+    return alpha / alpha.sum(1, keepdim=True)
+
+
+def _extend_gram(gram: Tensor | None, residuals: list[Tensor]) -> Tensor:
+    """Gram matrix of ``residuals`` (newest first) from that of the step before: one new row."""
+    row = torch.stack([row_dot(residuals[0], g) for g in residuals], dim=1)
+    if gram is None:
+        return row[:, :, None]
+    keep = len(residuals) - 1
+    lower = torch.cat([row[:, 1:, None], gram[:, :keep, :keep]], dim=2)
+    return torch.cat([row[:, None, :], lower], dim=1)
+
+
+def anderson(
+    f: Callable[[Tensor], Tensor],
+    z0: Tensor,  # (R, n)
+    option: Anderson,
+    scale: Tensor | None = None,  # (R,)
+) -> Solution:
+    """Solve ``z = f(z)`` by Anderson mixing; see :class:`Anderson` for the knobs."""
+    rows = Rows(z0, option.tol, option.max_iter, scale=scale, trace=option.trace)
+    z, images, residuals, gram = z0, [], [], None
+    while True:
+        fz = f(z)
+        if not rows.observe(z, fz):
+            return rows.solution()
+        images = [fz, *images[: option.m - 1]]
+        residuals = [fz - z, *residuals[: option.m - 1]]
+        gram = _extend_gram(gram, residuals)
+        alpha = mixing_weights(gram, option.lam)
+        mixed = torch.zeros_like(z)
+        for i, (image, g) in enumerate(zip(images, residuals, strict=True)):
+            step = image if option.beta == 1 else image - (1 - option.beta) * g
+            mixed = mixed + alpha[:, i : i + 1] * step
+        z = select(rows.active, mixed, z)
+
+
+def picard(
+    f: Callable[[Tensor], Tensor],
+    z0: Tensor,  # (R, n)
+    option: Picard,
+    scale: Tensor | None = None,  # (R,)
+) -> Solution:
+    """Solve ``z = f(z)`` by ``z <- z + beta (f(z) - z)``."""
+    rows = Rows(z0, option.tol, option.max_iter, scale=scale, trace=option.trace)
+    z = z0
+    while True:
+        fz = f(z)
+        if not rows.observe(z, fz):
+            return rows.solution()
+        z = select(rows.active, z + option.beta * (fz - z), z)

@@ -1,0 +1,219 @@
+"""Row-wise linear solves of ``(I - A) x = b``, where A is known by its action on (R, n) rows.
+
+Used for the adjoint (A = J^T at the equilibrium) and for Newton steps (A = J). Every method works
+on all rows at once, stops each row by its own *true* residual ``|b - x + A x| <= tol |b|``, and counts
+applications of A per row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from deqfuse.result import Outcome
+from deqfuse.solvers.anderson import anderson, picard
+from deqfuse.solvers.options import Anderson, Picard
+from deqfuse.solvers.rows import Solution, row_dot, row_norm, select
+
+Operator = Callable[[Tensor], Tensor]
+TINY = 1e-30
+
+
+def solve_linear(
+    apply: Operator,
+    b: Tensor,  # (R, n)
+    method: str,
+    tol: float,
+    max_iter: int,
+) -> Solution:
+    """Solve ``(I - A) x = b`` by the named method (see :class:`deqfuse.Implicit`)."""
+    if method in ("auto", "gmres"):  # the fewest applications of all (docs/design.md, "Gradient")
+        return gmres(apply, b, tol, max_iter)
+    if method == "bicgstab":
+        return bicgstab(apply, b, tol, max_iter)
+    if method == "dense":
+        return dense(apply, b)
+    scale = _safe_norm(b)
+    affine = lambda x: apply(x) + b  # noqa: E731 - the fixed-point form x = A x + b
+    if method == "anderson":
+        return anderson(affine, b, Anderson(tol=tol, max_iter=max_iter, m=6), scale)
+    return picard(affine, b, Picard(tol=tol, max_iter=max_iter), scale)
+
+
+def _safe_norm(b: Tensor) -> Tensor:
+    """|b| per row, 1 where b is zero: such a row is solved by x = 0."""
+    norm = row_norm(b)
+    return torch.where(norm > 0, norm, 1.0)
+
+
+class _Budget:
+    """Which rows are active, how many applications each has used, how each ended."""
+
+    def __init__(
+        self,
+        b: Tensor,
+        tol: float | Tensor,
+        max_iter: int | Tensor,
+        least: int,  # applications that any further attempt costs
+        active: Tensor | None = None,
+    ) -> None:
+        self.tol, self.max_iter, self.least, self.scale = tol, max_iter, least, _safe_norm(b)
+        self.nfe = torch.zeros(b.shape[0], dtype=torch.int32, device=b.device)
+        self.residual = row_norm(b) / self.scale
+        self.active = torch.ones_like(self.nfe, dtype=torch.bool) if active is None else active
+        self.judge(b)
+
+    def judge(self, residual: Tensor) -> bool:
+        """Record the true residual vectors; True while any row is active."""
+        self.residual = torch.where(self.active, row_norm(residual) / self.scale, self.residual)
+        done = (self.residual <= self.tol) | ~torch.isfinite(self.residual)
+        self.active = self.active & ~done & (self.nfe + self.least <= self.max_iter)
+        return bool(self.active.any())
+
+    def spend(self, rows: Tensor) -> None:
+        self.nfe = self.nfe + rows.to(torch.int32)
+
+    def solution(self, x: Tensor) -> Solution:
+        outcome = torch.where(self.residual <= self.tol, int(Outcome.CONVERGED), int(Outcome.MAX_ITER))
+        outcome = torch.where(torch.isfinite(self.residual), outcome, int(Outcome.NON_FINITE))
+        return Solution(x, self.residual, self.nfe, outcome.to(torch.int8))
+
+
+def gmres(
+    apply: Operator,
+    b: Tensor,  # (R, n)
+    tol: float | Tensor,
+    max_iter: int | Tensor,
+    restart: int = 20,
+    active: Tensor | None = None,  # (R,) rows to solve at all
+) -> Solution:
+    """Restarted GMRES (Saad & Schultz 1986); ``tol`` and ``max_iter`` may differ per row."""
+    budget = _Budget(b, tol, max_iter, 2, active)
+    x, r = torch.zeros_like(b), b
+    while budget.active.any():
+        x = select(budget.active, x + _gmres_cycle(apply, r, budget, restart), x)
+        budget.spend(budget.active)
+        r = select(budget.active, b - x + apply(x), r)
+        budget.judge(r)
+    return budget.solution(x)
+
+
+def _gmres_cycle(apply: Operator, r: Tensor, budget: _Budget, restart: int) -> Tensor:
+    """One Arnoldi cycle from residual ``r``; each row uses as many basis vectors as it needs."""
+    count, n = r.shape
+    steps = min(restart, n)
+    basis = r.new_zeros(count, steps + 1, n)
+    upper = r.new_zeros(count, steps, steps)
+    rhs = r.new_zeros(count, steps + 1)
+    size = torch.zeros(count, dtype=torch.int32, device=r.device)  # basis vectors that each row uses
+    rhs[:, 0] = row_norm(r)
+    basis[:, 0] = r / rhs[:, :1].clamp_min(TINY)
+    rotations: list[tuple[Tensor, Tensor]] = []
+    running = budget.active
+    for j in range(steps):
+        budget.spend(running)
+        size = size + running.to(torch.int32)
+        w = basis[:, j] - apply(basis[:, j])
+        column, w = _orthogonalise(basis[:, : j + 1], w)
+        h_next = row_norm(w)
+        basis[:, j + 1] = w / h_next.clamp_min(TINY)[:, None]
+        entries = [*column.unbind(1), h_next]
+        for i, (c, s) in enumerate(rotations):
+            entries[i], entries[i + 1] = (
+                c * entries[i] + s * entries[i + 1],
+                c * entries[i + 1] - s * entries[i],
+            )
+        radius = torch.hypot(entries[j], entries[j + 1]).clamp_min(TINY)
+        c, s = entries[j] / radius, entries[j + 1] / radius
+        rotations.append((c, s))
+        upper[:, : j + 1, j] = torch.stack([*entries[:j], radius], dim=1)
+        rhs[:, j + 1], rhs[:, j] = -s * rhs[:, j], c * rhs[:, j]
+        # One application is kept back for the true residual at the end of the cycle. The estimate
+        # must clear the tolerance with some room, or rounding would cost a whole further cycle.
+        estimate = rhs[:, j + 1].abs() / budget.scale
+        enough = (estimate <= 0.5 * budget.tol) | (budget.nfe + 2 > budget.max_iter)
+        running = running & ~enough
+        if not running.any():
+            break
+    used = torch.arange(steps, device=r.device) < size[:, None]  # (R, steps)
+    eye = torch.eye(steps, dtype=r.dtype, device=r.device)
+    system = torch.where(used[:, None, :] & used[:, :, None], upper, eye)
+    y = torch.linalg.solve_triangular(
+        system, torch.where(used, rhs[:, :-1], 0.0)[:, :, None], upper=True
+    )
+    return (basis[:, :-1] * y).sum(1)
+
+
+def _orthogonalise(basis: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+    """Coefficients of ``w`` on ``basis`` (R, k, n) and what is left; twice, which is enough."""
+    total = torch.zeros_like(basis[:, :, 0])
+    for _ in range(2):
+        part = torch.einsum("rkn,rn->rk", basis, w)
+        w = w - torch.einsum("rkn,rk->rn", basis, part)
+        total = total + part
+    return total, w
+
+
+def bicgstab(apply: Operator, b: Tensor, tol: float, max_iter: int) -> Solution:
+    """BiCGStab (van der Vorst 1992) with a restart of the shadow residual on breakdown."""
+    budget = _Budget(b, tol, max_iter, 3)
+    x, r = torch.zeros_like(b), b
+    while budget.active.any():
+        x = _bicgstab_run(apply, x, r, budget)
+        r = select(budget.active, b - x + apply(x), r)
+        budget.spend(budget.active)
+        budget.judge(r)
+    return budget.solution(x)
+
+
+def _bicgstab_run(apply: Operator, x: Tensor, r: Tensor, budget: _Budget) -> Tensor:
+    """Iterate from residual ``r`` until the recurrence says done; the caller checks the truth."""
+    shadow, p, rho, running = r, r, row_dot(r, r), budget.active
+    floor = torch.finfo(r.dtype).eps ** 2
+    while True:
+        v = p - apply(p)
+        alpha = _divide(rho, row_dot(shadow, v))
+        s = r - alpha[:, None] * v
+        t = s - apply(s)
+        omega = _divide(row_dot(t, s), row_dot(t, t))
+        budget.spend(2 * running)
+        x = select(running, x + alpha[:, None] * p + omega[:, None] * s, x)
+        r = select(running, s - omega[:, None] * t, r)
+        enough = (row_norm(r) <= 0.5 * budget.tol * budget.scale) | ~torch.isfinite(row_norm(r))
+        running = running & ~enough & (budget.nfe + 3 <= budget.max_iter)
+        if not running.any():
+            return x
+        rho_new = row_dot(shadow, r)
+        broken = (rho_new.abs() <= floor * row_norm(shadow) * row_norm(r)) | (omega == 0)
+        beta = _divide(rho_new, rho) * _divide(alpha, omega)
+        p = select(broken, r, r + beta[:, None] * (p - omega[:, None] * v))
+        shadow = select(broken, r, shadow)
+        rho = torch.where(broken, row_dot(r, r), rho_new)
+
+
+def _divide(a: Tensor, b: Tensor) -> Tensor:
+    """a / b, and 0 where b is 0: a breakdown that the caller sees as a zero step."""
+    return torch.where(b == 0, 0.0, a / torch.where(b == 0, 1.0, b))
+
+
+def dense(apply: Operator, b: Tensor) -> Solution:
+    """Exact: builds A row by row from its action on the unit vectors, then factorises each row.
+
+    Rows are factorised one at a time: batched ``torch.linalg.solve`` is wrong for n > 128 on some MKL
+    builds once the thread count was set.
+    """
+    count, n = b.shape
+    eye = torch.eye(n, dtype=b.dtype, device=b.device)
+    columns = [apply(eye[k].expand(count, n)) for k in range(n)]
+    matrix = eye - (torch.stack(columns, dim=2) if columns else b.new_zeros(count, 0, 0))
+    finite = torch.isfinite(matrix).all(2).all(1) & torch.isfinite(b).all(1)
+    x = torch.full_like(b, torch.nan)
+    for row in range(count):
+        if finite[row]:
+            x[row] = torch.linalg.solve(matrix[row], b[row])
+    residual = row_norm(b - x + apply(x)) / _safe_norm(b)
+    outcome = torch.where(torch.isfinite(residual), int(Outcome.CONVERGED), int(Outcome.NON_FINITE))
+    nfe = torch.full((count,), n + 1, dtype=torch.int32, device=b.device)
+    return Solution(x, residual, nfe, outcome.to(torch.int8))

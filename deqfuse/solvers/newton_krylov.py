@@ -1,0 +1,80 @@
+"""Newton-Krylov with a backtracking line search, per row, on matrix-free JVPs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from deqfuse.solvers.linear import gmres
+from deqfuse.solvers.options import NewtonKrylov
+from deqfuse.solvers.rows import Rows, Solution, row_norm, select
+
+Map = Callable[[Tensor], Tensor]
+Linearize = Callable[[Tensor], Map]  # z -> (v -> J(z) v)
+
+HALVINGS = 5
+SUFFICIENT_DECREASE = 1e-4
+
+
+def jvp_of(f: Map) -> Linearize:
+    """JVPs of any ``f`` by forward-mode differentiation."""
+
+    def linearize(z: Tensor) -> Map:
+        return lambda v: torch.func.jvp(f, (z,), (v,))[1]
+
+    return linearize
+
+
+def newton_krylov(
+    f: Map,
+    z0: Tensor,  # (R, n)
+    option: NewtonKrylov,
+    linearize: Linearize | None = None,
+    *,
+    active: Tensor | None = None,  # (R,) rows to work on
+    max_steps: int | None = None,
+) -> Solution:
+    """Solve ``z = f(z)``: each step solves ``(I - J) s = f(z) - z`` and moves along ``s``.
+
+    The inner tolerance follows the residual (an inexact Newton method), so early steps are cheap and
+    the last ones converge fast. A row whose line search fails takes a plain step ``z <- f(z)``.
+    """
+    linearize = linearize or jvp_of(f)
+    rows = Rows(z0, option.tol, option.max_iter, active=active, trace=option.trace)
+    z, fz, steps = z0, f(z0), 0
+    while rows.observe(z, fz, cost=1 if steps == 0 else cost) and steps != max_steps:
+        g = fz - z
+        size = row_norm(g)
+        forcing = (size / row_norm(fz).clamp_min(1e-30)).clamp(1e-4, 0.1)
+        inner = gmres(
+            linearize(z), g, forcing, option.max_iter - rows.nfe - 1, option.restart, rows.active
+        )
+        z_new, fz_new, cost = _line_search(f, z, fz, inner.z, size, rows.active)
+        cost = cost + inner.nfe
+        z, fz = select(rows.active, z_new, z), select(rows.active, fz_new, fz)
+        steps += 1
+    return rows.solution()
+
+
+def _line_search(
+    f: Map, z: Tensor, fz: Tensor, step: Tensor, size: Tensor, active: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Halve each row's step until ``|f(z) - z|`` decreases; returns z, f(z) and the cost per row."""
+    best_z, best_f = z, fz
+    open_rows, cost = active, torch.zeros_like(active, dtype=torch.int32)
+    for halving in range(HALVINGS + 1):
+        t = 0.5**halving
+        trial = z + t * step if halving < HALVINGS else fz
+        f_trial = f(trial)
+        cost = cost + open_rows.to(torch.int32)
+        accept = row_norm(f_trial - trial) <= (1 - SUFFICIENT_DECREASE * t) * size
+        if halving == HALVINGS:
+            accept = torch.ones_like(accept)
+        best_z = select(open_rows & accept, trial, best_z)
+        best_f = select(open_rows & accept, f_trial, best_f)
+        open_rows = open_rows & ~accept
+        if not open_rows.any():
+            break
+    return best_z, best_f, cost

@@ -1,0 +1,228 @@
+"""Options of the forward solvers and of the gradient, as small frozen dataclasses.
+
+Every option object checks itself when it is built, and knows a compact text form (``code``) in which
+it travels through the operator schemas; :func:`from_code` turns that back into the object.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+__all__ = [
+    "Anderson",
+    "Broyden",
+    "GradientOption",
+    "Implicit",
+    "Neumann",
+    "NewtonKrylov",
+    "OneStep",
+    "Picard",
+    "SolverOption",
+    "Unrolled",
+    "from_code",
+]
+
+LINEAR_SOLVERS = ("auto", "gmres", "bicgstab", "anderson", "neumann", "dense")
+
+
+@dataclass(frozen=True)
+class _Option:
+    def __post_init__(self) -> None:
+        for spec in dataclasses.fields(self):
+            check = _CHECKS.get(spec.name)
+            if check is not None:
+                check(f"{type(self).__name__}({spec.name}=...)", getattr(self, spec.name))
+        values = {"type": type(self).__name__, **dataclasses.asdict(self)}
+        object.__setattr__(self, "_code", json.dumps(values))
+
+    @property
+    def code(self) -> str:
+        """The option as text (JSON), the form that operator schemas carry."""
+        code: str = self._code  # type: ignore[attr-defined]
+        return code
+
+
+def _positive_float(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a number, got {value!r}")
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{name}: expected a finite number > 0, got {value!r}")
+
+
+def _non_negative_float(name: str, value: Any) -> None:
+    if value != 0 or isinstance(value, bool):
+        _positive_float(name, value)
+
+
+def _positive_int(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected an int, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{name}: expected an int >= 1, got {value}")
+
+
+def _flag(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected True or False, got {value!r}")
+
+
+def _mixing(name: str, value: Any) -> None:
+    _positive_float(name, value)
+    if value > 2:
+        raise ValueError(f"{name}: expected a mixing factor in (0, 2], got {value!r}")
+
+
+def _linear_solver(name: str, value: Any) -> None:
+    if value not in LINEAR_SOLVERS:
+        raise ValueError(f"{name}: expected one of {', '.join(LINEAR_SOLVERS)}, got {value!r}")
+
+
+_CHECKS = {
+    "tol": _positive_float,
+    "max_iter": _positive_int,
+    "m": _positive_int,
+    "beta": _mixing,
+    "lam": _non_negative_float,
+    "rescue": _flag,
+    "trace": _flag,
+    "restart": _positive_int,
+    "k": _positive_int,
+    "solver": _linear_solver,
+}
+
+
+@dataclass(frozen=True)
+class SolverOption(_Option):
+    """Common part of the forward solvers: ``tol``, ``max_iter``, ``trace``.
+
+    Args:
+        tol: a row stops when ``|f(z) - z| / (|f(z)| + 1e-5) <= tol``.
+        max_iter: evaluations of f per row, JVPs included.
+        trace: record the residual of every row at every step (``info.*.trace``).
+    """
+
+    tol: float = 1e-4
+    max_iter: int = 50
+    trace: bool = False
+
+    @property
+    def trace_length(self) -> int:
+        """Upper bound on the number of steps that a trace can hold."""
+        return self.max_iter
+
+
+RESCUE_STEPS = 8
+
+
+@dataclass(frozen=True)
+class Anderson(SolverOption):
+    """Anderson mixing over the last ``m`` residuals (Walker & Ni 2011), per row. The default.
+
+    Args:
+        m: history length; m = 1 is plain (damped) iteration.
+        beta: mixing factor, ``z <- sum_i alpha_i (z_i + beta (f(z_i) - z_i))``.
+        lam: ridge *relative* to the largest diagonal entry of the Gram matrix. An absolute ridge
+            swamps the Gram matrix as soon as residuals are small and turns the method into averaging.
+        rescue: rows that did not converge get up to 8 Newton-Krylov steps from their best iterate.
+    """
+
+    m: int = 5
+    beta: float = 1.0
+    lam: float = 1e-6
+    rescue: bool = False
+
+    @property
+    def trace_length(self) -> int:
+        return self.max_iter + (RESCUE_STEPS + 1 if self.rescue else 0)
+
+
+@dataclass(frozen=True)
+class Picard(SolverOption):
+    """Damped fixed-point iteration ``z <- z + beta (f(z) - z)``."""
+
+    beta: float = 1.0
+
+
+@dataclass(frozen=True)
+class Broyden(SolverOption):
+    """Limited-memory "good" Broyden on ``f(z) - z = 0``, per row, keeping the last ``m`` updates."""
+
+    m: int = 20
+
+
+@dataclass(frozen=True)
+class NewtonKrylov(SolverOption):
+    """Newton steps by GMRES on matrix-free JVPs, with a backtracking line search, per row.
+
+    The robust choice for rows near or beyond spectral radius 1. ``max_iter`` counts evaluations,
+    JVPs included, so its default is larger; ``restart`` is the GMRES restart length.
+    """
+
+    max_iter: int = 200
+    restart: int = 20
+
+
+@dataclass(frozen=True)
+class GradientOption(_Option):
+    """Base of the options that say how gradients pass through an equilibrium."""
+
+    reports: ClassVar[bool] = False  # whether a failed backward solve is reported
+
+    def for_forward(self, solver: SolverOption) -> GradientOption:
+        """The option actually used with this forward solver."""
+        return self
+
+
+@dataclass(frozen=True)
+class Implicit(GradientOption):
+    """The implicit function theorem: solve ``(I - J^T) u = g`` per row and per block.
+
+    Args:
+        solver: "auto" (the backend's best), "gmres", "bicgstab", "anderson", "neumann" (the series,
+            to tolerance) or "dense" (exact, O(d^3) per row: small d and tests only).
+        tol: per row, ``|g + J^T u - u| <= tol |g|``; the forward tolerance if that is tighter.
+        max_iter: applications of J^T per row.
+    """
+
+    solver: str = "auto"
+    tol: float = 1e-4
+    max_iter: int = 60
+    reports: ClassVar[bool] = True
+
+    def for_forward(self, solver: SolverOption) -> GradientOption:
+        return dataclasses.replace(self, tol=min(self.tol, solver.tol))
+
+
+@dataclass(frozen=True)
+class OneStep(GradientOption):
+    """Jacobian-free backpropagation: ``u = g``, the gradient of one step at the equilibrium."""
+
+
+@dataclass(frozen=True)
+class Neumann(GradientOption):
+    """``u = sum_{i<=k} (J^T)^i g``: the Neumann series cut after k applications ("phantom")."""
+
+    k: int = 5
+
+
+@dataclass(frozen=True)
+class Unrolled(GradientOption):
+    """Backpropagation through the solver's own steps. Memory grows with the number of steps."""
+
+
+_TYPES: dict[str, type[_Option]] = {
+    cls.__name__: cls
+    for cls in (Anderson, Picard, Broyden, NewtonKrylov, Implicit, OneStep, Neumann, Unrolled)
+}
+
+
+@functools.lru_cache(maxsize=256)
+def from_code(code: str) -> Any:
+    """The option object that ``option.code`` described."""
+    values = json.loads(code)
+    return _TYPES[values.pop("type")](**values)

@@ -1,0 +1,110 @@
+"""Bookkeeping that every solver shares: who is still active, what was best, how it ended.
+
+A *row* is one independent problem. Solvers propose iterates for all rows at once; `Rows.observe` looks
+at each row alone, so a row's answer never depends on its neighbours.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from deqfuse.result import Outcome
+
+STALL_STEPS = 20
+RESIDUAL_FLOOR = 1e-5
+
+
+@dataclass(frozen=True)
+class Solution:
+    """Answer and statistics of a row-wise solve."""
+
+    z: Tensor  # (R, n)
+    residual: Tensor  # (R,)
+    nfe: Tensor  # (R,) int32
+    outcome: Tensor  # (R,) int8
+    trace: Tensor | None = None  # (steps, R), NaN where a row had stopped
+
+
+def row_norm(v: Tensor) -> Tensor:
+    """(R, n) -> (R,) Euclidean norms."""
+    return torch.linalg.vector_norm(v, dim=1)
+
+
+def row_dot(a: Tensor, b: Tensor) -> Tensor:
+    """(R, n), (R, n) -> (R,) inner products."""
+    return (a * b).sum(1)
+
+
+def select(mask: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """Row-wise choice: ``a`` where ``mask`` (R,) else ``b``."""
+    return torch.where(mask[:, None], a, b)
+
+
+class Rows:
+    """State of all rows of one solve.
+
+    Args:
+        z0: (R, n) start.
+        tol: residual at which a row is converged.
+        max_iter: evaluations after which a row stops.
+        scale: (R,) denominator of the residual; ``|f(z)| + 1e-5`` when not given.
+        active: (R,) bool, rows to work on at all; the others keep ``z0``.
+        trace: whether to keep the residual of every observation.
+    """
+
+    def __init__(
+        self,
+        z0: Tensor,
+        tol: float,
+        max_iter: int,
+        *,
+        scale: Tensor | None = None,
+        active: Tensor | None = None,
+        trace: bool = False,
+    ) -> None:
+        count, device = z0.shape[0], z0.device
+        self.tol, self.max_iter, self.scale = tol, max_iter, scale
+        self.active = torch.ones(count, dtype=torch.bool, device=device) if active is None else active
+        self.best = z0
+        self.best_residual = torch.full((count,), float("inf"), dtype=z0.dtype, device=device)
+        self.nfe = torch.zeros(count, dtype=torch.int32, device=device)
+        self.outcome = torch.full((count,), int(Outcome.MAX_ITER), dtype=torch.int8, device=device)
+        self._steps = 0
+        self._best_at = self.nfe  # step of the best iterate
+        self._trace: list[Tensor] | None = [] if trace else None
+
+    def observe(self, z: Tensor, fz: Tensor, cost: Tensor | int = 1) -> bool:
+        """Take note of ``fz = f(z)``, which cost ``cost`` evaluations; True while any row is active."""
+        with torch.no_grad():
+            scale = row_norm(fz) + RESIDUAL_FLOOR if self.scale is None else self.scale
+            residual = row_norm(fz - z) / scale
+            self.nfe = torch.where(self.active, self.nfe + cost, self.nfe).to(torch.int32)
+            # A NaN compares false: a poisoned row never becomes "better".
+            self._steps += 1
+            better = self.active & (residual < self.best_residual)
+            self.best_residual = torch.where(better, residual, self.best_residual)
+            self._best_at = torch.where(better, self._steps, self._best_at).to(torch.int32)
+            if self._trace is not None:
+                self._trace.append(torch.where(self.active, residual, torch.nan))
+        # The first f(z) is kept whatever it is, so that a poisoned row returns NaN and not its start.
+        self.best = select(better if self._steps > 1 else self.active, fz, self.best)
+        with torch.no_grad():
+            return self._stop_rows(residual)
+
+    def _stop_rows(self, residual: Tensor) -> bool:
+        self._end(residual <= self.tol, Outcome.CONVERGED)
+        self._end(~torch.isfinite(residual), Outcome.NON_FINITE)
+        self._end(self.nfe >= self.max_iter, Outcome.MAX_ITER)
+        self._end(self._steps - self._best_at >= STALL_STEPS, Outcome.STALLED)
+        return bool(self.active.any())
+
+    def _end(self, rows: Tensor, outcome: Outcome) -> None:
+        self.outcome = torch.where(self.active & rows, int(outcome), self.outcome).to(torch.int8)
+        self.active = self.active & ~rows
+
+    def solution(self) -> Solution:
+        trace = None if self._trace is None else torch.stack(self._trace)
+        return Solution(self.best, self.best_residual, self.nfe, self.outcome, trace)
