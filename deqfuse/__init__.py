@@ -16,8 +16,8 @@ from deqfuse.nn.cells import PurifyCombine as PurifyCombine
 from deqfuse.nn.cells import ResidualCell as ResidualCell
 from deqfuse.nn.deq import DEQ as DEQ
 from deqfuse.nn.fusion import DEQFusion as DEQFusion
+from deqfuse.outcome import Outcome as Outcome
 from deqfuse.result import BlockInfo as BlockInfo
-from deqfuse.result import Outcome as Outcome
 from deqfuse.result import SolveInfo as SolveInfo
 from deqfuse.solvers.options import Anderson as Anderson
 from deqfuse.solvers.options import Broyden as Broyden
@@ -55,8 +55,8 @@ try:
 except importlib.metadata.PackageNotFoundError:
     __version__ = "0+unknown"
     warnings.warn(
-        f"deqfuse is imported from a bare checkout ({__path__[0]}) and is not installed: it runs, but "
-        "without deqfuse.triton_kernels and compiled backends. Remedy: "
+        f"deqfuse is imported from a bare checkout ({__path__[0]}) and is not installed: it runs, "
+        "but without deqfuse.triton_kernels and compiled backends. Remedy: "
         "pip install --no-build-isolation -e . in the checkout.",
         stacklevel=2,
     )

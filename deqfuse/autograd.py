@@ -1,9 +1,8 @@
 """The gradient rule: at an equilibrium the incoming cotangent g becomes ``u = (I - J^T)^-1 g``.
-
-Theorem 1 of arXiv 2306.16645. For the layer's own blocks the rule is two plain functions per operator,
-registered on it, so that eager mode, ``torch.compile`` and ``opcheck`` share them. For an arbitrary
-callable it is `ImplicitGradient`, a thin ``torch.autograd.Function``. Second derivatives are refused
-with an error: the rule does not give them.
+ Theorem 1 of arXiv 2306.16645. For the layer's own blocks the rule is two plain functions per
+operator, registered on it, so that eager mode, ``torch.compile`` and ``opcheck`` share them. For an
+arbitrary callable it is `ImplicitGradient`, a thin ``torch.autograd.Function``. Second derivatives
+are refused with an error: the rule does not give them.
 """
 
 from __future__ import annotations
@@ -32,7 +31,8 @@ def _cells_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
 
 def _cells_backward(ctx: Any, grad_z: Tensor, *_: Any) -> tuple[Any, ...]:
     z, x, *params = ctx.saved_tensors
-    num_groups, variant, _, adjoint, backend, on_failure = ctx.options
+    num_groups, variant, solver, adjoint, backend, on_failure = ctx.options
+    adjoint = _in_force(adjoint, solver)
     dx, dparams, residual, _, outcome = ops.adjoint_cells(
         grad_z, z, x, params, num_groups, variant, adjoint, backend, any(ctx.needs_input_grad[1])
     )
@@ -48,7 +48,8 @@ def _fuse_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -
 
 def _fuse_backward(ctx: Any, grad_z: Tensor, *_: Any) -> tuple[Any, ...]:
     z, x_fuse, cell_sum, mask, *params = ctx.saved_tensors
-    n, num_groups, variant, _, adjoint, backend, on_failure = ctx.options
+    n, num_groups, variant, solver, adjoint, backend, on_failure = ctx.options
+    adjoint = _in_force(adjoint, solver)
     dx, dcell_sum, dparams, residual, _, outcome = ops.adjoint_fuse(
         grad_z, z, x_fuse, cell_sum, params, mask, n,
         num_groups, variant, adjoint, backend, any(ctx.needs_input_grad[2]),
@@ -58,10 +59,15 @@ def _fuse_backward(ctx: Any, grad_z: Tensor, *_: Any) -> tuple[Any, ...]:
     return dx, dcell_sum, grads, None, None, *[None] * len(ctx.options)
 
 
+def _in_force(adjoint: str, solver: str) -> str:
+    """The gradient option as it applies behind this forward solver (never looser than it)."""
+    option: GradientOption = from_code(adjoint).for_forward(from_code(solver))
+    return option.code
+
+
 def _report(what: str, outcome: Tensor, residual: Tensor, adjoint: str, on_failure: str) -> None:
     option: GradientOption = from_code(adjoint)
     if option.reports:
-        reporting.flush()
         reporting.report(what, outcome, residual, option, on_failure)
 
 
@@ -69,9 +75,7 @@ def _refuse(ctx: Any, *grads: Any) -> Any:
     raise DoubleBackwardError
 
 
-torch.library.register_autograd(
-    "deqfuse::solve_cells", _cells_backward, setup_context=_cells_setup
-)
+torch.library.register_autograd("deqfuse::solve_cells", _cells_backward, setup_context=_cells_setup)
 torch.library.register_autograd("deqfuse::solve_fuse", _fuse_backward, setup_context=_fuse_setup)
 torch.library.register_autograd("deqfuse::adjoint_cells", _refuse)
 torch.library.register_autograd("deqfuse::adjoint_fuse", _refuse)
@@ -83,8 +87,8 @@ torch.library.register_autograd("deqfuse::adjoint_fuse", _refuse)
 class ImplicitGradient(torch.autograd.Function):
     """Identity on ``f(z*)`` whose backward solves the adjoint equation.
 
-    The graph of one evaluation of f at z* does the rest: behind this node it carries u to everything
-    that f touched, its arguments and its closed-over parameters alike.
+    The graph of one evaluation of f at z* does the rest: behind this node it carries u to
+    everything that f touched, its arguments and its closed-over parameters alike.
     """
 
     @staticmethod
@@ -100,7 +104,7 @@ class ImplicitGradient(torch.autograd.Function):
         return image.clone()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         image, z_star = ctx.saved_tensors
 
         def vjp(u: Tensor) -> Tensor:
@@ -112,7 +116,6 @@ class ImplicitGradient(torch.autograd.Function):
         with torch.no_grad():
             solution = solve_adjoint(vjp, grad, ctx.adjoint)
         if ctx.adjoint.reports:
-            reporting.flush()
             reporting.report(
                 "the backward solve",
                 solution.outcome,
@@ -133,7 +136,5 @@ class _NoSecond(torch.autograd.Function):
         return u.clone()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Any:
         raise DoubleBackwardError
-
-

@@ -1,8 +1,8 @@
 """Key maps from the authors' released state dicts to this library's parameter names.
 
-Three layouts are read: the repository's root module (also MM-IMDB; ``weights.i`` and ``bias``), and BRCA,
-whose fused injection is the plain sum (no modality weights, no bias). Any prefix is removed. CMU-MOSI uses
-another cell (1x1 Conv1d and BatchNorm) and is refused by name.
+Three layouts are read: the repository's root module (also MM-IMDB; ``weights.i`` and ``bias``), and
+BRCA, whose fused injection is the plain sum (no modality weights, no bias). Any prefix is removed.
+CMU-MOSI uses another cell (1x1 Conv1d and BatchNorm) and is refused by name.
 """
 
 from __future__ import annotations
@@ -16,15 +16,17 @@ from torch import Tensor
 
 _CELL = {"conv1": "linear1", "conv2": "linear2", "gn1": "norm1", "gn2": "norm2", "gn3": "norm3"}
 _COMBINE = {"gate": "gate", "fuse": "fuse", "gn3": "norm"}
-_BRANCH = re.compile(r"^(?P<prefix>.*?)func_\.branches\.(?P<branch>\d+)\.(?P<part>\w+)\.(?P<leaf>\w+)$")
+_BRANCH = re.compile(
+    r"^(?P<prefix>.*?)func_\.branches\.(?P<branch>\d+)\.(?P<part>\w+)\.(?P<leaf>\w+)$"
+)
 
 
 def read_released(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Sizes and renamed parameters of a released state dict.
 
     Returns:
-        ``{"dim": d, "num_modalities": N}`` and a state dict for ``DEQFusion(..., variant="released")``
-        or ``"released-mmimdb"``.
+        ``{"dim": d, "num_modalities": N}`` and a state dict for ``DEQFusion(...,
+        variant="released")`` or ``"released-mmimdb"``.
 
     Raises:
         ValueError: not a DEQ Fusion state dict, CMU-MOSI's cell, or missing or unknown keys.
@@ -32,14 +34,16 @@ def read_released(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Any], dic
     found = [(key, match) for key in state_dict if (match := _BRANCH.match(key))]
     if not found:
         raise ValueError(
-            "state_dict: expected keys such as 'func_.branches.0.conv1.weight' (the authors' released "
-            f"DEQ Fusion), got {sorted(state_dict)[:4]}..."
+            "state_dict: expected keys such as 'func_.branches.0.conv1.weight' (the authors' "
+            f"released DEQ Fusion), got {sorted(state_dict)[:4]}..."
         )
-    mosi = [key for key, m in found if state_dict[key].dim() == 3 or m["leaf"].startswith("running_")]
+    mosi = [
+        key for key, m in found if state_dict[key].dim() == 3 or m["leaf"].startswith("running_")
+    ]
     if mosi:
         raise ValueError(
-            f"state_dict: {mosi[0]!r} belongs to the CMU-MOSI model, whose cell is a 1x1 Conv1d with "
-            "BatchNorm and is not a row-wise residual cell. Remedy: none; DEQFusion covers the root, "
+            f"state_dict: {mosi[0]!r} belongs to the CMU-MOSI model, whose cell is a 1x1 Conv1d "
+            "with BatchNorm, not a row-wise residual cell. Remedy: none; DEQFusion covers the root, "
             "BRCA and MM-IMDB models"
         )
     prefix = found[0][1]["prefix"]
@@ -47,7 +51,9 @@ def read_released(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Any], dic
     renamed = {}
     for key, match in found:
         branch = int(match["branch"])
-        names, home = (_COMBINE, "combine") if branch == num_modalities else (_CELL, f"cells.{branch}")
+        names, home = (
+            (_COMBINE, "combine") if branch == num_modalities else (_CELL, f"cells.{branch}")
+        )
         if match["part"] not in names or match["prefix"] != prefix:
             raise ValueError(f"state_dict: unknown key {key!r} for {num_modalities} modalities")
         renamed[f"{home}.{names[match['part']]}.{match['leaf']}"] = state_dict[key]

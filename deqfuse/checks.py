@@ -1,4 +1,4 @@
-"""Argument checks. Each message names the argument, what was expected, what came, and the remedy."""
+"""Argument checks. Each message names the argument, what was expected, what came, the remedy."""
 
 from __future__ import annotations
 
@@ -50,7 +50,8 @@ def options(solver: Any, adjoint: Any, on_failure: Any) -> None:
         )
     if not isinstance(adjoint, GradientOption):
         raise TypeError(
-            f"adjoint: expected Implicit(...), OneStep(), Neumann(...) or Unrolled(), got {adjoint!r}"
+            "adjoint: expected Implicit(...), OneStep(), Neumann(...) or Unrolled(), "
+            f"got {adjoint!r}"
         )
     if isinstance(adjoint, Unrolled) and (
         isinstance(solver, NewtonKrylov) or getattr(solver, "rescue", False)

@@ -6,7 +6,7 @@ __all__ = ["BackendUnavailable", "ConvergenceError", "ConvergenceWarning", "Doub
 
 
 class ConvergenceWarning(UserWarning):
-    """Some rows of a solve did not reach their tolerance. The message has the numbers and the knob."""
+    """Rows of a solve did not reach their tolerance; the message has the numbers and the knob."""
 
 
 class ConvergenceError(RuntimeError):
@@ -14,7 +14,7 @@ class ConvergenceError(RuntimeError):
 
 
 class BackendUnavailable(RuntimeError):
-    """An explicitly requested backend cannot take this call; the message says why and what to do."""
+    """A backend that was asked for cannot take this call; the message says why and what to do."""
 
 
 class DoubleBackwardError(RuntimeError):
@@ -22,8 +22,8 @@ class DoubleBackwardError(RuntimeError):
 
     def __init__(self) -> None:
         super().__init__(
-            "deqfuse: a second derivative through an implicit gradient was requested (create_graph=True "
-            "or a Hessian). The implicit rule gives first derivatives only. Remedy: use "
-            "adjoint=Unrolled(), which backpropagates through the solver steps and can be "
-            "differentiated again."
+            "deqfuse: a second derivative through an implicit gradient was requested "
+            "(create_graph=True or a Hessian). The implicit rule gives first derivatives only. "
+            "Remedy: use adjoint=Unrolled(), which backpropagates through the solver steps and can "
+            "be differentiated again."
         )

@@ -1,7 +1,7 @@
 """The layer as functions of tensors: validate, resolve options, call the operator.
 
-Parameters are passed explicitly, so these also serve hand-made modules. The modules in ``deqfuse.nn`` are
-thin owners of parameters around them.
+Parameters are passed explicitly, so these also serve hand-made modules. The modules in
+``deqfuse.nn`` are thin owners of parameters around them.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deqfuse import backends, checks, ops, reporting
 from deqfuse import autograd as rule
+from deqfuse import backends, checks, ops, reporting
 from deqfuse.backends import maps, reference
 from deqfuse.backends.maps import CellParams, FuseParams, Variant
 from deqfuse.result import BlockInfo
@@ -58,9 +58,7 @@ def purify_combine(
     """One step of the soft gate and the combination, Eqs. 9-12; differentiable."""
     fuse = FuseParams(*params)
     constant = maps.gate_constant(cells.sum(0), cells.shape[0], fuse)
-    return maps.purify_combine(
-        z, x_fuse, constant, mask, cells.shape[0], fuse, num_groups, variant
-    )
+    return maps.purify_combine(z, x_fuse, constant, mask, cells.shape[0], fuse, num_groups, variant)
 
 
 def solve_cells(
@@ -104,13 +102,22 @@ def solve_cells(
             f"params: expected {size} tensors for each of {x.shape[0]} cells, got {len(flat)}"
         )
     _check_z0(z0, x, "(N, B, d)")
-    adjoint, name = _resolve(x, num_groups, solver, adjoint, backend)
+    name = _choose(x, num_groups, solver, adjoint, backend)
     if isinstance(adjoint, Unrolled):
-        solved = reference.solve_cells(x, flat, _detach(z0), num_groups, variant, solver)
+        with ops.full_precision(x.device):
+            solved = reference.solve_cells(x, flat, _detach(z0), num_groups, variant, solver)
     else:
         solved = reference.Solved(
             *ops.solve_cells(
-                x, flat, _detach(z0), num_groups, variant, solver.code, adjoint.code, name, on_failure
+                x,
+                flat,
+                _detach(z0),
+                num_groups,
+                variant,
+                solver.code,
+                adjoint.code,
+                name,
+                on_failure,
             )
         )
     return solved.z, _block_info(solved, rule.CELLS, solver, on_failure), name
@@ -154,10 +161,11 @@ def solve_fuse(
     if len(flat) != len(FuseParams._fields):
         raise ValueError(f"params: expected {len(FuseParams._fields)} tensors, got {len(flat)}")
     _check_z0(z0, x_fuse, "(B, d)")
-    adjoint, name = _resolve(x_fuse, num_groups, solver, adjoint, backend)
+    name = _choose(x_fuse, num_groups, solver, adjoint, backend)
     block = (x_fuse, cell_sum, flat, mask, _detach(z0), num_modalities, num_groups, variant)
     if isinstance(adjoint, Unrolled):
-        solved = reference.solve_fuse(*block, solver)
+        with ops.full_precision(x_fuse.device):
+            solved = reference.solve_fuse(*block, solver)
     else:
         solved = reference.Solved(
             *ops.solve_fuse(*block, solver.code, adjoint.code, name, on_failure)
@@ -201,20 +209,18 @@ def fixed_point(
     return z_star, info
 
 
-def _resolve(
+def _choose(
     x: Tensor, num_groups: int, solver: SolverOption, adjoint: GradientOption, backend: str
-) -> tuple[GradientOption, str]:
-    """The gradient option in force and the backend that takes the problem."""
-    adjoint = adjoint.for_forward(solver)
-    problem = backends.Problem(x.device, x.dtype, x.shape[-1], num_groups, solver, adjoint)
+) -> str:
+    """The backend that takes the problem."""
     if isinstance(adjoint, Unrolled) and backend == "auto":
         backend = "reference"  # the only one whose steps autograd can follow
-    return adjoint, backends.choose(backend, problem)
+    problem = backends.Problem(x.device, x.dtype, x.shape[-1], num_groups, solver, adjoint)
+    return backends.choose(backend, problem)
 
 
 def _block_info(solved: Any, what: str, solver: SolverOption, on_failure: str) -> BlockInfo:
     """Statistics as users see them, and the report on rows that failed."""
-    reporting.flush()
     residual, outcome = solved.residual.detach(), solved.outcome
     reporting.report(what, outcome, residual, solver, on_failure)
     return BlockInfo(residual, solved.nfe, outcome, solved.trace if solver.trace else None)

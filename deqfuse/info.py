@@ -32,7 +32,9 @@ def system_report() -> str:
     for title, entries in sections.items():
         width = max(map(len, entries)) + 1
         lines.append(f"{title}:")
-        lines += [f"  {name + ':':<{width}} {text}" for name, text in entries.items()]
+        for name, text in entries.items():
+            text = text.replace("\n", "\n" + " " * (width + 3))
+            lines.append(f"  {name + ':':<{width}} {text}")
     return "\n".join(lines)
 
 
@@ -123,9 +125,9 @@ def _backends() -> dict[str, str]:
     from deqfuse import backends
 
     return {
-        backend.name: f"available. {backend.reason}"
+        backend.name: f"available\n{backend.reason}"
         if backend.available
-        else f"unavailable, because {backend.reason}. To change that: {backend.remedy}"
+        else f"unavailable\nReason: {backend.reason}\nRemedy: {backend.remedy}"
         for backend in backends.describe()
     }
 

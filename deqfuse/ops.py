@@ -1,4 +1,4 @@
-"""Operator schemas and shape rules. torch only; the backend named in the call is loaded when it runs.
+"""Operator schemas and shape rules. torch only; the named backend is loaded when a call runs.
 
 Four operators: the forward solve and the adjoint of each block kind. Options travel as text
 (``Option.code``), so one schema serves every solver and every backend, and ``torch.compile`` sees
@@ -18,7 +18,8 @@ _COMMON = "int num_groups, str variant, str solver, str adjoint, str backend, st
 
 torch.library.define(
     "deqfuse::solve_cells",
-    f"(Tensor x, Tensor[] params, Tensor? z0, {_COMMON}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"(Tensor x, Tensor[] params, Tensor? z0, {_COMMON}) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 torch.library.define(
     "deqfuse::solve_fuse",
@@ -27,8 +28,8 @@ torch.library.define(
 )
 torch.library.define(
     "deqfuse::adjoint_cells",
-    "(Tensor grad_z, Tensor z, Tensor x, Tensor[] params, int num_groups, str variant, str adjoint, "
-    "str backend, bool want_params) -> (Tensor, Tensor[], Tensor, Tensor, Tensor)",
+    "(Tensor grad_z, Tensor z, Tensor x, Tensor[] params, int num_groups, str variant, "
+    "str adjoint, str backend, bool want_params) -> (Tensor, Tensor[], Tensor, Tensor, Tensor)",
 )
 torch.library.define(
     "deqfuse::adjoint_fuse",
@@ -38,14 +39,14 @@ torch.library.define(
 )
 
 
-def _full_precision(device: torch.device) -> torch.autocast:
+def full_precision(device: torch.device) -> torch.autocast:
     """A converging loop keeps its norms in float32: autocast ends at the operator's door."""
     return torch.autocast(device_type=device.type, enabled=False)
 
 
 @torch.library.impl("deqfuse::solve_cells", "CompositeExplicitAutograd")
 def _solve_cells(x, params, z0, num_groups, variant, solver, adjoint, backend, on_failure):  # type: ignore[no-untyped-def]
-    with _full_precision(x.device):
+    with full_precision(x.device):
         return tuple(
             backends.load(backend).solve_cells(
                 x, params, z0, num_groups, variant, from_code(solver)
@@ -58,7 +59,7 @@ def _solve_fuse(  # type: ignore[no-untyped-def]
     x_fuse, cell_sum, params, mask, z0, num_modalities,
     num_groups, variant, solver, adjoint, backend, on_failure,
 ):  # fmt: skip
-    with _full_precision(x_fuse.device):
+    with full_precision(x_fuse.device):
         return tuple(
             backends.load(backend).solve_fuse(
                 x_fuse, cell_sum, params, mask, z0, num_modalities,
@@ -69,7 +70,7 @@ def _solve_fuse(  # type: ignore[no-untyped-def]
 
 @torch.library.impl("deqfuse::adjoint_cells", "CompositeExplicitAutograd")
 def _adjoint_cells(grad_z, z, x, params, num_groups, variant, adjoint, backend, want_params):  # type: ignore[no-untyped-def]
-    with _full_precision(z.device):
+    with full_precision(z.device):
         dx, dparams, statistics = backends.load(backend).adjoint_cells(
             grad_z, z, x, params, num_groups, variant, from_code(adjoint), want_params
         )
@@ -81,7 +82,7 @@ def _adjoint_fuse(  # type: ignore[no-untyped-def]
     grad_z, z, x_fuse, cell_sum, params, mask, num_modalities,
     num_groups, variant, adjoint, backend, want_params,
 ):  # fmt: skip
-    with _full_precision(z.device):
+    with full_precision(z.device):
         dx, dcell_sum, dparams, statistics = backends.load(backend).adjoint_fuse(
             grad_z, z, x_fuse, cell_sum, params, mask, num_modalities,
             num_groups, variant, from_code(adjoint), want_params,

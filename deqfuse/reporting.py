@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from deqfuse.errors import ConvergenceError, ConvergenceWarning
-from deqfuse.result import Outcome
+from deqfuse.outcome import Outcome
 from deqfuse.solvers.options import GradientOption, Implicit, SolverOption
 
 ON_FAILURE = ("warn", "raise", "ignore")
@@ -47,7 +47,10 @@ def report(
         option: the solver or gradient option, whose knobs the message names.
         on_failure: "warn", "raise" or "ignore". Under ``torch.compile`` always "ignore".
     """
-    if on_failure == "ignore" or torch.compiler.is_compiling() or outcome.numel() == 0:
+    if torch.compiler.is_compiling():
+        return
+    flush()
+    if on_failure == "ignore" or outcome.numel() == 0:
         return
     if outcome.device.type != "cuda" or on_failure == "raise":
         _say(what, _summarise(outcome, residual).tolist(), option, on_failure)
@@ -63,6 +66,8 @@ def report(
 
 def flush() -> None:
     """Report what has arrived from devices since the last look. Never waits."""
+    if torch.compiler.is_compiling():
+        return
     while True:
         with _lock:
             if not _late or not _late[0].arrived.query():

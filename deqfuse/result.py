@@ -1,8 +1,8 @@
-"""What a solve says about itself: an outcome per row, statistics per block, one record per layer."""
+"""What a solve says about itself: outcome per row, statistics per block, record per layer."""
 
 from __future__ import annotations
 
-import enum
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,28 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["BlockInfo", "Outcome", "SolveInfo"]
+from deqfuse import reporting
+from deqfuse.outcome import Outcome
 
-
-class Outcome(enum.IntEnum):
-    """How the solve of one row ended. Stored per row as int8."""
-
-    CONVERGED = 0
-    MAX_ITER = 1
-    STALLED = 2
-    NON_FINITE = 3
-
-    @property
-    def sentence(self) -> str:
-        return _SENTENCES[self]
-
-
-_SENTENCES = {
-    Outcome.CONVERGED: "the relative residual reached the tolerance",
-    Outcome.MAX_ITER: "the evaluation budget ran out first",
-    Outcome.STALLED: "no new best residual in 20 evaluations",
-    Outcome.NON_FINITE: "the row's map became NaN or infinite",
-}
+__all__ = ["BlockInfo", "SolveInfo"]
 
 
 @dataclass(frozen=True)
@@ -45,7 +27,9 @@ class BlockInfo:
     residual: Tensor  # relative residual |f(z) - z| / (|f(z)| + 1e-5) of the returned iterate
     nfe: Tensor  # int32, evaluations of f (JVPs and VJPs included) while the row was active
     outcome: Tensor  # int8, values of Outcome
-    trace: Tensor | None = None  # (steps, ...): residual at every step; NaN once the row had stopped
+    trace: Tensor | None = (
+        None  # (steps, ...): residual at every step; NaN once the row had stopped
+    )
 
     @property
     def converged(self) -> Tensor:
@@ -54,7 +38,7 @@ class BlockInfo:
 
     @classmethod
     def exact(cls, like: Tensor, shape: tuple[int, ...], nfe: int) -> BlockInfo:
-        """For a block whose equilibrium is known in closed form (``like`` gives device and dtype)."""
+        """For a block solved in closed form (``like`` gives device and dtype)."""
         return cls(
             residual=torch.zeros(shape, device=like.device, dtype=like.dtype),
             nfe=torch.full(shape, nfe, device=like.device, dtype=torch.int32),
@@ -62,7 +46,7 @@ class BlockInfo:
         )
 
     def reshape(self, *shape: int) -> BlockInfo:
-        """The same statistics with rows arranged as ``shape`` (the trace keeps its first dimension)."""
+        """The same statistics with rows arranged as ``shape``."""
         return BlockInfo(
             self.residual.reshape(shape),
             self.nfe.reshape(shape),
@@ -83,11 +67,20 @@ class SolveInfo:
     fuse: BlockInfo  # (...)
     cells: BlockInfo | None  # (N, ...); None for DEQ, which has a single block
     backend: str  # the backend that ran, never "auto"
+    # Each gives (f, z*) of one kind of block, for the Jacobian measurements below.
     blocks: tuple[Callable[[], Any], ...] = field(default=(), repr=False, compare=False)
+
+    def reshape(self, *rows: int) -> SolveInfo:
+        """The same record with rows arranged as ``rows``."""
+        cells = self.cells
+        if cells is not None:
+            cells = cells.reshape(cells.residual.shape[0], *rows)
+        return dataclasses.replace(self, fuse=self.fuse.reshape(*rows), cells=cells)
 
     @property
     def converged(self) -> Tensor:
         """(...) bool: every block of that row converged."""
+        reporting.flush()
         if self.cells is None:
             return self.fuse.converged
         return self.fuse.converged & self.cells.converged.all(0)
@@ -100,10 +93,10 @@ class SolveInfo:
         return torch.maximum(self.fuse.nfe, self.cells.nfe.amax(0))
 
     def jacobian_penalty(self, num_probes: int = 1) -> Tensor:
-        """Differentiable scalar: sum over blocks of ``|J_bb^T v|^2 / (B (N+1) d)``, Gaussian probes v.
+        """Differentiable scalar: ``sum_b |J_bb^T v|^2 / (B (N+1) d)`` with Gaussian probes v.
 
-        The equilibrium is held constant (its own dependence on the parameters is not followed), as in
-        the authors' released code; add it to the loss to keep the layer contractive in training.
+        The equilibrium is held constant (its own dependence on the parameters is not followed), as
+        in the authors' released code; add it to the loss to keep the layer contractive in training.
         Needs grad mode. One double VJP per probe and block, on the reference path.
         """
         from deqfuse.diagnostics.jacobian import jacobian_penalty
@@ -111,12 +104,12 @@ class SolveInfo:
         return jacobian_penalty([block() for block in self.blocks], num_probes)
 
     def spectral_radius(self, num_iters: int = 60) -> Tensor:
-        """(blocks, ...) estimate of each row's largest ``|eigenvalue|`` of J_bb, by power iteration.
+        """(blocks, ...) largest ``|eigenvalue|`` of each row's J_bb, by power iteration.
 
         The cells come first, the fuse block last. Below 1 the plain iteration converges.
         """
         from deqfuse.diagnostics.jacobian import spectral_radius
 
         rows = self.fuse.residual.shape
-        radii = [spectral_radius(*block(), num_iters=num_iters) for block in self.blocks]
+        radii = [spectral_radius(f, z, num_iters) for f, z in (block() for block in self.blocks)]
         return torch.cat([r.reshape(-1, *rows) for r in radii])

@@ -1,14 +1,13 @@
 """Which backend runs a problem, or why not.
 
-Every backend is a module with the same few names: ``unavailable()`` (None, or why it cannot run here
-and what would change that), ``refuses(problem)`` (None, or why it cannot take this problem) and the four
-functions ``solve_cells``, ``adjoint_cells``, ``solve_fuse``, ``adjoint_fuse``. An explicit request is
-never answered by another backend; only "auto" moves on.
+Every backend is a module with the same few names: ``unavailable()`` (None, or why it cannot run
+here and what would change that), ``refuses(problem)`` (None, or why it cannot take this problem)
+and the four functions ``solve_cells``, ``adjoint_cells``, ``solve_fuse``, ``adjoint_fuse``. An
+explicit request is never answered by another backend; only "auto" moves on.
 """
 
 from __future__ import annotations
 
-import importlib
 import logging
 import os
 from dataclasses import dataclass
@@ -16,29 +15,19 @@ from types import ModuleType
 
 import torch
 
+from deqfuse.backends import cpu, cuda, reference
+from deqfuse.backends.problem import Problem as Problem
 from deqfuse.errors import BackendUnavailable
-from deqfuse.solvers.options import GradientOption, SolverOption
 
 __all__ = ["BACKENDS", "BackendStatus", "Problem", "choose", "describe", "load"]
 
 # Fastest first: "auto" takes the first that accepts the problem.
-BACKENDS = ("cuda", "cpu", "reference")
+_MODULES: dict[str, ModuleType] = {"cuda": cuda, "cpu": cpu, "reference": reference}
+BACKENDS = tuple(_MODULES)
 ENVIRONMENT = "DEQFUSE_BACKEND"
 
 _log = logging.getLogger("deqfuse")
 _announced: set[str] = set()
-
-
-@dataclass(frozen=True)
-class Problem:
-    """What a backend needs to know to accept or refuse a call."""
-
-    device: torch.device
-    dtype: torch.dtype
-    dim: int
-    num_groups: int
-    solver: SolverOption
-    adjoint: GradientOption
 
 
 @dataclass(frozen=True)
@@ -53,7 +42,7 @@ class BackendStatus:
 
 def load(name: str) -> ModuleType:
     """The module of a backend."""
-    return importlib.import_module(f"deqfuse.backends.{name}")
+    return _MODULES[name]
 
 
 def describe() -> list[BackendStatus]:
@@ -61,7 +50,7 @@ def describe() -> list[BackendStatus]:
     table = []
     for name in BACKENDS:
         missing = load(name).unavailable()
-        reason, remedy = missing or (load(name).__doc__.splitlines()[0], "")
+        reason, remedy = missing or ((load(name).__doc__ or "").partition("\n")[0], "")
         table.append(BackendStatus(name, missing is None, reason, remedy))
     return table
 
@@ -98,7 +87,7 @@ def choose(requested: str, problem: Problem) -> str:
             raise BackendUnavailable(f"backend={requested!r} cannot take this call: {objection}")
         return requested
     name = next(name for name in BACKENDS if _objection(name, problem) is None)
-    if name not in _announced and not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and name not in _announced:
         _announced.add(name)
         _log.info("deqfuse: backend=%r for %s", name, problem.device)
     return name

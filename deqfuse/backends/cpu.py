@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from deqfuse import backends
+from deqfuse.backends.problem import Problem
 
 
 def unavailable() -> tuple[str, str] | None:
@@ -13,6 +13,6 @@ def unavailable() -> tuple[str, str] | None:
     )
 
 
-def refuses(problem: backends.Problem) -> str | None:
+def refuses(problem: Problem) -> str | None:
     """Why this backend cannot take the problem."""
     return None if problem.device.type == "cpu" else f"it runs on CPU tensors, not {problem.device}"

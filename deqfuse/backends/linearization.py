@@ -2,8 +2,8 @@
 
 At the equilibrium the Jacobian is constant. One evaluation saves the normalised values, the inverse
 standard deviations and the relu signs; after that a product with J or J^T costs two matrix products
-and a few element-wise passes, as often as needed, without a graph. GroupNorm's Jacobian is ``diag(gamma)
-S`` with the symmetric ``S t = rstd (t - mean(t) - x_hat mean(t x_hat))`` per group.
+and a few element-wise passes, as often as needed, without a graph. GroupNorm's Jacobian is
+``diag(gamma) S`` with the symmetric ``S t = rstd (t - mean(t) - x_hat mean(t x_hat))`` per group.
 """
 
 from __future__ import annotations
@@ -167,11 +167,15 @@ class FuseLinearization:
         if not want_params:
             return de, dcell_sum, None
         dcombined = self._masked(de)
-        return de, dcell_sum, FuseParams(
-            gate_weight=dgate.mT @ self.gate_input,
-            gate_bias=self.n * dgate.sum(0),
-            fuse_weight=dcombined.mT @ self.q,
-            fuse_bias=dcombined.sum(0),
-            norm_weight=(du * self.norm.x_hat).sum(0),
-            norm_bias=du.sum(0),
+        return (
+            de,
+            dcell_sum,
+            FuseParams(
+                gate_weight=dgate.mT @ self.gate_input,
+                gate_bias=self.n * dgate.sum(0),
+                fuse_weight=dcombined.mT @ self.q,
+                fuse_bias=dcombined.sum(0),
+                norm_weight=(du * self.norm.x_hat).sum(0),
+                norm_bias=du.sum(0),
+            ),
         )

@@ -1,8 +1,8 @@
 """The equations of the layer, one step each, in plain PyTorch. All rows at once, no state.
 
 This file is the statement that every fused kernel is checked against. Shapes: ``d`` features, ``N``
-modalities, ``B`` rows; cell parameters carry a leading modality dimension. Equation numbers are those
-of arXiv 2306.16645.
+modalities, ``B`` rows; cell parameters carry a leading modality dimension. Equation numbers are
+those of arXiv 2306.16645.
 """
 
 from __future__ import annotations
@@ -129,7 +129,9 @@ def purify_combine(
     return output_norm(combined + x_fuse, params.norm_weight, params.norm_bias, num_groups, variant)
 
 
-def output_norm(e: Tensor, weight: Tensor, bias: Tensor, num_groups: int, variant: Variant) -> Tensor:
+def output_norm(
+    e: Tensor, weight: Tensor, bias: Tensor, num_groups: int, variant: Variant
+) -> Tensor:
     """``GN(relu(e))``, or ``relu(GN(e))`` in "released-mmimdb"."""
     if variant == "released-mmimdb":
         return torch.relu(group_norm(e, weight, bias, num_groups))

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from deqfuse import backends
 from deqfuse.backends.linearization import CellLinearization, FuseLinearization
 from deqfuse.backends.maps import (
     CellParams,
@@ -17,8 +16,9 @@ from deqfuse.backends.maps import (
     purify_combine,
     residual_cell,
 )
+from deqfuse.backends.problem import Problem
 from deqfuse.solvers.adjoint import solve_adjoint
-from deqfuse.solvers.newton_krylov import Linearize
+from deqfuse.solvers.newton_krylov import Linearize, Map
 from deqfuse.solvers.options import GradientOption, SolverOption
 from deqfuse.solvers.rows import Solution
 from deqfuse.solvers.solve import solve
@@ -47,7 +47,7 @@ def unavailable() -> tuple[str, str] | None:
     return None
 
 
-def refuses(problem: backends.Problem) -> str | None:
+def refuses(problem: Problem) -> str | None:
     """Why this backend cannot take the problem: it takes them all."""
     return None
 
@@ -72,7 +72,7 @@ def solve_cells(
     def step(z: Tensor) -> Tensor:
         return residual_cell(z.view(shape), x, params, num_groups, variant).flatten(0, 1)
 
-    def linearize(z: Tensor):  # type: ignore[no-untyped-def]
+    def linearize(z: Tensor) -> Map:
         at = CellLinearization(z.view(shape), x, params, num_groups, variant)
         return lambda v: at.jvp(v.view(shape)).flatten(0, 1)
 
@@ -94,12 +94,12 @@ def solve_fuse(
     params = FuseParams(*_to_compute(flat_params, x_fuse))
     x_fuse, cell_sum, mask = (_to_compute(t, x_fuse) for t in (x_fuse, cell_sum, mask))
     constant = gate_constant(cell_sum, num_modalities, params)
-    at_zero = (x_fuse, constant, mask, num_modalities, params, num_groups, variant)
+    block = (x_fuse, constant, mask, num_modalities, params, num_groups, variant)
 
     def step(z: Tensor) -> Tensor:
-        return purify_combine(z, *at_zero)
+        return purify_combine(z, *block)
 
-    def linearize(z: Tensor):  # type: ignore[no-untyped-def]
+    def linearize(z: Tensor) -> Map:
         return FuseLinearization(
             z, x_fuse, cell_sum, mask, num_modalities, params, num_groups, variant
         ).jvp
@@ -117,7 +117,7 @@ def adjoint_cells(
     adjoint: GradientOption,
     want_params: bool,
 ) -> tuple[Tensor, list[Tensor], Statistics]:
-    """Gradients through the cells' equilibria: dx, the parameters' gradients, and the statistics."""
+    """Gradients through the cells' equilibria: dx, the parameters', the statistics."""
     params = CellParams.stack(_to_compute(flat_params, z))
     at = CellLinearization(z, _to_compute(x, z), params, num_groups, variant)
     shape = z.shape
@@ -142,7 +142,7 @@ def adjoint_fuse(
     adjoint: GradientOption,
     want_params: bool,
 ) -> tuple[Tensor, Tensor, list[Tensor], Statistics]:
-    """Gradients through the fuse equilibrium: dx_fuse, dcell_sum, the parameters', the statistics."""
+    """Gradients through the fuse equilibrium: dx_fuse, dcell_sum, parameters', statistics."""
     params = FuseParams(*_to_compute(flat_params, z))
     at = FuseLinearization(
         z,
@@ -161,7 +161,7 @@ def adjoint_fuse(
     return dx.to(x_fuse.dtype), dcell_sum.to(cell_sum.dtype), grads, statistics
 
 
-def _to_compute(value, like):  # type: ignore[no-untyped-def]
+def _to_compute(value: Any, like: Tensor) -> Any:
     """A tensor, a list of tensors or None in the compute dtype that belongs to ``like``."""
     if value is None:
         return None
@@ -182,7 +182,7 @@ def _statistics(solution: Solution, shape: torch.Size) -> Statistics:
 
 
 def _solve(
-    step,  # type: ignore[no-untyped-def]
+    step: Map,
     shape: torch.Size,
     like: Tensor,
     z0: Tensor | None,
@@ -192,7 +192,9 @@ def _solve(
     start = like.new_zeros(shape) if z0 is None else z0.to(like.dtype)
     found = solve(step, start.reshape(-1, shape[-1]), solver, linearize)
     stats = _statistics(found, shape[:-1])
-    trace = stats.residual.new_full((solver.trace_length if solver.trace else 0, *shape[:-1]), torch.nan)
+    trace = stats.residual.new_full(
+        (solver.trace_length if solver.trace else 0, *shape[:-1]), torch.nan
+    )
     if found.trace is not None:
         trace[: found.trace.shape[0]] = found.trace.view(-1, *shape[:-1])
     return Solved(found.z.view(shape), *stats, trace)

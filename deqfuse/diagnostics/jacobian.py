@@ -46,8 +46,8 @@ def jacobian_penalty(blocks: Sequence[tuple[Map, Tensor]], num_probes: int) -> T
 def spectral_radius(f: Map, z: Tensor, num_iters: int = 60) -> Tensor:
     """(...) estimate of the spectral radius of each row's Jacobian, for z (..., d).
 
-    Power iteration on J^T; the mean growth over the second half of the iterations, so that a complex
-    pair, whose growth oscillates, is averaged out.
+    Power iteration on J^T; the mean growth over the second half of the iterations, so that a
+    complex pair, whose growth oscillates, is averaged out.
     """
     if num_iters < 2:
         raise ValueError(f"num_iters: expected an int >= 2, got {num_iters}")

@@ -1,4 +1,4 @@
-"""The two building blocks as modules that own their parameters: residual cell, purify-then-combine."""
+"""The two building blocks as modules: residual cell, purify-then-combine."""
 
 from __future__ import annotations
 
@@ -120,7 +120,13 @@ class PurifyCombine(nn.Module):
                 combined + x_fuse, self.norm.weight, self.norm.bias, self.num_groups, self.variant
             )
         return functional.purify_combine(
-            z, cells, x_fuse, self.flat(), mask=mask, num_groups=self.num_groups, variant=self.variant
+            z,
+            cells,
+            x_fuse,
+            self.flat(),
+            mask=mask,
+            num_groups=self.num_groups,
+            variant=self.variant,
         )
 
 

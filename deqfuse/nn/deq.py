@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -19,9 +20,9 @@ class DEQ(nn.Module):
     """Solves ``z = f(z, *args)`` and differentiates the solution implicitly.
 
     Args:
-        f: callable or module. Its state z is a tensor (B, ...) or a tuple of tensors that share B; it
-            returns a state of the same structure and shapes. Row b of the output may depend on row b
-            of the input only: rows stop on their own.
+        f: callable or module. Its state z is a tensor (B, ...) or a tuple of tensors that share B;
+            it returns a state of the same structure and shapes. Row b of the output may depend on
+            row b of the input only: rows stop on their own.
         solver: forward solver and tolerance.
         adjoint: how gradients pass; they reach ``args`` and everything that f closes over.
         on_failure: "warn", "raise" or "ignore" when rows do not converge, forward or backward.
@@ -94,36 +95,25 @@ class _Layout:
                     f"{f' and B = {parts[0].shape[0]}' if i else ''}, got {tuple(part.shape)}"
                 )
         self.shapes = [tuple(part.shape) for part in parts]
-        self.sizes = [part[0].numel() if len(part) else _numel(part.shape[1:]) for part in parts]
+        self.sizes = [math.prod(shape[1:]) for shape in self.shapes]
 
     def flatten(self, state: Any, name: str) -> Tensor:
+        """State -> rows (B, n)."""
         parts = state if isinstance(state, tuple) else (state,)
         if isinstance(state, tuple) != self.is_tuple or len(parts) != len(self.shapes):
-            raise TypeError(
-                f"{name}: expected {'a tuple of ' + str(len(self.shapes)) + ' tensors' if self.is_tuple else 'a tensor'} "
-                f"like z0, got {type(state).__name__}"
-            )
+            wanted = f"a tuple of {len(self.shapes)} tensors" if self.is_tuple else "a tensor"
+            raise TypeError(f"{name}: expected {wanted} like z0, got {type(state).__name__}")
         for i, (part, shape) in enumerate(zip(parts, self.shapes, strict=True)):
-            checks.tensor(name, part)
-            if tuple(part.shape) != shape:
-                raise ValueError(
-                    f"{name}: expected the shape of z0{f'[{i}]' if self.is_tuple else ''}, {shape}, "
-                    f"got {tuple(part.shape)}"
-                )
-        return torch.cat([p.reshape(p.shape[0], -1) for p in parts], dim=1) if len(parts) > 1 else (
-            parts[0].reshape(parts[0].shape[0], self.sizes[0])
-        )
+            entry = f"{name}[{i}]" if self.is_tuple else name
+            checks.tensor(entry, part)
+            checks.shape(entry, part, shape, "the shape of z0")
+        rows = [p.reshape(p.shape[0], n) for p, n in zip(parts, self.sizes, strict=True)]
+        return torch.cat(rows, dim=1) if len(rows) > 1 else rows[0]
 
     def unflatten(self, rows: Tensor) -> Any:
+        """Rows (B, n) -> state."""
         parts = tuple(
             part.reshape(shape)
             for part, shape in zip(rows.split(self.sizes, dim=1), self.shapes, strict=True)
         )
         return parts if self.is_tuple else parts[0]
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    size = 1
-    for n in shape:
-        size *= n
-    return size

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deqfuse import checks, functional
-from deqfuse.backends import BACKENDS, maps
+from deqfuse.backends import BACKENDS, maps, reference
 from deqfuse.backends.maps import VARIANTS, CellParams, FuseParams, Variant
+from deqfuse.nn import inputs
 from deqfuse.nn.cells import INITS, PurifyCombine, ResidualCell, dropout_mask
 from deqfuse.result import BlockInfo, SolveInfo
 from deqfuse.solvers.options import Anderson, GradientOption, Implicit, SolverOption
@@ -22,9 +23,10 @@ class DEQFusion(nn.Module):
     """Deep-equilibrium multimodal fusion (Ni et al., arXiv 2306.16645).
 
     Features of N modalities pass N residual cells and a soft-gated purify-then-combine step; the
-    output is the joint equilibrium of all N + 1 equations, found per row, differentiated by the implicit
-    function theorem. The cells do not depend on each other or on z_f, so they are solved first and the
-    fuse equation after them: the same equilibrium as the joint solve of Eq. 17, at less cost.
+    output is the joint equilibrium of all N + 1 equations, found per row, differentiated by the
+    implicit function theorem. The cells do not depend on each other or on z_f, so they are solved
+    first and the fuse equation after them: the same equilibrium as the joint solve of Eq. 17, at
+    less cost.
 
     Args:
         dim: features d of the fused space.
@@ -37,14 +39,15 @@ class DEQFusion(nn.Module):
         weight_tied_steps: k steps of all equations from zero with backpropagation through them,
             instead of the equilibrium (Table 7).
         variant: "paper"; "released", the authors' code (skip ``+ z_i`` before the cell's last relu,
-            scalar bias on x_f); "released-mmimdb", their MM-IMDB code (also relu after the last norm).
+            scalar bias on x_f); "released-mmimdb", their MM-IMDB code (also relu after the last
+            norm).
         in_dims: widths of the N inputs; adds one Linear per modality onto ``dim``.
         dropout: probability on W_f's output, in training mode; one draw per solve.
         init: "contractive" (every row converges, see docs/design.md) or "torch".
         injection_norm: normalises each injection x_i over its features (no parameters), which makes
             the layer insensitive to the scale of its inputs.
-        solver, adjoint, on_failure, backend: how to solve, how to differentiate, what to do about rows
-            that did not converge, and what to run on ("auto" or a name).
+        solver, adjoint, on_failure, backend: how to solve, how to differentiate, what to do about
+            rows that did not converge, and what to run on ("auto" or a name).
 
     Parameters that an ablation does not use are not created.
 
@@ -96,7 +99,8 @@ class DEQFusion(nn.Module):
         self.cell = "identity" if combine == "weighted_sum" else cell
         self.projections = _projections(in_dims, dim, num_modalities)
         self.cells = nn.ModuleList(
-            ResidualCell(dim, **common) for _ in range(num_modalities if self.cell == "residual" else 0)
+            ResidualCell(dim, **common)
+            for _ in range(num_modalities if self.cell == "residual" else 0)
         )
         self.combine: PurifyCombine | None = None
         self.combine_kind = combine
@@ -137,44 +141,30 @@ class DEQFusion(nn.Module):
             ConvergenceError: rows did not converge and ``on_failure="raise"``.
         """
         x, lead = self._injections(features)  # (N, B, d)
-        start_fuse, start_cells = self._start(z0, lead)
-        if self.weight_tied_steps is not None:
-            z, zs, info = self._weight_tied(x)
+        if return_cells and self.combine_kind == "weighted_sum":
+            raise ValueError("return_cells: combine='weighted_sum' has no cells to return")
+        if self.weight_tied_steps is None:
+            starts = inputs.check_start(z0, self.num_modalities, lead, self.dim)
+            z, zs, info = self._equilibrium(x, *starts)
+        elif z0 is not None:
+            raise ValueError(
+                "z0: weight_tied_steps starts from zero by definition, got a warm start"
+            )
         else:
-            z, zs, info = self._equilibrium(x, start_fuse, start_cells)
+            z, zs, info = self._weight_tied(x, self.weight_tied_steps)
         z, zs = z.to(x.dtype), zs.to(x.dtype)
         outputs: list[Any] = [z.reshape(*lead, self.dim)]
         if return_cells:
-            if self.combine_kind == "weighted_sum":
-                raise ValueError("return_cells: combine='weighted_sum' has no cells to return")
             outputs.append(zs.reshape(self.num_modalities, *lead, self.dim))
         if return_info:
-            fuse, cells, backend, blocks = info
-            outputs.append(
-                SolveInfo(
-                    fuse.reshape(*lead), cells.reshape(self.num_modalities, *lead), backend, blocks
-                )
-            )
+            outputs.append(info.reshape(*lead))
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
     # ---- the data flow: injections -> cells -> combination ---------------------------------------
 
     def _injections(self, features: Sequence[Tensor]) -> tuple[Tensor, torch.Size]:
         """Check, project and normalise the inputs: x (N, B, d) and the leading dimensions."""
-        if isinstance(features, Tensor) or len(features) != self.num_modalities:
-            got = "a single tensor" if isinstance(features, Tensor) else f"{len(features)} tensors"
-            raise ValueError(
-                f"features: expected a sequence of num_modalities={self.num_modalities} tensors, got {got}"
-            )
-        like = next(iter(self.parameters()), None)
-        widths = [self.dim] * len(features)
-        if self.projections is not None:
-            widths = [p.in_features for p in self.projections]  # type: ignore[misc]
-        for i, (feature, width) in enumerate(zip(features, widths, strict=True)):
-            checks.tensor(f"features[{i}]", feature, like=features[0] if like is None else like)
-            lead = tuple(features[0].shape[:-1])
-            checks.shape(f"features[{i}]", feature, (*lead, width), "(leading dimensions of features[0], width)")
-        lead = features[0].shape[:-1]
+        lead = inputs.check_features(features, _widths(self), next(iter(self.parameters()), None))
         if self.projections is not None:
             features = [p(f) for p, f in zip(self.projections, features, strict=True)]
         x = torch.stack([f.reshape(-1, self.dim) for f in features])
@@ -182,25 +172,8 @@ class DEQFusion(nn.Module):
             x = F.layer_norm(x, (self.dim,))
         return x, lead
 
-    def _start(
-        self, z0: tuple[Tensor, Tensor] | None, lead: torch.Size
-    ) -> tuple[Tensor | None, Tensor | None]:
-        if z0 is None:
-            return None, None
-        if self.weight_tied_steps is not None:
-            raise ValueError("z0: weight_tied_steps starts from zero by definition; got a warm start")
-        if not (isinstance(z0, (tuple, list)) and len(z0) == 2):
-            raise TypeError(f"z0: expected a pair (fused, cells), got {type(z0).__name__}")
-        for name, value, shape in (
-            ("z0[0]", z0[0], (*lead, self.dim)),
-            ("z0[1]", z0[1], (self.num_modalities, *lead, self.dim)),
-        ):
-            checks.tensor(name, value)
-            checks.shape(name, value, shape, "(..., dim)" if name == "z0[0]" else "(N, ..., dim)")
-        return z0[0].reshape(-1, self.dim), z0[1].reshape(self.num_modalities, -1, self.dim)
-
     def _x_fuse(self, x: Tensor) -> Tensor:
-        """The injection of the fuse equation, ``x_f = sum_i w_i x_i (+ bias)``: (N, B, d) -> (B, d)."""
+        """Injection of the fuse equation, ``x_f = sum_i w_i x_i (+ bias)``: (B, d)."""
         x_fuse = (self.modality_weights[:, None, None] * x).sum(0)
         return x_fuse if self.injection_bias is None else x_fuse + self.injection_bias
 
@@ -216,76 +189,77 @@ class DEQFusion(nn.Module):
 
     def _equilibrium(
         self, x: Tensor, start_fuse: Tensor | None, start_cells: Tensor | None
-    ) -> tuple[Tensor, Tensor, tuple[Any, ...]]:
-        rows = tuple(x.shape[:-1])
-        blocks: list[Callable[[], Any]] = []
-        if self.cell == "identity":
-            zs, cells, backend = x, BlockInfo.exact(x, rows, 0), "reference"
-        else:
+    ) -> tuple[Tensor, Tensor, SolveInfo]:
+        """z_f (B, d), the cells (N, B, d), and what happened; the cells are solved first."""
+        rows, blocks = tuple(x.shape[:-1]), []
+        zs, cells, backend = x, BlockInfo.exact(x, rows, 0), "reference"
+        if self.cell == "residual":
             flat = [t for cell in self.cells for t in cell.flat()]  # type: ignore[operator]
             zs, cells, backend = functional.solve_cells(x, flat, z0=start_cells, **self._options())
             blocks.append(lambda: (self._cells_map(x, flat), zs.detach()))
-        if self.combine_kind == "weighted_sum":
-            return self._x_fuse(x), zs, (BlockInfo.exact(x, rows[1:], 0), cells, backend, ())
-        if self.combine is None:
-            return zs.sum(0), zs, (BlockInfo.exact(x, rows[1:], 0), cells, backend, tuple(blocks))
-        x_fuse, mask = self._x_fuse(x), self._mask(x)
-        if self.combine.gate is None:
-            z = self.combine(zs[0], zs.to(x.dtype), x_fuse, mask)
-            return z, zs, (BlockInfo.exact(x, rows[1:], 1), cells, backend, tuple(blocks))
-        cell_sum, params = zs.sum(0), self.combine.flat()
-        z, fuse, backend = functional.solve_fuse(
-            x_fuse,
-            cell_sum,
-            params,
-            num_modalities=self.num_modalities,
-            mask=mask,
-            z0=start_fuse,
-            **self._options(),
-        )
-        blocks.append(lambda: (self._fuse_map(x_fuse, cell_sum.detach(), params, mask), z.detach()))
-        return z, zs, (fuse, cells, backend, tuple(blocks))
 
-    def _weight_tied(self, x: Tensor) -> tuple[Tensor, Tensor, tuple[Any, ...]]:
-        """k steps of every equation from zero; each step's combination sees that step's cells."""
-        z, zs = torch.zeros_like(x[0]), torch.zeros_like(x)
-        x_fuse = None if self.modality_weights is None else self._x_fuse(x)
-        mask = self._mask(x)
-        before = z, zs
-        for _ in range(self.weight_tied_steps or 0):
+        if self.combine is not None and self.combine.gate is not None:
+            x_fuse, mask, cell_sum = self._x_fuse(x), self._mask(x), zs.sum(0)
+            params, n = self.combine.flat(), self.num_modalities
+            z, fuse, backend = functional.solve_fuse(
+                x_fuse,
+                cell_sum,
+                params,
+                num_modalities=n,
+                mask=mask,
+                z0=start_fuse,
+                **self._options(),
+            )
+            blocks.append(
+                lambda: (self._fuse_map(x_fuse, cell_sum.detach(), params, mask), z.detach())
+            )
+        else:  # in closed form: one evaluation without a gate, none without a combination
+            z = self._combined(x[0], zs.to(x.dtype), x)
+            fuse = BlockInfo.exact(x, rows[1:], 0 if self.combine is None else 1)
+        return z, zs, SolveInfo(fuse, cells, backend, tuple(blocks))
+
+    def _combined(self, z: Tensor, zs: Tensor, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """One evaluation of the combination, whichever it is."""
+        if self.combine is not None:
+            mask = self._mask(x) if mask is None else mask
+            return self.combine(z, zs, self._x_fuse(x), mask)
+        return zs.sum(0) if self.modality_weights is None else self._x_fuse(x)
+
+    def _weight_tied(self, x: Tensor, steps: int) -> tuple[Tensor, Tensor, SolveInfo]:
+        """``steps`` steps of every equation from zero; each combination sees that step's cells."""
+        z, zs, mask = torch.zeros_like(x[0]), torch.zeros_like(x), self._mask(x)
+        for _ in range(steps):
             before = z, zs
-            zs = x if self.cell == "identity" else torch.stack(
-                [cell(zs[i], x[i]) for i, cell in enumerate(self.cells)]
-            )
-            if self.combine is not None:
-                z = self.combine(z, zs, x_fuse, mask)
+            if self.cell == "identity":
+                zs = x
             else:
-                z = zs.sum(0) if x_fuse is None else x_fuse
+                zs = torch.stack([cell(zs[i], x[i]) for i, cell in enumerate(self.cells)])
+            z = self._combined(z, zs, x, mask)
         with torch.no_grad():
-            fuse, cells = (
-                _last_step(old, new, self.solver, self.weight_tied_steps or 0)
-                for old, new in zip(before, (z, zs), strict=True)
-            )
-        return z, zs, (fuse, cells, "reference", ())
+            fuse = _last_step(before[0], z, self.solver, steps)
+            cells = _last_step(before[1], zs, self.solver, steps)
+        return z, zs, SolveInfo(fuse, cells, "reference")
 
     def _mask(self, x: Tensor) -> Tensor | None:
         if self.combine is None or not self.training or self.dropout == 0:
             return None
         return dropout_mask(x[0], self.dropout)
 
-    # ---- the maps themselves, for Jacobian measurements -------------------------------------------
-
     def _cells_map(self, x: Tensor, flat: list[Tensor]) -> Callable[[Tensor], Tensor]:
-        params = CellParams.stack(flat)
-        return lambda z: maps.residual_cell(z, x.to(z.dtype), params, self.num_groups, self.variant)
+        """The cells' map in the compute dtype, for Jacobian measurements."""
+        dtype = reference.compute_dtype(x.dtype)
+        params, x = CellParams.stack([t.to(dtype) for t in flat]), x.to(dtype)
+        return lambda z: maps.residual_cell(z, x, params, self.num_groups, self.variant)
 
     def _fuse_map(
         self, x_fuse: Tensor, cell_sum: Tensor, flat: list[Tensor], mask: Tensor | None
     ) -> Callable[[Tensor], Tensor]:
-        params, n = FuseParams(*flat), self.num_modalities
+        """The fuse map in the compute dtype, for Jacobian measurements."""
+        dtype, n = reference.compute_dtype(x_fuse.dtype), self.num_modalities
+        params, x_fuse = FuseParams(*(t.to(dtype) for t in flat)), x_fuse.to(dtype)
         constant = maps.gate_constant(cell_sum, n, params)
         return lambda z: maps.purify_combine(
-            z, x_fuse.to(z.dtype), constant, mask, n, params, self.num_groups, self.variant
+            z, x_fuse, constant, mask, n, params, self.num_groups, self.variant
         )
 
     def extra_repr(self) -> str:
@@ -302,13 +276,19 @@ class DEQFusion(nn.Module):
         variant: Variant = "released",
         **options: Any,
     ) -> DEQFusion:
-        """A layer with the weights of one of the authors' state dicts; see ``deqfuse.checkpoints``."""
+        """A layer with the weights of an authors' state dict; see ``deqfuse.checkpoints``."""
         from deqfuse.checkpoints import read_released
 
         sizes, renamed = read_released(state_dict)
         layer = cls(**sizes, variant=variant, **options)
         layer.load_state_dict(renamed)
         return layer
+
+
+def _widths(layer: DEQFusion) -> list[int]:
+    if layer.projections is None:
+        return [layer.dim] * layer.num_modalities
+    return [p.in_features for p in layer.projections]  # type: ignore[misc]
 
 
 def _projections(
@@ -326,10 +306,8 @@ def _projections(
 
 
 def _last_step(old: Tensor, new: Tensor, solver: SolverOption, steps: int) -> BlockInfo:
-    """Residual of the last weight-tied step: converged only if it happens to meet the tolerance."""
+    """Residual of the last weight-tied step; converged only if it happens to meet the tolerance."""
     rows = Rows(old.flatten(0, -2), solver.tol, max_iter=1)
     rows.observe(old.flatten(0, -2), new.flatten(0, -2), cost=steps)
     found, shape = rows.solution(), new.shape[:-1]
-    return BlockInfo(
-        found.residual.view(shape), found.nfe.view(shape), found.outcome.view(shape)
-    )
+    return BlockInfo(found.residual.view(shape), found.nfe.view(shape), found.outcome.view(shape))

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from deqfuse.result import Outcome
+from deqfuse.outcome import Outcome
 from deqfuse.solvers.linear import solve_linear
 from deqfuse.solvers.options import GradientOption, Implicit, Neumann, OneStep
 from deqfuse.solvers.rows import Solution

@@ -1,7 +1,7 @@
 """Anderson mixing and damped Picard iteration, per row.
 
-Written without in-place updates, so that the same code is the solver and, under grad mode, the thing
-that ``Unrolled`` backpropagates through.
+Written without in-place updates, so that the same code is the solver and, under grad mode, the
+thing that ``Unrolled`` backpropagates through.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def mixing_weights(
     gram: Tensor,  # (R, k, k)
     lam: float,
 ) -> Tensor:  # (R, k)
-    """Weights that minimise ``|sum_i alpha_i g_i|`` with ``sum_i alpha_i = 1``, from the Gram matrix.
+    """Weights that minimise ``|sum_i alpha_i g_i|`` with sum 1, from the Gram matrix of the g_i.
 
     ``alpha = A^-1 1 / (1^T A^-1 1)`` with ``A = gram + lam max(diag gram) I``, by a Cholesky
     factorisation whose pivots are kept above a relative floor.
@@ -67,7 +67,9 @@ def anderson(
 ) -> Solution:
     """Solve ``z = f(z)`` by Anderson mixing; see :class:`Anderson` for the knobs."""
     rows = Rows(z0, option.tol, option.max_iter, scale=scale, trace=option.trace)
-    z, images, residuals, gram = z0, [], [], None
+    images: list[Tensor] = []  # f of the last m iterates, newest first
+    residuals: list[Tensor] = []
+    z, gram = z0, None
     while True:
         fz = f(z)
         if not rows.observe(z, fz):

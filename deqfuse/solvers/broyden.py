@@ -12,7 +12,7 @@ from deqfuse.solvers.rows import Rows, Solution, row_dot, row_norm, select
 
 
 class _InverseJacobian:
-    """``B = -I + sum_i u_i v_i^T``, an approximate inverse of the Jacobian of ``g(z) = f(z) - z``."""
+    """``B = -I + sum_i u_i v_i^T``, approximates the inverse Jacobian of ``g(z) = f(z) - z``."""
 
     def __init__(self, memory: int) -> None:
         self.memory = memory
@@ -37,7 +37,9 @@ class _InverseJacobian:
         denominator = row_dot(v, y)
         # A vanishing denominator would throw the row far away: it keeps its old B for this step.
         safe = denominator.abs() > 1e-8 * row_norm(s) * row_norm(by)
-        u = select(safe, (s - by) / torch.where(safe, denominator, 1.0)[:, None], torch.zeros_like(s))
+        u = select(
+            safe, (s - by) / torch.where(safe, denominator, 1.0)[:, None], torch.zeros_like(s)
+        )
         self.us = [*self.us[-(self.memory - 1) :], u] if self.memory > 1 else [u]
         self.vs = [*self.vs[-(self.memory - 1) :], v] if self.memory > 1 else [v]
 

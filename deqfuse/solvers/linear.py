@@ -1,8 +1,8 @@
 """Row-wise linear solves of ``(I - A) x = b``, where A is known by its action on (R, n) rows.
 
 Used for the adjoint (A = J^T at the equilibrium) and for Newton steps (A = J). Every method works
-on all rows at once, stops each row by its own *true* residual ``|b - x + A x| <= tol |b|``, and counts
-applications of A per row.
+on all rows at once, stops each row by its own *true* residual ``|b - x + A x| <= tol |b|``, and
+counts applications of A per row.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from deqfuse.result import Outcome
+from deqfuse.outcome import Outcome
 from deqfuse.solvers.anderson import anderson, picard
 from deqfuse.solvers.options import Anderson, Picard
 from deqfuse.solvers.rows import Solution, row_dot, row_norm, select
@@ -76,7 +76,9 @@ class _Budget:
         self.nfe = self.nfe + rows.to(torch.int32)
 
     def solution(self, x: Tensor) -> Solution:
-        outcome = torch.where(self.residual <= self.tol, int(Outcome.CONVERGED), int(Outcome.MAX_ITER))
+        outcome = torch.where(
+            self.residual <= self.tol, int(Outcome.CONVERGED), int(Outcome.MAX_ITER)
+        )
         outcome = torch.where(torch.isfinite(self.residual), outcome, int(Outcome.NON_FINITE))
         return Solution(x, self.residual, self.nfe, outcome.to(torch.int8))
 
@@ -107,7 +109,9 @@ def _gmres_cycle(apply: Operator, r: Tensor, budget: _Budget, restart: int) -> T
     basis = r.new_zeros(count, steps + 1, n)
     upper = r.new_zeros(count, steps, steps)
     rhs = r.new_zeros(count, steps + 1)
-    size = torch.zeros(count, dtype=torch.int32, device=r.device)  # basis vectors that each row uses
+    size = torch.zeros(
+        count, dtype=torch.int32, device=r.device
+    )  # basis vectors that each row uses
     rhs[:, 0] = row_norm(r)
     basis[:, 0] = r / rhs[:, :1].clamp_min(TINY)
     rotations: list[tuple[Tensor, Tensor]] = []
@@ -201,7 +205,8 @@ def _divide(a: Tensor, b: Tensor) -> Tensor:
 def dense(apply: Operator, b: Tensor) -> Solution:
     """Exact: builds A row by row from its action on the unit vectors, then factorises each row.
 
-    Rows are factorised one at a time: batched ``torch.linalg.solve`` is wrong for n > 128 on some MKL
+    Rows are factorised one at a time: batched ``torch.linalg.solve`` is wrong for n > 128 on some
+        MKL
     builds once the thread count was set.
     """
     count, n = b.shape

@@ -38,13 +38,14 @@ def newton_krylov(
 ) -> Solution:
     """Solve ``z = f(z)``: each step solves ``(I - J) s = f(z) - z`` and moves along ``s``.
 
-    The inner tolerance follows the residual (an inexact Newton method), so early steps are cheap and
-    the last ones converge fast. A row whose line search fails takes a plain step ``z <- f(z)``.
+    The inner tolerance follows the residual (an inexact Newton method), so early steps are cheap
+    and the last ones converge fast. A row whose line search fails takes a plain step ``z <- f(z)``.
     """
     linearize = linearize or jvp_of(f)
     rows = Rows(z0, option.tol, option.max_iter, active=active, trace=option.trace)
     z, fz, steps = z0, f(z0), 0
-    while rows.observe(z, fz, cost=1 if steps == 0 else cost) and steps != max_steps:
+    cost = torch.ones_like(rows.nfe)  # of the step that led to z
+    while rows.observe(z, fz, cost) and steps != max_steps:
         g = fz - z
         size = row_norm(g)
         forcing = (size / row_norm(fz).clamp_min(1e-30)).clamp(1e-4, 0.1)
@@ -61,7 +62,7 @@ def newton_krylov(
 def _line_search(
     f: Map, z: Tensor, fz: Tensor, step: Tensor, size: Tensor, active: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Halve each row's step until ``|f(z) - z|`` decreases; returns z, f(z) and the cost per row."""
+    """Halve each row's step until ``|f(z) - z|`` decreases; z, f(z) and the cost per row."""
     best_z, best_f = z, fz
     open_rows, cost = active, torch.zeros_like(active, dtype=torch.int32)
     for halving in range(HALVINGS + 1):

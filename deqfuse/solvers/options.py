@@ -1,7 +1,7 @@
 """Options of the forward solvers and of the gradient, as small frozen dataclasses.
 
-Every option object checks itself when it is built, and knows a compact text form (``code``) in which
-it travels through the operator schemas; :func:`from_code` turns that back into the object.
+Every option object checks itself when it is built, and knows a compact text form (``code``) in
+which it travels through the operator schemas; :func:`from_code` turns that back into the object.
 """
 
 from __future__ import annotations
@@ -127,7 +127,8 @@ class Anderson(SolverOption):
         m: history length; m = 1 is plain (damped) iteration.
         beta: mixing factor, ``z <- sum_i alpha_i (z_i + beta (f(z_i) - z_i))``.
         lam: ridge *relative* to the largest diagonal entry of the Gram matrix. An absolute ridge
-            swamps the Gram matrix as soon as residuals are small and turns the method into averaging.
+            swamps the Gram matrix as soon as residuals are small and turns the method into
+            averaging.
         rescue: rows that did not converge get up to 8 Newton-Krylov steps from their best iterate.
     """
 
@@ -150,7 +151,7 @@ class Picard(SolverOption):
 
 @dataclass(frozen=True)
 class Broyden(SolverOption):
-    """Limited-memory "good" Broyden on ``f(z) - z = 0``, per row, keeping the last ``m`` updates."""
+    """Limited-memory "good" Broyden on ``f(z) - z = 0``, per row, with the last ``m`` updates."""
 
     m: int = 20
 

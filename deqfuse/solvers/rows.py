@@ -1,7 +1,7 @@
 """Bookkeeping that every solver shares: who is still active, what was best, how it ended.
 
-A *row* is one independent problem. Solvers propose iterates for all rows at once; `Rows.observe` looks
-at each row alone, so a row's answer never depends on its neighbours.
+A *row* is one independent problem. Solvers propose iterates for all rows at once; `Rows.observe`
+looks at each row alone, so a row's answer never depends on its neighbours.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from deqfuse.result import Outcome
+from deqfuse.outcome import Outcome
 
 STALL_STEPS = 20
 RESIDUAL_FLOOR = 1e-5
@@ -67,7 +67,9 @@ class Rows:
     ) -> None:
         count, device = z0.shape[0], z0.device
         self.tol, self.max_iter, self.scale = tol, max_iter, scale
-        self.active = torch.ones(count, dtype=torch.bool, device=device) if active is None else active
+        self.active = (
+            torch.ones(count, dtype=torch.bool, device=device) if active is None else active
+        )
         self.best = z0
         self.best_residual = torch.full((count,), float("inf"), dtype=z0.dtype, device=device)
         self.nfe = torch.zeros(count, dtype=torch.int32, device=device)
@@ -77,7 +79,7 @@ class Rows:
         self._trace: list[Tensor] | None = [] if trace else None
 
     def observe(self, z: Tensor, fz: Tensor, cost: Tensor | int = 1) -> bool:
-        """Take note of ``fz = f(z)``, which cost ``cost`` evaluations; True while any row is active."""
+        """Note ``fz = f(z)``, which took ``cost`` evaluations; True while any row is active."""
         with torch.no_grad():
             scale = row_norm(fz) + RESIDUAL_FLOOR if self.scale is None else self.scale
             residual = row_norm(fz - z) / scale
@@ -89,7 +91,7 @@ class Rows:
             self._best_at = torch.where(better, self._steps, self._best_at).to(torch.int32)
             if self._trace is not None:
                 self._trace.append(torch.where(self.active, residual, torch.nan))
-        # The first f(z) is kept whatever it is, so that a poisoned row returns NaN and not its start.
+        # The first f(z) is kept whatever it is: a poisoned row returns NaN and not its start.
         self.best = select(better if self._steps > 1 else self.active, fz, self.best)
         with torch.no_grad():
             return self._stop_rows(residual)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from deqfuse.result import Outcome
+from deqfuse.outcome import Outcome
 from deqfuse.solvers.anderson import anderson, picard
 from deqfuse.solvers.broyden import broyden
 from deqfuse.solvers.newton_krylov import Linearize, newton_krylov
