@@ -132,7 +132,8 @@ def _system(
     wide: list[Any] = [None if t is None else t.detach().expand(n, *t.shape[1:]) for t in operands]
     unit = torch.eye(n, dtype=state.dtype, device=state.device)
     with torch.enable_grad():
-        out = naive_map(fusion, copies, *wide)
+        # The zero term is for ablations in which nothing depends on the state.
+        out = naive_map(fusion, copies, *wide) + 0 * copies
     return unit - torch.autograd.grad(out, copies, unit.view_as(out))[0].view(n, n)
 
 
@@ -142,7 +143,7 @@ def naive_root(
     features: Sequence[Tensor],  # N tensors (..., d_i)
     *,
     mask: Tensor | None = None,  # (B, d)
-    steps: int = 200,
+    steps: int = 60,
 ) -> Tensor:  # (B, N + 1, d)
     """An equilibrium (z_1 .. z_N, z_f) by other means: damped iteration from 0, then Newton.
 

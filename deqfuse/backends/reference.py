@@ -196,5 +196,5 @@ def _solve(
         (solver.trace_length if solver.trace else 0, *shape[:-1]), torch.nan
     )
     if found.trace is not None:
-        trace[: found.trace.shape[0]] = found.trace.view(-1, *shape[:-1])
+        trace[: found.trace.shape[0]] = found.trace.view(len(found.trace), *shape[:-1])
     return Solved(found.z.view(shape), *stats, trace)

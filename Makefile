@@ -1,0 +1,92 @@
+# `make demo` and `make test` are all a newcomer needs: the first run makes .venv, later runs reuse it.
+#
+#   PYTHON=python3.12       the interpreter .venv is made from
+#   VENV=path               another place for the environment
+#   VENV=none               no environment: use PYTHON and the torch that it has; downloads nothing
+#   TORCH='torch==2.12.*'   install another torch than the pinned one (any pip requirement)
+#   ARGS='...'              passed on to `deqfuse demo` or to pytest
+
+PYTHON ?= python3
+VENV ?= .venv
+CONSTRAINTS := constraints-dev.txt
+TORCH ?= $(shell grep -o '^torch==[^ ]*' $(CONSTRAINTS))
+ARGS ?=
+
+ifeq ($(VENV),none)
+PY := $(PYTHON)
+SETUP := use-python
+else
+PY := $(VENV)/bin/python
+SETUP := $(VENV)/.installed
+endif
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-full lint clean check-python use-python
+
+help:
+	@echo "make demo       train on real data, write deqfuse-report/    ARGS='--help' lists its options"
+	@echo "make test       lint, type check and tests (minutes)         ARGS='-k name' picks tests"
+	@echo "make test-full  the same with the tests marked slow"
+	@echo "make lint       ruff and mypy only"
+	@echo "make clean      remove what builds and tools left; .venv and reports stay"
+	@echo "Options: PYTHON=..., VENV=..., TORCH=..., explained at the top of Makefile"
+
+demo: $(SETUP)
+	@echo "== Demo: deqfuse demo $(ARGS)"
+	@$(PY) -m deqfuse.cli.main demo $(ARGS)
+
+test: lint
+	@echo "== Tests without the slow ones: pytest"
+	@$(PY) -m pytest -m "not slow" $(ARGS)
+
+test-full: lint
+	@echo "== Tests with the slow ones: pytest"
+	@$(PY) -m pytest $(ARGS)
+
+# $(call tool,module,command...) runs a lint tool; only a borrowed Python may lack it.
+tool = if $(PY) -c 'import $(1)' 2>/dev/null; then $(PY) -m $(2); \
+	else echo "   skipped: $(PY) has no $(1)"; test $(VENV) = none; fi
+
+lint: $(SETUP)
+	@echo "== Lint: ruff check, ruff format --check, mypy"
+	@$(call tool,ruff,ruff check . && $(PY) -m ruff format --check .)
+	@$(call tool,mypy,mypy)
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .benchmarks
+	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
+
+# The Python that counts is the environment's own once it exists.
+BASE = $(if $(wildcard $(PY)),$(PY),$(PYTHON))
+check-python:
+	@$(BASE) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null || { \
+	  echo "deqfuse needs Python 3.10 to 3.13; $(BASE) is $$($(BASE) -V 2>/dev/null || echo 'not there')." >&2; \
+	  echo "Name another one, for example: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }
+ifneq ($(origin PYTHON),file)
+	@test "$$($(BASE) -V)" = "$$($(PYTHON) -V)" || { \
+	  echo "$(VENV) holds $$($(BASE) -V): remove it or name another VENV to use $(PYTHON)." >&2; exit 1; }
+endif
+
+# An interrupted set-up leaves no .installed and is taken up again where it stopped.
+$(VENV)/.installed: pyproject.toml setup.py $(CONSTRAINTS) | check-python
+	@echo "== Setting up $(VENV) with $$($(BASE) -V); later runs reuse it"
+	@$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
+	@{ grep -Ev '^(torch|triton)==' $(CONSTRAINTS); echo '$(TORCH)'; } > $(VENV)/constraints.txt
+	@echo "== Installing $(TORCH): 0.2 GB, or several GB where pip picks a CUDA build (TORCH=... chooses)"
+	@$(PY) -m pip install --disable-pip-version-check -c $(VENV)/constraints.txt torch
+	@echo "== Installing what deqfuse builds and tests with"
+	@$(PY) -m pip install --disable-pip-version-check -q -c $(VENV)/constraints.txt setuptools
+	@$(PY) -m pip install --disable-pip-version-check -q -c $(VENV)/constraints.txt \
+	  --no-build-isolation -e '.[dev]'
+	@touch $@
+
+# Kernels and binaries are found only when installed, hence the editable install here too.
+use-python: check-python
+	@echo "== Using $$($(PYTHON) -V) and the packages that it has; the pinned versions do not apply"
+	@$(PY) -c 'import sys, importlib.metadata as m; v = m.version("torch").split("."); \
+	  sys.exit((int(v[0]), int(v[1])) < (2, 11))' 2>/dev/null || { \
+	  echo "VENV=none needs torch >= 2.11 in $(PYTHON); without VENV=none it is installed for you." >&2; exit 1; }
+	@$(PY) -c 'import sys, importlib.util as u; sys.path.remove(""); s = u.find_spec("deqfuse"); \
+	  sys.exit(not s or s.origin != "$(CURDIR)/deqfuse/__init__.py")' || { \
+	  echo "== Installing deqfuse itself, editable, without dependencies or network"; \
+	  $(PY) -m pip install --disable-pip-version-check -q --no-index --no-deps --no-build-isolation -e .; }

@@ -1,0 +1,266 @@
+"""How many rows converge: at the default init, at torch's, with and without the injection norm.
+
+    python -m benchmarks.convergence_study --out convergence.md
+    python -m benchmarks.convergence_study --study torch --seeds 1 --threads 1
+
+A row counts as converged in a block (one modality cell, or the fuse equation) when its relative
+residual reached the tolerance within the budget. Shares are given for the worst block: rows of all
+seeds are pooled per block and the block with the smallest share is shown. Every seed draws new
+weights and new inputs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from deqfuse import Anderson, Broyden, DEQFusion, NewtonKrylov, Picard, SolveInfo
+from deqfuse.solvers.options import SolverOption
+
+TOL = 1e-5
+PLAIN = Anderson(tol=TOL, max_iter=50)
+WIDTHS, SMALL_WIDTH, MODALITIES = (64, 300, 500, 512), 16, (2, 3, 6)
+SCALES, NORMED_SCALES = (0.3, 1.0, 3.0, 10.0), (0.01, 0.1, 1.0, 10.0, 100.0)
+INPUTS = ("gaussian", "rectified")
+REQUIRED_SHARE = 0.999
+
+
+@dataclass(frozen=True)
+class Case:
+    """One layer and the inputs that it is fed with."""
+
+    dim: int
+    num_modalities: int
+    inputs: str = "gaussian"
+    rms: float = 1.0
+    rows: int = 256
+    solver: SolverOption = PLAIN
+    init: str = "contractive"
+    injection_norm: bool = False
+
+
+@dataclass(frozen=True)
+class Tally:
+    """Converged rows and residuals per block: the N cells, then the fuse equation."""
+
+    converged: Tensor  # (N + 1, rows) bool
+    residual: Tensor  # (N + 1, rows)
+    nfe: Tensor  # (N + 1, rows)
+    seconds: float = field(default=0.0, compare=False)
+
+    @classmethod
+    def of(cls, info: SolveInfo, seconds: float) -> Tally:
+        assert info.cells is not None
+        pairs = [
+            torch.cat([getattr(info.cells, name), getattr(info.fuse, name)[None]])
+            for name in ("converged", "residual", "nfe")
+        ]
+        return cls(*pairs, seconds=seconds)
+
+    @classmethod
+    def pooled(cls, tallies: Sequence[Tally]) -> Tally:
+        """The rows of several seeds side by side."""
+        joined = [
+            torch.cat([getattr(t, name) for t in tallies], dim=1)
+            for name in ("converged", "residual", "nfe")
+        ]
+        return cls(*joined, seconds=sum(t.seconds for t in tallies))
+
+    @property
+    def share(self) -> float:
+        """Share of converged rows in the worst block."""
+        return float(self.converged.double().mean(1).min())
+
+    @property
+    def share_of_cells(self) -> float:
+        """Share of converged rows over all cells together."""
+        return float(self.converged[:-1].double().mean())
+
+    @property
+    def share_of_fuse(self) -> float:
+        return float(self.converged[-1].double().mean())
+
+    @property
+    def worst_residual(self) -> float:
+        return float(self.residual.max())
+
+
+def draw_inputs(case: Case) -> list[Tensor]:
+    """N tensors (rows, dim) whose entries have root mean square ``case.rms``."""
+    x = torch.randn(case.num_modalities, case.rows, case.dim)
+    if case.inputs == "rectified":  # half of the mass is cut off: E relu(x)^2 = 1/2
+        x = x.relu() * 2**0.5
+    return list(x * case.rms)
+
+
+def measure(case: Case, seed: int) -> Tally:
+    """Build the layer and its inputs from ``seed``, solve once, and count."""
+    torch.manual_seed(seed)
+    layer = DEQFusion(
+        case.dim,
+        case.num_modalities,
+        init=case.init,
+        injection_norm=case.injection_norm,
+        solver=case.solver,
+        on_failure="ignore",
+    ).eval()
+    features = draw_inputs(case)
+    start = time.perf_counter()
+    with torch.no_grad():
+        _, info = layer(features, return_info=True)
+    return Tally.of(info, time.perf_counter() - start)
+
+
+def measure_seeds(case: Case, seeds: Iterable[int]) -> Tally:
+    """The rows of all seeds pooled."""
+    return Tally.pooled([measure(case, seed) for seed in seeds])
+
+
+# ---- tables --------------------------------------------------------------------------------------
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def percent(share: float) -> str:
+    """Never rounded up to 100%."""
+    return "100%" if share == 1 else f"{min(100 * share, 99.99):.2f}%"
+
+
+def sweep_table(
+    base: Case,
+    widths: Sequence[int],
+    scales: Sequence[float],
+    seeds: Sequence[int],
+    note: Callable[[str], None],
+) -> tuple[str, list[tuple[Case, Tally]]]:
+    """Share of rows (worst block) and worst residual, per width, N, kind of input and scale."""
+    found: list[tuple[Case, Tally]] = []
+    rows = []
+    for dim, n, inputs in itertools.product(widths, MODALITIES, INPUTS):
+        entries = []
+        for rms in scales:
+            case = replace(base, dim=dim, num_modalities=n, inputs=inputs, rms=rms)
+            tally = measure_seeds(case, seeds)
+            found.append((case, tally))
+            most = int(tally.nfe.max())
+            entries.append(f"{percent(tally.share)} · {tally.worst_residual:.1e} · {most}")
+        rows.append([str(dim), str(n), inputs, *entries])
+        note(" ".join(rows[-1]))
+    header = ["d", "N", "inputs", *(f"RMS {rms:g}" for rms in scales)]
+    return markdown(header, rows), found
+
+
+def verdict(found: Sequence[tuple[Case, Tally]]) -> str:
+    """One sentence: whether every case has the required share, and the worst of them."""
+    case, worst = min(found, key=lambda pair: pair[1].share)
+    below = sum(tally.share < REQUIRED_SHARE for _, tally in found)
+    evaluations = max(int(tally.nfe.max()) for _, tally in found)
+    state = "all reach" if not below else f"{below} stay below"
+    return (
+        f"{len(found)} cases, {state} {percent(REQUIRED_SHARE)} of rows in every block; lowest "
+        f"share {percent(worst.share)} (d={case.dim}, N={case.num_modalities}, {case.inputs}, "
+        f"RMS {case.rms:g}); most evaluations of a row {evaluations}."
+    )
+
+
+def contractive_study(seeds: Sequence[int], note: Callable[[str], None]) -> Iterator[str]:
+    """The default init: who converges to 1e-5 within 50 evaluations, in every block."""
+    legend = "share of rows in the worst block · worst residual · most evaluations of a row"
+    base = Case(dim=64, num_modalities=3)
+    rescued = replace(base, solver=replace(PLAIN, rescue=True))
+    normed, small = replace(base, injection_norm=True), f"d = {SMALL_WIDTH} (groups of four)"
+    studies = [
+        ("Default init, tol 1e-5, 50 evaluations", base, WIDTHS, SCALES),
+        (f"Default init, {small}, without rescue", base, (SMALL_WIDTH,), SCALES),
+        (f"Default init, {small}, with rescue", rescued, (SMALL_WIDTH,), SCALES),
+        ("Default init with injection norm", normed, WIDTHS, NORMED_SCALES),
+    ]
+    for title, case, widths, scales in studies:
+        note(title)
+        table, found = sweep_table(case, widths, scales, seeds, note)
+        yield f"### {title}\n\n{legend}\n\n{table}\n\n{verdict(found)}"
+
+
+def torch_init_study(seeds: Sequence[int], note: Callable[[str], None]) -> Iterator[str]:
+    """torch's init, where the map is no contraction: which solver finds an equilibrium."""
+    common = {"tol": TOL, "max_iter": 100}
+    solvers = {
+        "Picard": Picard(**common),
+        "Anderson": Anderson(**common),
+        "Anderson, rescue": Anderson(**common, rescue=True),
+        "Broyden": Broyden(**common),
+        "Newton-Krylov": NewtonKrylov(**common),
+        "Newton-Krylov, 400 evaluations": NewtonKrylov(tol=TOL, max_iter=400),
+    }
+    note("torch init")
+    rows = []
+    for name, solver in solvers.items():
+        case = Case(dim=64, num_modalities=3, solver=solver, init="torch")
+        tally = measure_seeds(case, seeds)
+        rows.append(
+            [
+                name,
+                percent(tally.share_of_cells),
+                percent(tally.share_of_fuse),
+                f"{tally.residual[:-1].median():.1e}",
+                f"{tally.residual[-1].median():.1e}",
+                f"{tally.nfe[:-1].double().mean():.0f}",
+                f"{tally.nfe[-1].double().mean():.0f}",
+                f"{int(tally.nfe.max())}",
+                f"{tally.seconds:.1f} s",
+            ]
+        )
+        note(" ".join(rows[-1]))
+    header = [
+        "solver", "cells", "fuse", "median residual, cells", "median residual, fuse",
+        "mean evaluations, cells", "mean evaluations, fuse", "most", "time",
+    ]  # fmt: skip
+    yield (
+        "### torch init, d = 64, N = 3, unit Gaussian inputs, tol 1e-5, 100 evaluations\n\n"
+        "share of rows that converged; the rescue may go beyond the 100\n\n"
+        f"{markdown(header, rows)}"
+    )
+
+
+STUDIES = {"contractive": contractive_study, "torch": torch_init_study}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--study", choices=[*STUDIES, "all"], default="all")
+    parser.add_argument("--seeds", type=int, default=4, help="layers per case, 256 rows each")
+    parser.add_argument("--threads", type=int, help="torch threads; torch's own choice by default")
+    parser.add_argument("--out", type=Path, help="also write the tables to this Markdown file")
+    args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    start = time.perf_counter()
+
+    def note(text: str) -> None:
+        print(f"[{time.perf_counter() - start:6.0f} s] {text}", flush=True)
+
+    parts = [
+        f"## Convergence study\n\ntorch {torch.__version__}, {torch.get_num_threads()} threads, "
+        f"float32 on the CPU, {args.seeds} seeds of 256 rows per case."
+    ]
+    for name in STUDIES if args.study == "all" else [args.study]:
+        parts += STUDIES[name](range(args.seeds), note)
+    text = "\n\n".join(parts) + f"\n\n{time.perf_counter() - start:.0f} s in all.\n"
+    print(text)
+    if args.out:
+        args.out.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The command line: ``deqfuse demo``, ``train``, ``info``. Start reading in ``main.py``."""

@@ -1,0 +1,150 @@
+"""``deqfuse demo`` and ``deqfuse train``: turn options into an experiment."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from deqfuse.cli.errors import UserError
+from deqfuse.cli.experiment import Experiment, run_experiment
+from deqfuse.cli.output import OutputFolder
+from deqfuse.cli.training import Recipe
+from deqfuse.data import (
+    MultiviewData,
+    Splits,
+    load_mogonet,
+    load_numerals,
+    split_numerals,
+    split_stratified,
+)
+
+__all__ = ["demo", "train"]
+
+STEPS_PER_EPOCH = 6  # at least, so that small data still gets enough updates
+QUICK_ROWS = 64
+QUICK_EPOCHS = 2
+
+_NUMERALS = (
+    "Data: 2000 handwritten numerals in six views ({views}); {train} training, {validation} "
+    "validation and {test} test rows, always the same. Source: R. P. W. Duin, Multiple Features, "
+    "UCI Machine Learning Repository, DOI 10.24432/C5HC70 (CC BY 4.0)."
+)
+_OWN = (
+    "Data: {name}, {views}; classes {classes}; {train} training and {validation} validation rows "
+    "(carved from the training files, seed {seed}), {test} test rows."
+)
+
+
+def demo(options: argparse.Namespace, arguments: Sequence[str]) -> int:
+    """Compare the fusions on the numerals that are shipped with the package."""
+    splits = split_numerals(load_numerals())
+    views = ", ".join(
+        f"{name} {width}"
+        for name, width in zip(splits.train.view_names, splits.train.widths, strict=True)
+    )
+    splits = _quick(splits) if options.quick else splits
+    about = _NUMERALS.format(views=views, **_sizes(splits))
+    # Balanced classes: F1 would repeat the accuracy.
+    return _run(
+        "DEQ Fusion on handwritten numerals", about, splits, options, arguments, ("accuracy",)
+    )
+
+
+def train(options: argparse.Namespace, arguments: Sequence[str]) -> int:
+    """Compare the fusions on a folder in MOGONET layout."""
+    try:
+        learning, test = load_mogonet(options.data)
+    except (ValueError, OSError) as error:
+        raise UserError(str(error)) from error
+    if learning.num_rows < 4:
+        raise UserError(
+            f"{options.data}: expected at least 4 training rows, got {learning.num_rows}."
+        )
+    fractions = (1 - options.validation, options.validation)
+    kept, held = split_stratified(learning.labels, fractions, seed=options.split_seed)
+    if not len(held):
+        raise UserError(
+            f"--validation {options.validation:g} of {learning.num_rows} rows leaves no "
+            "validation row. Remedy: a larger share."
+        )
+    splits = Splits(learning.rows(kept), learning.rows(held), test).standardized()
+    splits = _quick(splits) if options.quick else splits
+    widths = ", ".join(map(str, learning.widths))
+    about = _OWN.format(
+        name=options.data,
+        views=f"{len(learning.views)} view(s) with {widths} features",
+        classes=_classes(learning),
+        seed=options.split_seed,
+        **_sizes(splits),
+    )
+    return _run(f"DEQ Fusion on {options.data}", about, splits, options, arguments)
+
+
+def _run(
+    title: str,
+    about: str,
+    splits: Splits,
+    options: argparse.Namespace,
+    arguments: Sequence[str],
+    metrics: tuple[str, ...] | None = None,
+) -> int:
+    batch_size = min(Recipe.batch_size, max(1, splits.train.num_rows // STEPS_PER_EPOCH))
+    recipe = replace(Recipe(), epochs=options.epochs, batch_size=batch_size)
+    if options.quick:
+        recipe = replace(recipe, epochs=QUICK_EPOCHS, batch_size=QUICK_ROWS // 2)
+    experiment = Experiment(
+        title=title,
+        about_data=about,
+        splits=splits,
+        recipe=recipe,
+        seeds=1 if options.quick else options.seeds,
+        out=OutputFolder(options.out),
+        device=_device(options.device),
+        command=shlex.join(["deqfuse", *arguments]),
+        metrics=metrics,
+    )
+    return run_experiment(experiment)
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"--device: expected cpu or cuda, got {name!r}.") from None
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device: expected cpu or cuda, got {name!r}.")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(
+            f"--device {name}: this machine or this build of torch offers "
+            f"{torch.cuda.device_count()} CUDA devices. Remedy: --device cpu, or see `deqfuse "
+            "info`."
+        )
+    return device
+
+
+def _sizes(splits: Splits) -> dict[str, int]:
+    return {name: getattr(splits, name).num_rows for name in ("train", "validation", "test")}
+
+
+def _classes(data: MultiviewData) -> str:
+    counts = data.labels.bincount(minlength=data.num_classes).tolist()
+    shown = [f"{name} ({count})" for name, count in zip(data.class_names, counts, strict=True)]
+    return ", ".join(shown[:10]) + (f", ... {len(shown)} in all" if len(shown) > 10 else "")
+
+
+def _quick(splits: Splits) -> Splits:
+    """The first rows of each class, up to ``QUICK_ROWS`` in all."""
+
+    def few(part: MultiviewData) -> MultiviewData:
+        each = max(1, QUICK_ROWS // part.num_classes)
+        heads = [
+            torch.nonzero(part.labels == label).flatten()[:each]
+            for label in range(part.num_classes)
+        ]
+        return part.rows(torch.cat(heads))
+
+    return Splits(few(splits.train), few(splits.validation), few(splits.test))

@@ -1,0 +1,65 @@
+"""Classification metrics, by their textbook formulas."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["accuracy", "auc", "evaluate_metrics", "f1_scores"]
+
+
+def accuracy(predicted: Tensor, labels: Tensor) -> float:  # both (B,) int64
+    """Share of rows whose predicted class is right."""
+    return (predicted == labels).double().mean().item()
+
+
+def f1_scores(predicted: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
+    """Per class ``F1 = 2 TP / (2 TP + FP + FN)`` (0 where that is 0/0), and the class's row count.
+
+    Returns:
+        Two float64 tensors (num_classes,).
+    """
+    confusion = torch.bincount(labels * num_classes + predicted, minlength=num_classes**2)
+    confusion = confusion.reshape(num_classes, num_classes).double()  # rows: truth
+    hits = confusion.diagonal()
+    support = confusion.sum(1)
+    total = support + confusion.sum(0)  # 2 TP + FP + FN
+    return torch.where(total > 0, 2 * hits / total.clamp(min=1), 0.0), support
+
+
+def auc(scores: Tensor, positive: Tensor) -> float:
+    """Area under the ROC curve: chance that a positive row outranks a negative one, ties half.
+
+    Args:
+        scores: (B,) floating point, higher means more positive.
+        positive: (B,) bool.
+
+    Returns:
+        The area, NaN when one of the two classes has no rows.
+    """
+    up, down = scores[positive].double(), scores[~positive].double()
+    if not len(up) or not len(down):
+        return float("nan")
+    ordered = down.sort().values
+    below = torch.searchsorted(ordered, up)
+    not_above = torch.searchsorted(ordered, up, right=True)
+    return ((below + not_above).double() / 2).mean().item() / len(down)
+
+
+def evaluate_metrics(logits: Tensor, labels: Tensor) -> dict[str, float]:
+    """Accuracy and F1 of (B, classes) logits: F1 of class 1 and AUC if binary, else two averages.
+
+    The keys are ``accuracy`` and, for two classes, ``f1`` and ``auc``; for more, ``weighted_f1``
+    (classes weighted by their rows) and ``macro_f1`` (all classes alike).
+    """
+    num_classes = logits.shape[1]
+    predicted = logits.argmax(1)
+    f1, support = f1_scores(predicted, labels, num_classes)
+    metrics = {"accuracy": accuracy(predicted, labels)}
+    if num_classes == 2:
+        metrics["f1"] = f1[1].item()
+        metrics["auc"] = auc(logits[:, 1] - logits[:, 0], labels == 1)
+    else:
+        metrics["weighted_f1"] = ((f1 * support).sum() / support.sum().clamp(min=1)).item()
+        metrics["macro_f1"] = f1.mean().item()
+    return metrics

@@ -1,0 +1,30 @@
+"""What every test run needs: skips with their reason, and the same number of threads everywhere."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+import torch
+
+
+@pytest.hookimpl(tryfirst=True)  # pytest-benchmark reads its options in the same hook
+def pytest_configure(config: pytest.Config) -> None:
+    torch.set_num_threads(2)
+    # Not in addopts: an unknown option would stop pytest where pytest-benchmark is missing.
+    benchmark_asked_for = getattr(config.option, "benchmark_only", False)
+    if config.pluginmanager.hasplugin("benchmark") and not benchmark_asked_for:
+        config.option.benchmark_skip = True
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    reasons = {}
+    if not torch.cuda.is_available():
+        why = "sees none" if torch.version.cuda else "is built without CUDA"
+        reasons["gpu"] = f"needs a CUDA device; torch {torch.__version__} {why}"
+    if importlib.util.find_spec("triton") is None:
+        reasons["triton"] = "needs triton: pip install 'deqfuse[triton]'"
+    for item in items:
+        for marker, reason in reasons.items():
+            if item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=reason))

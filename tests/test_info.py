@@ -1,0 +1,59 @@
+"""`python -m deqfuse.info` names what there is, and for what is missing why and what would help."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from deqfuse import backends, info
+
+
+def test_report_names_versions_devices_and_switches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DEQFUSE_BACKEND", "reference")
+    report = info.system_report()
+    for title in ("versions:", "machine:", "CUDA devices:", "environment:", "backends:"):
+        assert title in report
+    assert torch.__version__ in report
+    assert "DEQFUSE_BACKEND: reference" in report
+    assert f"{torch.get_num_threads()} for torch" in report
+
+
+def test_each_backend_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    status = backends.BackendStatus
+    table = [
+        status("reference", True, "plain PyTorch", ""),
+        status("cpu", False, "it was not compiled", "install a C++ compiler"),
+    ]
+    monkeypatch.setattr(backends, "describe", lambda: table)
+    report = info.system_report()
+    words = " ".join(report.split())
+    assert "reference: available plain PyTorch" in words
+    assert "cpu: unavailable Reason: it was not compiled Remedy: install a C++ compiler" in words
+
+
+def test_real_backends_say_why_they_are_unavailable() -> None:
+    table = {backend.name: backend for backend in backends.describe()}
+    assert set(table) == {"reference", "cpu", "cuda"}
+    assert table["reference"].available
+    for backend in table.values():
+        assert backend.reason
+        assert backend.available or backend.remedy
+
+
+def test_missing_triton_is_named_with_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "triton", None)  # makes `import triton` fail as if not there
+    assert "pip install 'deqfuse[triton]'" in info.system_report()
+
+
+def test_runs_as_a_command() -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "DEQFUSE_BACKEND"}
+    command = [sys.executable, "-m", "deqfuse.info"]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr
+    assert "not set (auto)" in result.stdout
+    # runpy warns when `import deqfuse` has already imported the module that is to be run.
+    assert "RuntimeWarning" not in result.stderr

@@ -1,0 +1,6 @@
+"""Triton kernels, installed as `deqfuse.triton_kernels`.
+
+Kernels and their launchers only: no policy, no `torch.nn`, no autograd. Each module here imports
+triton, so it is loaded when a kernel is first launched and never by `import deqfuse`; this file
+itself must stay free of such imports. There are no kernels yet.
+"""
