@@ -6,6 +6,7 @@ See the README for a start and docs/design.md for the mathematics and the archit
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import warnings
 
 from deqfuse.errors import BackendUnavailable as BackendUnavailable
@@ -54,6 +55,8 @@ try:
     __version__ = importlib.metadata.version("deqfuse")
 except importlib.metadata.PackageNotFoundError:
     __version__ = "0+unknown"
+
+if importlib.util.find_spec("deqfuse.triton_kernels") is None:  # setup.py puts it there
     warnings.warn(
         f"deqfuse is imported from a bare checkout ({__path__[0]}) and is not installed: it runs, "
         "but without deqfuse.triton_kernels and compiled backends. Remedy: "

@@ -33,6 +33,7 @@ __all__ = [
 ]
 
 TIGHT = 1e-12  # relative residual; one evaluation in float64 rounds at a few 1e-16
+SAME_MAP = 1e-8  # relative residual of the layer's answer in the naive map
 NEGLIGIBLE = 1e-4  # see gradient_errors
 
 
@@ -190,6 +191,9 @@ def dense_implicit_gradients(
 
     Returns:
         Gradients by parameter name and ``features[i]``, shaped like what they belong to.
+
+    Raises:
+        ConvergenceError: what ``fusion`` returns does not solve the naive equations.
     """
     if fusion.weight_tied_steps is not None:
         raise ValueError("fusion: expected an equilibrium layer, got one with weight_tied_steps")
@@ -205,6 +209,8 @@ def dense_implicit_gradients(
     with torch.enable_grad():
         x, x_fuse = naive_injections(twin, inputs)
         image = naive_map(twin, state, x, x_fuse, mask)
+    if not ((image - state).norm() <= SAME_MAP * state.norm()):
+        raise ConvergenceError("fusion: its output is not an equilibrium of the naive equations")
     u = torch.zeros_like(g)
     for b in range(len(g)):
         system = _system(fusion, *_row(b, state, x, x_fuse, mask))

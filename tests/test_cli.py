@@ -72,6 +72,16 @@ def test_page_opens_offline(quick_report: Path) -> None:
         assert text in page
 
 
+def test_undefined_metrics_are_shown_as_missing(tmp_path: Path) -> None:
+    """A test part with one class only has no AUC; JSON knows no NaN."""
+    write_mogonet(tmp_path / "data", classes=2)
+    (tmp_path / "data" / "labels_te.csv").write_text("1\n" * 10)
+    arguments = ["train", "--data", str(tmp_path / "data"), "--out", str(tmp_path / "out")]
+    assert main([*arguments, "--seeds", "2", "--epochs", "1"]) == 0
+    results = (tmp_path / "out" / "results.json").read_text()
+    assert json.loads(results, parse_constant=pytest.fail)["runs"][0]["test"]["auc"] is None
+
+
 def test_log_is_plain_text_without_terminal(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

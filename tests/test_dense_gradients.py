@@ -205,8 +205,8 @@ def assert_close(given: dict[str, Tensor], exact: dict[str, Tensor]) -> None:
     "solver",
     [
         Picard(tol=1e-12, max_iter=500),
-        # The weights are functions of residual vectors that shrink to 1e-12, and only the ridge bounds
-        # their derivatives: by 1e-12 / 1e-6 with the default, which would be too loose.
+        # The weights are functions of residual vectors that shrink to 1e-12; only the ridge bounds
+        # their derivatives, by 1e-12 / 1e-6 with its default, which would be too loose.
         Anderson(tol=1e-12, max_iter=500, lam=1e-2),
     ],
     ids=["picard", "anderson"],

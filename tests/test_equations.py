@@ -1,7 +1,7 @@
 """Every step and every equilibrium against the equations of the paper, written naively.
 
-The naive statement and the independent root are in ``deqfuse.testing``; nothing there shares code with
-the maps or the solvers under test.
+The naive statement and the independent root are in ``deqfuse.testing``; nothing there shares code
+with the maps or the solvers under test.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ def scatter_norms(module: torch.nn.Module) -> None:
 def make(dim: int, num_modalities: int, **options) -> DEQFusion:
     """A float64 layer with scattered norms and weights, contractive in every variant.
 
-    Groups of at least six features: one of three is at times all zero after the relu, where a row may
-    have no equilibrium.
+    Groups of at least six features: one of three is at times all zero after the relu, where a row
+    may have no equilibrium.
     """
     torch.manual_seed(dim * 10 + num_modalities)
     options = {"solver": TIGHT, "num_groups": 2, **options}
@@ -94,8 +94,8 @@ def assert_root(fusion: DEQFusion, xs: list[Tensor], mask: Tensor | None = None)
 def assert_step(step, naive, module, *tensors) -> None:
     """``step`` is ``naive`` to 1e-12 in float64, and as accurate as it in float32.
 
-    In float32 both make errors of the same origin; ``step`` may be off the float64 truth by four times
-    the naive statement's own error, and 16 roundings.
+    In float32 both make errors of the same origin; ``step`` may be off the float64 truth by four
+    times the naive statement's own error, and 16 roundings.
     """
     truth = naive(module, *tensors)
     assert distance(step(module, *tensors), truth) <= 1e-12
@@ -190,7 +190,7 @@ def weight_tied(fusion: DEQFusion, xs: list[Tensor], steps: int) -> tuple[Tensor
     x, x_fuse = testing.naive_injections(fusion, xs)
     z, zs = torch.zeros_like(x_fuse), [torch.zeros_like(x_fuse)] * fusion.num_modalities
     for _ in range(steps):
-        zs = [testing.naive_cell(c, z_i, x_i) for c, z_i, x_i in zip(fusion.cells, zs, x.unbind(1))]
+        zs = [testing.naive_cell(*args) for args in zip(fusion.cells, zs, x.unbind(1), strict=True)]
         z = testing.naive_combine(fusion.combine, z, zs, x_fuse)
     return z, zs
 
@@ -340,7 +340,7 @@ def test_torch_init_is_torchs_own():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 def test_sixteen_bit_storage_solves_in_float32(dtype):
-    """Solve and gradient are those of float32 with the stored values; only gradients are rounded."""
+    """Solve and gradient are those of float32 with the stored values; gradients are rounded."""
     torch.manual_seed(0)
     fusion = DEQFusion(12, 2).to(dtype)
     x, cotangent = torch.randn(2, 5, 12).to(dtype).requires_grad_(), torch.randn(2, 5, 12)
@@ -361,7 +361,7 @@ def test_sixteen_bit_storage_solves_in_float32(dtype):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @each_variant
 def test_sixteen_bit_layer_is_close_to_float32(dtype, variant):
-    """Within what rounding the injections would cost: four times that, and the output's rounding."""
+    """Within four times what rounding the injections would cost, and the output's rounding."""
     fusion = make(12, 3, variant=variant, solver=Anderson(tol=1e-6))
     fusion = fusion.to(dtype)
     xs = [x.to(dtype) for x in features(fusion, 5)]

@@ -28,7 +28,7 @@ from deqfuse import (
 from deqfuse.backends.maps import VARIANTS
 
 D = 12
-gradcheck = functools.partial(torch.autograd.gradcheck)
+gradcheck = functools.partial(torch.autograd.gradcheck, fast_mode=True)
 TIGHT = {
     "solver": Anderson(tol=1e-13, max_iter=500),
     "adjoint": Implicit(tol=1e-13, max_iter=500),
@@ -46,7 +46,7 @@ def make(n: int, **options) -> DEQFusion:
                 part.bias.uniform_(-0.3, 0.3)
         if fusion.variant != "paper":
             for cell in fusion.cells:
-                cell.norm3.weight.mul_(0.3)
+                cell.norm3.weight.mul_(0.1)
     return fusion
 
 
@@ -170,7 +170,7 @@ def test_second_derivatives_in_a_parameter_are_refused(loss):
 
 @pytest.mark.parametrize("loss", ["linear", "sum", "quadratic"])
 def test_second_derivatives_of_any_callable_are_refused(loss):
-    weight = (0.2 * torch.randn(6, D)).double().requires_grad_()
+    weight = (0.2 * torch.randn(D, D)).double().requires_grad_()
     deq = DEQ(lambda z, x: torch.tanh(z @ weight + x), **TIGHT)
     x = randn(2, D)
     z, _ = deq(torch.zeros_like(x), x)

@@ -135,7 +135,7 @@ def test_a_failed_krylov_solve_is_no_worse_than_zero(method: str, max_iter: int)
     assert (op.residual(found.z, rhs(op)) <= 1 + 1e-12).all()
 
 
-# ---- GMRES ---------------------------------------------------------------------------------------
+# ---- GMRES --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("restart", [1, 2, 5, 11])
@@ -175,7 +175,7 @@ def test_gmres_leaves_inactive_rows_alone() -> None:
     assert (found.outcome[active] == Outcome.CONVERGED).all()
 
 
-# ---- breakdowns and special right-hand sides -----------------------------------------------------
+# ---- breakdowns and special right-hand sides ----------------------------------------------------
 
 
 @pytest.mark.parametrize(("method", "tol"), [("gmres", 1e-9), ("anderson", 1e-4), ("dense", 1e-9)])
@@ -199,7 +199,7 @@ def test_bicgstab_breakdown_is_reported(tilt: float, dtype: torch.dtype, tol: fl
 
 
 def test_bicgstab_shadow_residual_restart() -> None:
-    """A cyclic shift: after the first step the residual is orthogonal to the first shadow residual."""
+    """A cyclic shift: the second residual is orthogonal to the first shadow residual."""
     shift = torch.roll(torch.eye(6, dtype=torch.float64), 1, 0)
     op = Operator(torch.eye(6, dtype=torch.float64)[None] - (0.2 * torch.eye(6) + shift)[None])
     b = torch.zeros(1, 6, dtype=torch.float64)
@@ -221,7 +221,7 @@ def test_singular_system_is_not_called_solved(method: str) -> None:
 
 @pytest.mark.parametrize("method", LINEAR_SOLVERS)
 def test_dense_and_all_others_report_against_tol(method: str) -> None:
-    """A nearly singular row in float32: whatever the method, CONVERGED means ``residual <= tol``."""
+    """Nearly singular rows in float32: for every method CONVERGED means ``residual <= tol``."""
     gen = torch.Generator().manual_seed(0)
     q = torch.linalg.qr(torch.randn(40, 16, 16, generator=gen, dtype=torch.float64)).Q
     scales = torch.logspace(0, -9, 16, dtype=torch.float64)
@@ -304,7 +304,7 @@ def test_empty_systems(method: str, shape: tuple[int, int]) -> None:
     assert (found.outcome == Outcome.CONVERGED).all()
 
 
-# ---- the approximations of the gradient -----------------------------------------------------------
+# ---- the approximations of the gradient ---------------------------------------------------------
 
 
 def test_truncated_adjoints_follow_their_formulas() -> None:

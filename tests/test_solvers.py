@@ -1,4 +1,4 @@
-"""Forward solvers on maps whose fixed point is known, and the bookkeeping they must be truthful about."""
+"""Forward solvers on maps with a known fixed point, and the truth of their bookkeeping."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def affine(radius: float, rows: int = 9, n: int = 6, dtype: torch.dtype = torch.
 
 
 def rotation(radius: float = 0.995, rows: int = 5, dtype: torch.dtype = torch.float64) -> Affine:
-    """Three planes turned by different angles: every eigenvalue is complex, of modulus ``radius``."""
+    """Three planes turned by different angles: complex eigenvalues of modulus ``radius``."""
     angles = torch.linspace(0.3, 2.9, 3, dtype=torch.float64)
     blocks = [torch.stack([a.cos(), -a.sin(), a.sin(), a.cos()]).view(2, 2) for a in angles]
     matrix = (radius * torch.block_diag(*blocks)).expand(rows, 6, 6)
@@ -115,8 +115,8 @@ def test_broyden_with_a_single_update() -> None:
     assert ((found.z - problem.solution).norm(dim=1) <= problem.error_bound(found)).all()
 
 
-# With as many residuals as dimensions, Anderson and Broyden solve an affine problem exactly, whatever
-# its spectral radius; GMRES does so inside one Newton step.
+# With as many residuals as dimensions, Anderson and Broyden solve an affine problem exactly,
+# whatever its spectral radius; GMRES does so inside one Newton step.
 EXACT_SOLVERS: list[SolverOption] = [
     Anderson(m=8, lam=0.0),
     Broyden(m=20),
@@ -158,7 +158,7 @@ def jacobian(f: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:  # (R, n, n)
     "option", [Anderson(), Anderson(rescue=True), Broyden(), NewtonKrylov()], ids=ids
 )
 def test_cell_at_torch_init(option: SolverOption) -> None:
-    """The answer is as close to an equilibrium, polished by dense Newton steps, as its residual says."""
+    """As close to an equilibrium, polished by dense Newton steps, as the residual says."""
     f, z0 = cell_at_torch_init()
     found = solve(f, z0, replace(option, tol=1e-8, max_iter=200))
     assert (found.outcome == Outcome.CONVERGED).all()
@@ -172,7 +172,7 @@ def test_cell_at_torch_init(option: SolverOption) -> None:
     assert (row_norm(found.z - polished) <= bound + 1e-11).all()
 
 
-# ---- truthful bookkeeping, checked by replaying every call of f -------------------------------------
+# ---- truthful bookkeeping, checked by replaying every call of f ---------------------------------
 
 
 @dataclass
@@ -313,7 +313,7 @@ def test_stalled_row_keeps_its_best_iterate() -> None:
 def test_best_iterate_of_a_diverging_row() -> None:
     found = solve(lambda z: 2 * z + 1, torch.zeros(1, 2), Picard(max_iter=100))
     assert int(found.outcome) == Outcome.STALLED
-    # residuals |f - z| / |f| are 1, 2/3, 4/7, ... and fall towards 1/2: f(z) is the last or nearly so
+    # residuals |f - z| / |f| are 1, 2/3, 4/7, ... and fall towards 1/2
     assert float(found.residual) == pytest.approx(0.5, abs=1e-3)
 
 
@@ -334,7 +334,7 @@ def test_a_row_that_overflows_later(option: SolverOption) -> None:
     assert torch.isfinite(found.z).all()
 
 
-# ---- rescue --------------------------------------------------------------------------------------
+# ---- rescue -------------------------------------------------------------------------------------
 
 
 def test_rescue_touches_only_rows_left_behind() -> None:
@@ -359,10 +359,10 @@ def test_rescue_never_makes_a_row_worse() -> None:
 
 
 def test_rescue_has_a_bounded_cost() -> None:
-    """Eight Newton steps of one or two Krylov cycles and one line search each, not thousands of JVPs.
+    """Eight Newton steps of one or two Krylov cycles and a line search, not thousands of JVPs.
 
-    The map has no fixed point and its Newton systems are ill-conditioned: a rescue whose inner solves
-    may go on until they converge would go on for ever.
+    The map has no fixed point and its Newton systems are ill-conditioned: a rescue whose inner
+    solves may go on until they converge would go on for ever.
     """
     gen = torch.Generator().manual_seed(0)
     matrix = torch.linalg.qr(torch.randn(100, 100, generator=gen, dtype=torch.float64)).Q
@@ -388,7 +388,7 @@ def test_rescue_extends_the_trace() -> None:
     assert (found.trace.nan_to_num(nan=torch.inf).amin(0) == found.residual).all()
 
 
-# ---- the small least-squares problem -------------------------------------------------------------
+# ---- the small least-squares problem ------------------------------------------------------------
 
 
 def test_mixing_weights_solve_the_constrained_least_squares() -> None:
@@ -423,7 +423,7 @@ def test_mixing_weights_survive_singular_float32_gram() -> None:
 
 @pytest.mark.parametrize("option", [Anderson(), Anderson(m=8), Anderson(lam=0.0)], ids=ids)
 def test_float32_at_the_edge_of_rounding_gives_no_nan(option: SolverOption) -> None:
-    """The released variant, 3000 rows, a tolerance near float32 rounding: Gram matrices degenerate."""
+    """3000 rows at a tolerance near float32 rounding: their Gram matrices degenerate."""
     torch.manual_seed(0)
     cell = ResidualCell(32, variant="released").requires_grad_(False)
     x = torch.randn(3000, 32) * torch.logspace(-1, 1, 3000)[:, None]
@@ -470,7 +470,7 @@ def test_absolute_ridge_would_not_be(scale: float, monkeypatch: pytest.MonkeyPat
     assert not torch.equal(_scaled_run(1.0).nfe, _scaled_run(scale).nfe)
 
 
-# ---- starts --------------------------------------------------------------------------------------
+# ---- starts -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("option", [Anderson(), Picard(), Broyden(), NewtonKrylov()], ids=ids)

@@ -10,8 +10,9 @@ from dataclasses import replace
 import torch
 
 from deqfuse.cli.errors import UserError
-from deqfuse.cli.experiment import Experiment, run_experiment
+from deqfuse.cli.experiment import Experiment
 from deqfuse.cli.output import OutputFolder
+from deqfuse.cli.runner import run_experiment
 from deqfuse.cli.training import Recipe
 from deqfuse.data import (
     MultiviewData,
@@ -24,7 +25,7 @@ from deqfuse.data import (
 
 __all__ = ["demo", "train"]
 
-STEPS_PER_EPOCH = 6  # at least, so that small data still gets enough updates
+STEPS_PER_EPOCH = 5  # at least, so that small data still gets enough updates
 QUICK_ROWS = 64
 QUICK_EPOCHS = 2
 
@@ -76,7 +77,7 @@ def train(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     widths = ", ".join(map(str, learning.widths))
     about = _OWN.format(
         name=options.data,
-        views=f"{len(learning.views)} view(s) with {widths} features",
+        views=f"features per view: {widths}",
         classes=_classes(learning),
         seed=options.split_seed,
         **_sizes(splits),
@@ -104,6 +105,7 @@ def _run(
         seeds=1 if options.quick else options.seeds,
         out=OutputFolder(options.out),
         device=_device(options.device),
+        threads=options.threads,
         command=shlex.join(["deqfuse", *arguments]),
         metrics=metrics,
     )

@@ -35,11 +35,13 @@ FUSIONS = (
     FusionKind(
         "tied",
         f"{TIED_STEPS} tied steps",
-        f"the same map as DEQ Fusion, applied {TIED_STEPS} times, gradients through the steps",
+        f"the map of DEQ Fusion applied {TIED_STEPS} times, gradients through the steps",
         steps=TIED_STEPS,
     ),
     FusionKind(
-        "deq", "DEQ Fusion", "the map's equilibrium, gradients by the implicit function theorem"
+        "deq",
+        "DEQ Fusion",
+        "the map's equilibrium, gradients by the implicit function theorem, Jacobian penalty",
     ),
 )
 

@@ -48,6 +48,8 @@ def convergence_figure(curves: Sequence[tuple[int, Curve]], layer_tol: float) ->
     """
     figure = Figure(figsize=(9.6, 3.9), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
+    # Past the step at which nearly all rows have stopped there is little to see.
+    last = 1 + max(_last_change(curve) for _, curve in curves)
     titles = {"cells": "Residual cells, all views", "fuse": "Fuse map, given the cells' equilibria"}
     for axis, block in zip(axes, titles, strict=True):
         _style(axis, titles[block], "solver step")
@@ -67,10 +69,16 @@ def convergence_figure(curves: Sequence[tuple[int, Curve]], layer_tol: float) ->
         )
         axis.set_yscale("log")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axis.set_xlim(left=1)
+        axis.set_xlim(1, last)
     axes[0].set_ylabel("relative residual")
     axes[1].legend(frameon=False, fontsize=8, loc="upper right")
     return figure
+
+
+def _last_change(curve: Curve) -> int:
+    """Step (from 1) after which the upper edge of the band stays within a percent."""
+    moving = (curve.high[1:] / curve.high[:-1] - 1).abs() > 0.01
+    return int(moving.nonzero().max()) + 2 if moving.any() else 1
 
 
 def _draw_curve(axis: Axes, curve: Curve, labelled: bool) -> None:
@@ -99,7 +107,7 @@ def robustness_figure(
         if i >= count:
             axis.set_axis_off()
             continue
-        _style(axis, f"noise on {view_names[i]}", "")
+        _style(axis, f"noise on view {view_names[i]}", "")
         for kind, values in accuracies:
             percent = 100 * values[:, i]
             style = {"color": COLOURS[kind.key], "linestyle": DASHES[kind.key]}

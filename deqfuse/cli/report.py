@@ -112,7 +112,7 @@ def machine_facts(command: str, device: torch.device, backend: str) -> list[tupl
     packages = ", ".join(
         f"{name} {metadata.version(name)}" for name in ("numpy", "matplotlib", "rich")
     )
-    where = f"{_processor()}, {_usable_cores()} cores, {torch.get_num_threads()} torch threads"
+    where = f"{_processor()}, {_usable_cores()} cores, torch threads: {torch.get_num_threads()}"
     if device.type == "cuda":
         where = f"{torch.cuda.get_device_name(device)}; {where}"
     return [

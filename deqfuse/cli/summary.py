@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import isnan
 from statistics import fmean, median, stdev
 
 from deqfuse.cli.models import FUSIONS, FusionKind
@@ -99,7 +100,7 @@ def comparison_text(runs: Sequence[Run]) -> str:
 
 
 def convergence_text(runs: Sequence[Run]) -> str:
-    """What happened to the rows that missed the tolerance while training, in a sentence."""
+    """How many rows missed the tolerance while training, and the warnings, in sentences."""
     group = [run for run in runs if run.train_converged is not None]
     if not group:
         return ""
@@ -107,8 +108,8 @@ def convergence_text(runs: Sequence[Run]) -> str:
     count = sum(run.num_warnings for run in group)
     text = (
         f"In training, {100 * missed:.2g}% of the rows of DEQ Fusion's solves missed the "
-        f"tolerance; {count} convergence warnings (forward or backward) were counted instead of "
-        "printed."
+        f"tolerance. Convergence warnings while training and validating, counted instead of "
+        f"printed: {count}."
     )
     first = next((run.first_warning for run in group if run.first_warning), "")
     return f"{text} The first one: {first}" if first else text
@@ -120,7 +121,7 @@ def runs_as_json(runs: Sequence[Run]) -> list[dict[str, object]]:
         {
             "fusion": run.kind.label,
             "seed": run.seed,
-            "test": run.metrics,
+            "test": {name: None if isnan(v) else v for name, v in run.metrics.items()},
             "chosen_epoch": run.chosen_epoch,
             "validation_accuracy": run.validation,
             "train_loss": run.train_loss,
@@ -143,6 +144,8 @@ def by_fusion(runs: Sequence[Run]) -> list[tuple[FusionKind, list[Run]]]:
 
 
 def _mean_and_spread(values: list[float]) -> str:
+    if any(map(isnan, values)):
+        return NOTHING  # AUC without test rows of one of the classes
     if len(values) == 1:
         return f"{100 * values[0]:.1f}"
     return f"{100 * fmean(values):.1f} ± {100 * stdev(values):.1f}"

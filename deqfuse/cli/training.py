@@ -23,12 +23,19 @@ __all__ = ["Recipe", "Run", "SolveStatistics", "count_convergence_warnings", "tr
 
 @dataclass(frozen=True)
 class Recipe:
-    """The same for every fusion of a comparison."""
+    """The same for every fusion of a comparison; the penalty concerns equilibria only.
+
+    Without the penalty Adam drives the trained maps to spectral radius 1 within 50 steps: some rows
+    stop converging, their gradients are large and wrong, and the loss jumps. With it every row
+    converges, in fewer evaluations, so that it even saves time.
+    """
 
     epochs: int = 60
     batch_size: int = 100
     learning_rate: float = 2e-3
     weight_decay: float = 1e-2
+    clip_norm: float = 1.0
+    jacobian_weight: float = 20.0  # of SolveInfo.jacobian_penalty in the loss
 
 
 @dataclass(frozen=True)
@@ -174,7 +181,7 @@ def _train_epoch(
     order: torch.Generator,
     converged: list[Tensor],
 ) -> float:
-    """One pass over the rows in a new order; returns the mean loss."""
+    """One pass over the rows in a new order; returns the mean cross-entropy."""
     model.train()
     shuffled = torch.randperm(data.num_rows, generator=order).to(data.labels.device)
     total = torch.zeros((), device=data.labels.device)
@@ -183,9 +190,11 @@ def _train_epoch(
         optimizer.zero_grad(set_to_none=True)
         logits, info = model.forward_with_info(batch.views)
         loss = nn.functional.cross_entropy(logits, batch.labels)
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
         total += loss.detach() * len(index)
         if info is not None:
             converged.append(info.converged.flatten())
+            loss = loss + recipe.jacobian_weight * info.jacobian_penalty()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_norm)
+        optimizer.step()
     return total.item() / data.num_rows

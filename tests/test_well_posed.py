@@ -1,0 +1,88 @@
+"""The default init makes an equilibrium that every row reaches: a few cases of the study.
+
+``python -m benchmarks.convergence_study`` prints the whole of it.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from deqfuse import Anderson, DEQFusion, NewtonKrylov
+
+TOL, ROWS = 1e-5, 256
+
+
+def inputs(dim: int, n: int, rms: float, rectified: bool) -> list[Tensor]:
+    gen = torch.Generator().manual_seed(0)
+    x = torch.randn(n, ROWS, dim, generator=gen)
+    if rectified:
+        x = x.relu() * 2**0.5
+    return list(x * rms)
+
+
+def shares(layer: DEQFusion, xs: list[Tensor]) -> tuple[float, float]:
+    """Share of converged rows: of the worst cell, of the fuse block."""
+    with torch.no_grad():
+        _, info = layer(xs, return_info=True)
+    return float(info.cells.converged.double().mean(1).min()), float(
+        info.fuse.converged.double().mean()
+    )
+
+
+CASES = [(64, 6, 0.3), (64, 2, 10.0), (300, 3, 1.0), (500, 2, 0.3)]
+SLOW = [pytest.param(d, n, r, marks=pytest.mark.slow)
+        for d in (64, 300, 500, 512) for n in (2, 3, 6) for r in (0.3, 1.0, 3.0, 10.0)
+        if (d, n, r) not in CASES]  # fmt: skip
+
+
+@pytest.mark.parametrize("rectified", [False, True], ids=["gaussian", "rectified"])
+@pytest.mark.parametrize(("dim", "n", "rms"), [*CASES, *SLOW])
+def test_default_init_converges_in_every_block(
+    dim: int, n: int, rms: float, rectified: bool
+) -> None:
+    torch.manual_seed(0)
+    layer = DEQFusion(dim, n, solver=Anderson(tol=TOL, max_iter=50), on_failure="ignore")
+    assert min(shares(layer, inputs(dim, n, rms, rectified))) >= 0.999
+
+
+@pytest.mark.parametrize("rms", [0.01, 1.0, 100.0])
+def test_injection_norm_takes_any_scale(rms: float) -> None:
+    torch.manual_seed(0)
+    solver = Anderson(tol=TOL, max_iter=50)
+    layer = DEQFusion(64, 3, injection_norm=True, solver=solver, on_failure="ignore")
+    assert min(shares(layer, inputs(64, 3, rms, rectified=True))) >= 0.999
+
+
+def test_torch_init_is_not_well_posed_and_says_so() -> None:
+    """What the default init is for: without it rows fail, and are reported as failed."""
+    torch.manual_seed(0)
+    solver = Anderson(tol=TOL, max_iter=50)
+    layer = DEQFusion(64, 3, init="torch", solver=solver, on_failure="ignore")
+    _, fuse = shares(layer, inputs(64, 3, 1.0, rectified=False))
+    assert fuse < 0.99
+
+
+def test_rescue_finds_rows_that_anderson_lost() -> None:
+    torch.manual_seed(0)
+    xs, found = inputs(16, 3, 0.3, rectified=True), []
+    for rescue in (False, True):
+        torch.manual_seed(0)
+        solver = Anderson(tol=TOL, max_iter=50, rescue=rescue)
+        layer = DEQFusion(16, 3, solver=solver, on_failure="ignore")
+        with torch.no_grad():
+            _, info = layer(xs, return_info=True)
+        found.append(int(info.converged.sum()))
+    assert found[0] < ROWS
+    assert found[1] >= found[0]
+
+
+def test_newton_solves_the_cells_at_torch_init() -> None:
+    """Plain iteration solves 99% of them; the robust solver must not do worse."""
+    torch.manual_seed(0)
+    layer = DEQFusion(
+        64, 3, init="torch", solver=NewtonKrylov(tol=TOL, max_iter=200), on_failure="ignore"
+    )
+    cells, _ = shares(layer, inputs(64, 3, 1.0, rectified=False))
+    assert cells >= 0.99
