@@ -1,5 +1,6 @@
 """The gradient rule: at an equilibrium the incoming cotangent g becomes ``u = (I - J^T)^-1 g``.
- Theorem 1 of arXiv 2306.16645. For the layer's own blocks the rule is two plain functions per
+
+Theorem 1 of arXiv 2306.16645. For the layer's own blocks the rule is two plain functions per
 operator, registered on it, so that eager mode, ``torch.compile`` and ``opcheck`` share them. For an
 arbitrary callable it is `ImplicitGradient`, a thin ``torch.autograd.Function``. Second derivatives
 are refused with an error: the rule does not give them.
@@ -101,7 +102,7 @@ class ImplicitGradient(torch.autograd.Function):
     ) -> Tensor:  # (B, n)
         ctx.save_for_backward(image, z_star)
         ctx.adjoint, ctx.on_failure = adjoint, on_failure
-        return image.clone()
+        return z_star.clone()  # the answer, in grad mode as without; the graph is that of f(z*)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:

@@ -43,8 +43,8 @@ def read_released(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Any], dic
     if mosi:
         raise ValueError(
             f"state_dict: {mosi[0]!r} belongs to the CMU-MOSI model, whose cell is a 1x1 Conv1d "
-            "with BatchNorm, not a row-wise residual cell. Remedy: none; DEQFusion covers the root, "
-            "BRCA and MM-IMDB models"
+            "with BatchNorm, not a row-wise residual cell. Remedy: none; DEQFusion covers the "
+            "root, BRCA and MM-IMDB models"
         )
     prefix = found[0][1]["prefix"]
     num_modalities = max(int(m["branch"]) for _, m in found)  # the last branch is the combination
@@ -57,13 +57,23 @@ def read_released(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Any], dic
         if match["part"] not in names or match["prefix"] != prefix:
             raise ValueError(f"state_dict: unknown key {key!r} for {num_modalities} modalities")
         renamed[f"{home}.{names[match['part']]}.{match['leaf']}"] = state_dict[key]
-    like = next(iter(renamed.values()))
-    weights = [state_dict.get(f"{prefix}weights.{i}") for i in range(num_modalities)]
-    given = [w for w in weights if w is not None]
+    wanted = [f"cells.{i}.{part}" for i in range(num_modalities) for part in _CELL.values()]
+    wanted += [f"combine.{part}" for part in _COMBINE.values()]
+    missing = {f"{part}.{leaf}" for part in wanted for leaf in ("weight", "bias")} - renamed.keys()
+    if missing:
+        raise ValueError(
+            f"state_dict: the released keys of {sorted(missing)} are missing for {num_modalities} "
+            "modalities"
+        )
+    like = renamed["combine.norm.weight"]
+    start = f"{prefix}weights."
+    given = [value for key, value in sorted(state_dict.items()) if key.startswith(start)]
     if given and len(given) != num_modalities:
         raise ValueError(
             f"state_dict: expected {num_modalities} keys '{prefix}weights.i', got {len(given)}"
         )
+    if given:
+        given = [state_dict[f"{start}{i}"] for i in range(num_modalities)]
     renamed["modality_weights"] = (
         torch.cat([w.reshape(1) for w in given]) if given else like.new_ones(num_modalities)
     )

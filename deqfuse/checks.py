@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -27,6 +27,18 @@ def positive_int(name: str, value: Any) -> None:
         raise TypeError(f"{name}: expected an int, got {value!r}")
     if value < 1:
         raise ValueError(f"{name}: expected an int >= 1, got {value}")
+
+
+def flag(name: str, value: Any) -> None:
+    """``value`` must be True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected True or False, got {value!r}")
+
+
+def sequence(name: str, value: Any, of: str) -> None:
+    """``value`` must have a length and an order."""
+    if not isinstance(value, Sequence):
+        raise TypeError(f"{name}: expected a sequence of {of}, got {value!r}")
 
 
 def groups(dim: int, num_groups: int) -> None:
@@ -74,16 +86,36 @@ def tensor(name: str, value: Any, like: Tensor | None = None) -> None:
         )
     if like is None:
         return
-    if value.device != like.device:
-        raise ValueError(
-            f"{name}: expected device {like.device} like the other tensors, got {value.device}. "
-            f"Remedy: {name}.to({str(like.device)!r})"
-        )
+    device(name, value, like)
     if value.dtype != like.dtype and not torch.is_autocast_enabled(value.device.type):
         raise TypeError(
             f"{name}: expected dtype {like.dtype} like the other tensors, got {value.dtype}. "
             f"Remedy: {name}.to({like.dtype}), or convert the module"
         )
+
+
+def device(name: str, value: Tensor, like: Tensor) -> None:
+    """``value`` must lie where ``like`` does."""
+    if value.device != like.device:
+        raise ValueError(
+            f"{name}: expected device {like.device} like the other tensors, got {value.device}. "
+            f"Remedy: {name}.to({str(like.device)!r})"
+        )
+
+
+def operand(name: str, value: Any, like: Tensor, expected: tuple[int, ...], meaning: str) -> None:
+    """A further tensor of a solve: any floating dtype (it is cast), this device, this shape."""
+    tensor(name, value)
+    device(name, value, like)
+    shape(name, value, expected, meaning)
+
+
+def parameters(values: Sequence[Any], like: Tensor, matrices: int, vectors: int) -> None:
+    """Weights in operator order: pairs (d, d) and (d,) first, then vectors (d,), repeated."""
+    d = like.shape[-1]
+    shapes = [(d, d), (d,)] * matrices + [(d,)] * vectors
+    for i, value in enumerate(values):
+        operand(f"params[{i}]", value, like, shapes[i % len(shapes)], "the shape for dim = d")
 
 
 def shape(name: str, value: Tensor, expected: tuple[int, ...], meaning: str) -> None:

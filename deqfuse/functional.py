@@ -41,6 +41,12 @@ def residual_cell(
     variant: Variant = "paper",
 ) -> Tensor:  # (B, d)
     """One step of one residual cell, Eq. 8 of arXiv 2306.16645; differentiable."""
+    checks.tensor("x", x)
+    if x.dim() != 2:
+        raise ValueError(f"x: expected (B, d), got shape {tuple(x.shape)}")
+    checks.tensor("z", z, like=x)
+    checks.shape("z", z, tuple(x.shape), "(B, d), the shape of x")
+    checks.parameters(params, x, 2, 6)
     stacked = CellParams(*(p[None] for p in params))
     return maps.residual_cell(z[None], x[None], stacked, num_groups, variant)[0]
 
@@ -56,6 +62,11 @@ def purify_combine(
     variant: Variant = "paper",
 ) -> Tensor:  # (B, d)
     """One step of the soft gate and the combination, Eqs. 9-12; differentiable."""
+    checks.tensor("x_fuse", x_fuse)
+    if x_fuse.dim() != 2:
+        raise ValueError(f"x_fuse: expected (B, d), got shape {tuple(x_fuse.shape)}")
+    checks.operand("z", z, x_fuse, tuple(x_fuse.shape), "(B, d)")
+    checks.parameters(params, x_fuse, 2, 2)
     fuse = FuseParams(*params)
     constant = maps.gate_constant(cells.sum(0), cells.shape[0], fuse)
     return maps.purify_combine(z, x_fuse, constant, mask, cells.shape[0], fuse, num_groups, variant)
@@ -101,6 +112,7 @@ def solve_cells(
         raise ValueError(
             f"params: expected {size} tensors for each of {x.shape[0]} cells, got {len(flat)}"
         )
+    checks.parameters(flat, x, 2, 6)
     _check_z0(z0, x, "(N, B, d)")
     name = _choose(x, num_groups, solver, adjoint, backend)
     if isinstance(adjoint, Unrolled):
@@ -155,11 +167,12 @@ def solve_fuse(
     if x_fuse.dim() != 2:
         raise ValueError(f"x_fuse: expected (B, d), got shape {tuple(x_fuse.shape)}")
     checks.groups(x_fuse.shape[-1], num_groups)
-    checks.shape("cell_sum", cell_sum, tuple(x_fuse.shape), "(B, d)")
+    checks.operand("cell_sum", cell_sum, x_fuse, tuple(x_fuse.shape), "(B, d)")
     if mask is not None:
-        checks.shape("mask", mask, tuple(x_fuse.shape), "(B, d)")
+        checks.operand("mask", mask, x_fuse, tuple(x_fuse.shape), "(B, d)")
     if len(flat) != len(FuseParams._fields):
         raise ValueError(f"params: expected {len(FuseParams._fields)} tensors, got {len(flat)}")
+    checks.parameters(flat, x_fuse, 2, 2)
     _check_z0(z0, x_fuse, "(B, d)")
     name = _choose(x_fuse, num_groups, solver, adjoint, backend)
     block = (x_fuse, cell_sum, flat, mask, _detach(z0), num_modalities, num_groups, variant)
@@ -192,13 +205,24 @@ def fixed_point(
         statistics (B,).
     """
     checks.options(solver, adjoint, on_failure)
+    if not callable(f):
+        raise TypeError(f"f: expected a callable f(z), got {type(f).__name__}")
     checks.tensor("z0", z0)
+    if z0.dim() != 2:
+        raise ValueError(f"z0: expected (B, n), got shape {tuple(z0.shape)}")
+
+    def checked(z: Tensor) -> Tensor:
+        fz = f(z)
+        checks.tensor("f(z)", fz, like=z0)
+        checks.shape("f(z)", fz, tuple(z0.shape), "(B, n), the shape of z0")
+        return fz
+
     adjoint = adjoint.for_forward(solver)
     if isinstance(adjoint, Unrolled):
-        found = solve(f, z0.detach(), solver)
+        found = solve(checked, z0.detach(), solver)
     else:
         with torch.no_grad():
-            found = solve(f, z0.detach(), solver)
+            found = solve(checked, z0.detach(), solver)
     info = _block_info(found, "the fixed point", solver, on_failure)
     z_star = found.z
     if torch.is_grad_enabled() and not isinstance(adjoint, Unrolled):
@@ -207,6 +231,14 @@ def fixed_point(
         if image.requires_grad:
             z_star = rule.ImplicitGradient.apply(image, leaf, adjoint, on_failure)
     return z_star, info
+
+
+def require_backend(
+    x: Tensor, num_groups: int, solver: SolverOption, adjoint: GradientOption, backend: str
+) -> None:
+    """Refuse an explicit backend that cannot run here, also where no solve would ask for it."""
+    if backend != "auto":
+        _choose(x, num_groups, solver, adjoint, backend)
 
 
 def _choose(
@@ -228,8 +260,7 @@ def _block_info(solved: Any, what: str, solver: SolverOption, on_failure: str) -
 
 def _check_z0(z0: Tensor | None, x: Tensor, meaning: str) -> None:
     if z0 is not None:
-        checks.tensor("z0", z0)
-        checks.shape("z0", z0, tuple(x.shape), meaning)
+        checks.operand("z0", z0, x, tuple(x.shape), meaning)
 
 
 def _detach(z0: Tensor | None) -> Tensor | None:

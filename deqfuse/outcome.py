@@ -17,6 +17,7 @@ class Outcome(enum.IntEnum):
 
     @property
     def sentence(self) -> str:
+        """The outcome in words."""
         return _SENTENCES[self]
 
 

@@ -24,7 +24,7 @@ class BlockInfo:
     ``...`` are the leading dimensions of the input. ``trace`` has one more dimension in front.
     """
 
-    residual: Tensor  # relative residual |f(z) - z| / (|f(z)| + 1e-5) of the returned iterate
+    residual: Tensor  # |f(z) - z| / (|f(z)| + 1e-5) at the best iterate z; f(z) is returned
     nfe: Tensor  # int32, evaluations of f (JVPs and VJPs included) while the row was active
     outcome: Tensor  # int8, values of Outcome
     trace: Tensor | None = (
@@ -112,4 +112,8 @@ class SolveInfo:
 
         rows = self.fuse.residual.shape
         radii = [spectral_radius(f, z, num_iters) for f, z in (block() for block in self.blocks)]
-        return torch.cat([r.reshape(-1, *rows) for r in radii])
+        if not radii:
+            return self.fuse.residual.new_zeros(0, *rows)
+        # (N, B) for the cells, (B,) for the fuse block; spelled out, as -1 is ambiguous for B = 0.
+        parts = [r.reshape(r.shape[0] if r.dim() > 1 else 1, *rows) for r in radii]
+        return torch.cat(parts)

@@ -1,4 +1,4 @@
-"""What every test run needs: skips with their reason, and the same number of threads everywhere."""
+"""What every test run needs: skips with their reason, and one thread."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import torch
 
 @pytest.hookimpl(tryfirst=True)  # pytest-benchmark reads its options in the same hook
 def pytest_configure(config: pytest.Config) -> None:
-    torch.set_num_threads(2)
+    # Most products here are tiny: with more threads, waking them is most of the time.
+    torch.set_num_threads(1)
     # Not in addopts: an unknown option would stop pytest where pytest-benchmark is missing.
     benchmark_asked_for = getattr(config.option, "benchmark_only", False)
     if config.pluginmanager.hasplugin("benchmark") and not benchmark_asked_for:

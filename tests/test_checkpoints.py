@@ -75,8 +75,9 @@ def released(request) -> ReleasedLayer:
         *cells, fusion = layer.func_.branches
         for cell in cells:
             cell.gn3.weight.uniform_(0.05, 0.15)
-        fusion.gate.weight.mul_(0.3)
-        fusion.fuse.weight.mul_(0.3)
+            cell.conv2.weight.mul_(0.2)
+        fusion.gate.weight.mul_(0.1)
+        fusion.fuse.weight.mul_(0.1)
         for part in layer.modules():
             if isinstance(part, nn.GroupNorm):
                 part.bias.uniform_(-0.1, 0.1)

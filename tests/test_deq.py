@@ -439,6 +439,15 @@ def test_non_contiguous_state() -> None:
     assert torch.autograd.grad(z, x, randn(B, N))[0].shape == (B, N)
 
 
+def test_the_solve_begins_at_the_start() -> None:
+    """``tanh(2 z)`` has one attracting fixed point on each side of 0."""
+    start = torch.tensor([[0.5], [-0.5]])
+    z, _ = DEQ(lambda z: torch.tanh(2 * z))(start)
+    assert z.sign().flatten().tolist() == [1, -1]
+    _, info = DEQ(lambda z: torch.tanh(2 * z))(z)
+    assert info.nfe.tolist() == [1, 1]
+
+
 def test_the_start_is_not_written_to() -> None:
     start = randn(B, N)
     kept = start.clone()

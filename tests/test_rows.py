@@ -23,7 +23,7 @@ from deqfuse import (
     Unrolled,
 )
 from deqfuse.solvers.options import LINEAR_SOLVERS, GradientOption, SolverOption
-from deqfuse.solvers.rows import STALL_STEPS, Rows
+from deqfuse.solvers.rows import Rows
 
 ROWS, DIM = 12, 16
 SOLVERS: list[SolverOption] = [
@@ -223,7 +223,7 @@ def test_rows_stall_after_twenty_observations_without_progress() -> None:
     seen = 1
     while rows.observe(z, fz):
         seen += 1
-    assert seen == STALL_STEPS + 1
+    assert seen == 20 + 1
     assert rows.solution().outcome.tolist() == [Outcome.STALLED]
 
 

@@ -14,10 +14,12 @@ from deqfuse import Anderson, Broyden, NewtonKrylov, Outcome, Picard, ResidualCe
 from deqfuse.solvers import anderson as anderson_module
 from deqfuse.solvers.anderson import mixing_weights
 from deqfuse.solvers.options import RESCUE_STEPS, SolverOption
-from deqfuse.solvers.rows import STALL_STEPS, Solution, row_norm
+from deqfuse.solvers.rows import Solution, row_norm
 from deqfuse.solvers.solve import solve
 
-FLOOR = 1e-5  # of the residual's denominator, part of the contract
+# Part of the contract, therefore not imported.
+FLOOR = 1e-5  # in the residual's denominator
+STALL_STEPS = 20
 
 
 @dataclass
@@ -106,6 +108,17 @@ def test_contraction(option: SolverOption, dtype: torch.dtype, tol: float) -> No
     assert (found.outcome == Outcome.CONVERGED).all()
     assert (found.residual <= tol).all()
     assert ((found.z - problem.solution).norm(dim=1) <= problem.error_bound(found)).all()
+
+
+@pytest.mark.parametrize("beta", [0.3, 1.0, 1.2])
+def test_anderson_without_history_is_damped_iteration(beta: float) -> None:
+    problem = affine(0.8)
+    start, common = torch.zeros_like(problem.constant), {"tol": 1e-6, "beta": beta, "trace": True}
+    mixed = solve(problem, start, Anderson(m=1, **common))
+    damped = solve(problem, start, Picard(**common))
+    assert torch.equal(mixed.nfe, damped.nfe)
+    torch.testing.assert_close(mixed.z, damped.z)
+    torch.testing.assert_close(mixed.trace, damped.trace, equal_nan=True)
 
 
 def test_broyden_with_a_single_update() -> None:
@@ -356,6 +369,22 @@ def test_rescue_never_makes_a_row_worse() -> None:
     z0 = torch.linspace(-3, 3, 40)[:, None].expand(40, 2).clone()
     plain, rescued = (solve(f, z0, Anderson(m=2, rescue=flag)) for flag in (False, True))
     assert (rescued.residual <= plain.residual).all()
+
+
+def test_a_useless_rescue_leaves_the_answer_as_it_was() -> None:
+    """A map with jumps: its Jacobian says nothing, and every point that Newton tries is worse."""
+
+    def f(z: Tensor) -> Tensor:
+        return torch.where((z - 0.9).abs() < 1e-3, 1.0, torch.where(z > 0, -10.0, 8.0)) + 0 * z
+
+    plain, rescued = (
+        solve(f, torch.full((2, 1), 0.9), Anderson(m=1, rescue=flag)) for flag in (False, True)
+    )
+    assert (plain.outcome != Outcome.CONVERGED).all()
+    assert (rescued.nfe > plain.nfe).all(), "it was tried"
+    assert torch.equal(rescued.z, plain.z)
+    assert torch.equal(rescued.residual, plain.residual)
+    assert torch.equal(rescued.outcome, plain.outcome)
 
 
 def test_rescue_has_a_bounded_cost() -> None:

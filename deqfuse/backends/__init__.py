@@ -75,11 +75,12 @@ def choose(requested: str, problem: Problem) -> str:
         ValueError: an unknown name.
         BackendUnavailable: the requested backend cannot take the problem; says why.
     """
-    if requested == "auto":
-        requested = os.environ.get(ENVIRONMENT, "auto")
+    source = "backend"
+    if requested == "auto" and os.environ.get(ENVIRONMENT):
+        source, requested = f"environment variable {ENVIRONMENT}", os.environ[ENVIRONMENT]
     if requested not in ("auto", *BACKENDS):
         raise ValueError(
-            f"backend: expected 'auto' or one of {', '.join(BACKENDS)}, got {requested!r}"
+            f"{source}: expected 'auto' or one of {', '.join(BACKENDS)}, got {requested!r}"
         )
     if requested != "auto":
         objection = _objection(requested, problem)

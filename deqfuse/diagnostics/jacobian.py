@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from deqfuse import checks
+
 Map = Callable[[Tensor], Tensor]
 
 
@@ -20,8 +22,7 @@ def jacobian_penalty(blocks: Sequence[tuple[Map, Tensor]], num_probes: int) -> T
     Returns:
         Scalar, ``sum over blocks and probes |J^T v|^2 / (num_probes * total number of elements)``.
     """
-    if num_probes < 1:
-        raise ValueError(f"num_probes: expected an int >= 1, got {num_probes}")
+    checks.positive_int("num_probes", num_probes)
     if not blocks:
         return torch.zeros(())
     elements = sum(z.numel() for _, z in blocks)
@@ -33,6 +34,8 @@ def jacobian_penalty(blocks: Sequence[tuple[Map, Tensor]], num_probes: int) -> T
         for f, z in blocks:
             z = z.detach().requires_grad_()
             fz = f(z)
+            if not fz.requires_grad:  # J = 0
+                continue
             for _ in range(num_probes):
                 probe = torch.randn_like(fz)
                 (vjp,) = torch.autograd.grad(
@@ -49,11 +52,14 @@ def spectral_radius(f: Map, z: Tensor, num_iters: int = 60) -> Tensor:
     Power iteration on J^T; the mean growth over the second half of the iterations, so that a
     complex pair, whose growth oscillates, is averaged out.
     """
+    checks.positive_int("num_iters", num_iters)
     if num_iters < 2:
         raise ValueError(f"num_iters: expected an int >= 2, got {num_iters}")
     with torch.enable_grad():
         z = z.detach().requires_grad_()
         fz = f(z)
+    if not fz.requires_grad:
+        return torch.zeros_like(z[..., 0])
     v = torch.randn_like(z)
     log_growth, counted = torch.zeros_like(z[..., 0]), 0
     for i in range(num_iters):

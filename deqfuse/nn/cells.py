@@ -112,6 +112,8 @@ class PurifyCombine(nn.Module):
         mask: Tensor | None = None,  # (B, d)
     ) -> Tensor:  # (B, d)
         """One step (not the equilibrium). Without a gate the result does not depend on ``z``."""
+        expected = (self.num_modalities, *x_fuse.shape)
+        checks.operand("cells", cells, x_fuse, expected, "(N, B, d)")
         if self.gate is None:
             combined = self.fuse(cells.sum(0))
             if mask is not None:

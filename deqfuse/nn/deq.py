@@ -94,6 +94,7 @@ class _Layout:
                     f"{name}: expected shape (B, ...) with one row per sample"
                     f"{f' and B = {parts[0].shape[0]}' if i else ''}, got {tuple(part.shape)}"
                 )
+        self.like = parts[0]  # for dtype and device
         self.shapes = [tuple(part.shape) for part in parts]
         self.sizes = [math.prod(shape[1:]) for shape in self.shapes]
 
@@ -105,7 +106,7 @@ class _Layout:
             raise TypeError(f"{name}: expected {wanted} like z0, got {type(state).__name__}")
         for i, (part, shape) in enumerate(zip(parts, self.shapes, strict=True)):
             entry = f"{name}[{i}]" if self.is_tuple else name
-            checks.tensor(entry, part)
+            checks.tensor(entry, part, like=self.like)
             checks.shape(entry, part, shape, "the shape of z0")
         rows = [p.reshape(p.shape[0], n) for p, n in zip(parts, self.sizes, strict=True)]
         return torch.cat(rows, dim=1) if len(rows) > 1 else rows[0]

@@ -87,10 +87,15 @@ class DEQFusion(nn.Module):
         checks.options(solver, adjoint, on_failure)
         if weight_tied_steps is not None:
             checks.positive_int("weight_tied_steps", weight_tied_steps)
+        checks.flag("gate", gate)
+        checks.flag("injection_norm", injection_norm)
+        if not isinstance(dropout, (int, float)):
+            raise TypeError(f"dropout: expected a number, got {dropout!r}")
         if not 0.0 <= dropout < 1.0:
             raise ValueError(f"dropout: expected a probability in [0, 1), got {dropout!r}")
         self.dim, self.num_modalities, self.num_groups = dim, num_modalities, num_groups
         self.variant, self.injection_norm, self.dropout = variant, injection_norm, float(dropout)
+        self.drops = dropout > 0  # a bool: torch.compile would trace a float attribute as dynamic
         self.weight_tied_steps = weight_tied_steps
         self.solver, self.adjoint = solver, adjoint
         self.on_failure, self.backend = on_failure, backend
@@ -141,10 +146,11 @@ class DEQFusion(nn.Module):
             ConvergenceError: rows did not converge and ``on_failure="raise"``.
         """
         x, lead = self._injections(features)  # (N, B, d)
+        functional.require_backend(x, self.num_groups, self.solver, self.adjoint, self.backend)
         if return_cells and self.combine_kind == "weighted_sum":
             raise ValueError("return_cells: combine='weighted_sum' has no cells to return")
         if self.weight_tied_steps is None:
-            starts = inputs.check_start(z0, self.num_modalities, lead, self.dim)
+            starts = inputs.check_start(z0, self.num_modalities, lead, self.dim, x)
             z, zs, info = self._equilibrium(x, *starts)
         elif z0 is not None:
             raise ValueError(
@@ -174,6 +180,7 @@ class DEQFusion(nn.Module):
 
     def _x_fuse(self, x: Tensor) -> Tensor:
         """Injection of the fuse equation, ``x_f = sum_i w_i x_i (+ bias)``: (B, d)."""
+        x = x.to(reference.compute_dtype(x.dtype))
         x_fuse = (self.modality_weights[:, None, None] * x).sum(0)
         return x_fuse if self.injection_bias is None else x_fuse + self.injection_bias
 
@@ -241,7 +248,7 @@ class DEQFusion(nn.Module):
         return z, zs, SolveInfo(fuse, cells, "reference")
 
     def _mask(self, x: Tensor) -> Tensor | None:
-        if self.combine is None or not self.training or self.dropout == 0:
+        if self.combine is None or not self.training or not self.drops:
             return None
         return dropout_mask(x[0], self.dropout)
 
@@ -279,8 +286,9 @@ class DEQFusion(nn.Module):
         """A layer with the weights of an authors' state dict; see ``deqfuse.checkpoints``."""
         from deqfuse.checkpoints import read_released
 
+        checks.one_of("variant", variant, ("released", "released-mmimdb"))
         sizes, renamed = read_released(state_dict)
-        layer = cls(**sizes, variant=variant, **options)
+        layer = cls(**sizes, variant=variant, **options).to(renamed["combine.norm.weight"].dtype)
         layer.load_state_dict(renamed)
         return layer
 
@@ -296,6 +304,7 @@ def _projections(
 ) -> nn.ModuleList | None:
     if in_dims is None:
         return None
+    checks.sequence("in_dims", in_dims, "widths")
     if len(in_dims) != num_modalities:
         raise ValueError(
             f"in_dims: expected num_modalities={num_modalities} widths, got {len(in_dims)}"

@@ -21,6 +21,8 @@ def check_features(
         widths: expected last dimension of each.
         like: a parameter, whose dtype and device the features must have; None without parameters.
     """
+    if not isinstance(features, Tensor):
+        checks.sequence("features", features, "tensors")
     if isinstance(features, Tensor) or len(features) != len(widths):
         got = "a single tensor" if isinstance(features, Tensor) else f"{len(features)} tensors"
         raise ValueError(
@@ -42,6 +44,7 @@ def check_start(
     num_modalities: int,
     lead: torch.Size,
     dim: int,
+    like: Tensor,
 ) -> tuple[Tensor | None, Tensor | None]:
     """A warm start as rows: fused (B, d) and cells (N, B, d), or two times None."""
     if z0 is None:
@@ -49,8 +52,6 @@ def check_start(
     if not (isinstance(z0, (tuple, list)) and len(z0) == 2):
         raise TypeError(f"z0: expected a pair (fused, cells), got {type(z0).__name__}")
     fused, cells = z0
-    checks.tensor("z0[0]", fused)
-    checks.tensor("z0[1]", cells)
-    checks.shape("z0[0]", fused, (*lead, dim), "(..., dim)")
-    checks.shape("z0[1]", cells, (num_modalities, *lead, dim), "(N, ..., dim)")
+    checks.operand("z0[0]", fused, like, (*lead, dim), "(..., dim)")
+    checks.operand("z0[1]", cells, like, (num_modalities, *lead, dim), "(N, ..., dim)")
     return fused.reshape(-1, dim), cells.reshape(num_modalities, -1, dim)

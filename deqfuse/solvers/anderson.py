@@ -29,7 +29,14 @@ def mixing_weights(
     """
     k = gram.shape[1]
     largest = gram.diagonal(dim1=1, dim2=2).amax(1)
-    floor = PIVOT_FLOOR * largest + TINY
+    # A row that stopped exactly has an empty Gram matrix. Its weights are never used, but Unrolled
+    # differentiates them, and 0 * inf is NaN: give it the identity instead.
+    empty = largest <= TINY
+    gram = torch.where(
+        empty[:, None, None], torch.eye(k, dtype=gram.dtype, device=gram.device), gram
+    )
+    largest = torch.where(empty, 1.0, largest)
+    floor = PIVOT_FLOOR * largest
     work = gram + torch.diag_embed((lam * largest)[:, None].expand(-1, k))
     rhs = torch.ones_like(gram[:, 0])
     columns, y = [], []

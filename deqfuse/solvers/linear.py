@@ -7,6 +7,7 @@ counts applications of A per row.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import torch
@@ -19,6 +20,7 @@ from deqfuse.solvers.rows import Solution, row_dot, row_norm, select
 
 Operator = Callable[[Tensor], Tensor]
 TINY = 1e-30
+_LEAST = {"auto": 2, "gmres": 2, "bicgstab": 3}  # applications of A below which nothing is done
 
 
 def solve_linear(
@@ -29,17 +31,22 @@ def solve_linear(
     max_iter: int,
 ) -> Solution:
     """Solve ``(I - A) x = b`` by the named method (see :class:`deqfuse.Implicit`)."""
+    if max_iter < _LEAST.get(method, 1):  # too few for one cycle and its true residual
+        method = "neumann"
     if method in ("auto", "gmres"):  # the fewest applications of all (docs/design.md, "Gradient")
         return gmres(apply, b, tol, max_iter)
     if method == "bicgstab":
         return bicgstab(apply, b, tol, max_iter)
     if method == "dense":
-        return dense(apply, b)
-    scale = _safe_norm(b)
-    affine = lambda x: apply(x) + b  # noqa: E731 - the fixed-point form x = A x + b
+        return dense(apply, b, tol)
+    scale = _safe_norm(b)  # solved for b / |b|: no absolute constant may matter
+    unit, one = b / scale[:, None], torch.ones_like(scale)
+    affine = lambda x: apply(x) + unit  # noqa: E731 - the fixed-point form x = A x + b
     if method == "anderson":
-        return anderson(affine, b, Anderson(tol=tol, max_iter=max_iter, m=6), scale)
-    return picard(affine, b, Picard(tol=tol, max_iter=max_iter), scale)
+        found = anderson(affine, unit, Anderson(tol=tol, max_iter=max_iter, m=6), one)
+    else:
+        found = picard(affine, unit, Picard(tol=tol, max_iter=max_iter), one)
+    return dataclasses.replace(found, z=found.z * scale[:, None])
 
 
 def _safe_norm(b: Tensor) -> Tensor:
@@ -79,7 +86,9 @@ class _Budget:
         outcome = torch.where(
             self.residual <= self.tol, int(Outcome.CONVERGED), int(Outcome.MAX_ITER)
         )
-        outcome = torch.where(torch.isfinite(self.residual), outcome, int(Outcome.NON_FINITE))
+        finite = torch.isfinite(self.residual)
+        outcome = torch.where(finite, outcome, int(Outcome.NON_FINITE))
+        x = torch.where(finite[:, None], x, torch.nan)  # a poisoned row must not look solved
         return Solution(x, self.residual, self.nfe, outcome.to(torch.int8))
 
 
@@ -165,8 +174,11 @@ def bicgstab(apply: Operator, b: Tensor, tol: float, max_iter: int) -> Solution:
     budget = _Budget(b, tol, max_iter, 3)
     x, r = torch.zeros_like(b), b
     while budget.active.any():
-        x = _bicgstab_run(apply, x, r, budget)
-        r = select(budget.active, b - x + apply(x), r)
+        x_new = _bicgstab_run(apply, x, r, budget)
+        r_new = b - x_new + apply(x_new)
+        # The residual of BiCGStab is not monotone: a run that ends worse than it began is undone.
+        taken = budget.active & ~(row_norm(r_new) >= row_norm(r))
+        x, r = select(taken, x_new, x), select(taken, r_new, r)
         budget.spend(budget.active)
         budget.judge(r)
     return budget.solution(x)
@@ -202,7 +214,7 @@ def _divide(a: Tensor, b: Tensor) -> Tensor:
     return torch.where(b == 0, 0.0, a / torch.where(b == 0, 1.0, b))
 
 
-def dense(apply: Operator, b: Tensor) -> Solution:
+def dense(apply: Operator, b: Tensor, tol: float) -> Solution:
     """Exact: builds A row by row from its action on the unit vectors, then factorises each row.
 
     Rows are factorised one at a time: batched ``torch.linalg.solve`` is wrong for n > 128 on some
@@ -217,8 +229,9 @@ def dense(apply: Operator, b: Tensor) -> Solution:
     x = torch.full_like(b, torch.nan)
     for row in range(count):
         if finite[row]:
-            x[row] = torch.linalg.solve(matrix[row], b[row])
+            x[row] = torch.linalg.solve_ex(matrix[row], b[row]).result
     residual = row_norm(b - x + apply(x)) / _safe_norm(b)
-    outcome = torch.where(torch.isfinite(residual), int(Outcome.CONVERGED), int(Outcome.NON_FINITE))
+    outcome = torch.where(residual <= tol, int(Outcome.CONVERGED), int(Outcome.STALLED))
+    outcome = torch.where(finite, outcome, int(Outcome.NON_FINITE))
     nfe = torch.full((count,), n + 1, dtype=torch.int32, device=b.device)
     return Solution(x, residual, nfe, outcome.to(torch.int8))

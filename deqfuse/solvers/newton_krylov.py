@@ -46,13 +46,17 @@ def newton_krylov(
     z, fz, steps = z0, f(z0), 0
     cost = torch.ones_like(rows.nfe)  # of the step that led to z
     while rows.observe(z, fz, cost) and steps != max_steps:
+        if steps == 0 and active is None:  # a cold start says nothing about J at the solution
+            z, cost = select(rows.active, fz, z), torch.ones_like(rows.nfe)
+            fz, steps = select(rows.active, f(z), fz), 1
+            continue
         g = fz - z
         size = row_norm(g)
         forcing = (size / row_norm(fz).clamp_min(1e-30)).clamp(1e-4, 0.1)
-        inner = gmres(
-            linearize(z), g, forcing, option.max_iter - rows.nfe - 1, option.restart, rows.active
-        )
-        z_new, fz_new, cost = _line_search(f, z, fz, inner.z, size, rows.active)
+        left = option.max_iter - rows.nfe
+        cycle = (left - 1).clamp_max(option.restart + 1)  # one Krylov cycle per step
+        inner = gmres(linearize(z), g, forcing, cycle, option.restart, rows.active)
+        z_new, fz_new, cost = _line_search(f, z, fz, inner.z, size, rows.active, left - inner.nfe)
         cost = cost + inner.nfe
         z, fz = select(rows.active, z_new, z), select(rows.active, fz_new, fz)
         steps += 1
@@ -60,19 +64,25 @@ def newton_krylov(
 
 
 def _line_search(
-    f: Map, z: Tensor, fz: Tensor, step: Tensor, size: Tensor, active: Tensor
+    f: Map,
+    z: Tensor,
+    fz: Tensor,
+    step: Tensor,
+    size: Tensor,
+    active: Tensor,
+    left: Tensor,  # (R,) evaluations that the row may still spend, >= 1 where active
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Halve each row's step until ``|f(z) - z|`` decreases; z, f(z) and the cost per row."""
     best_z, best_f = z, fz
     open_rows, cost = active, torch.zeros_like(active, dtype=torch.int32)
     for halving in range(HALVINGS + 1):
         t = 0.5**halving
-        trial = z + t * step if halving < HALVINGS else fz
+        last = (cost + 1 >= left) | (halving == HALVINGS)  # then z <- f(z), whatever it brings
+        trial = select(last & (halving > 0), fz, z + t * step)
         f_trial = f(trial)
         cost = cost + open_rows.to(torch.int32)
         accept = row_norm(f_trial - trial) <= (1 - SUFFICIENT_DECREASE * t) * size
-        if halving == HALVINGS:
-            accept = torch.ones_like(accept)
+        accept = accept | last
         best_z = select(open_rows & accept, trial, best_z)
         best_f = select(open_rows & accept, f_trial, best_f)
         open_rows = open_rows & ~accept

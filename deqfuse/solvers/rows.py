@@ -92,7 +92,9 @@ class Rows:
             if self._trace is not None:
                 self._trace.append(torch.where(self.active, residual, torch.nan))
         # The first f(z) is kept whatever it is: a poisoned row returns NaN and not its start.
-        self.best = select(better if self._steps > 1 else self.active, fz, self.best)
+        kept = fz if self.scale is None else z  # linear solves vouch for the iterate itself
+        kept = select(torch.isfinite(residual), kept, fz)
+        self.best = select(better if self._steps > 1 else self.active, kept, self.best)
         with torch.no_grad():
             return self._stop_rows(residual)
 
