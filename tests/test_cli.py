@@ -235,7 +235,12 @@ def test_missing_package_is_named(
 
 
 def test_interrupted_process_ends_cleanly(tmp_path: Path) -> None:
-    command = [sys.executable, "-W", "ignore", "-u", "-m", "deqfuse.cli.main", "demo"]
+    # Where the tests run in the background, Ctrl-C is ignored, and child processes inherit that.
+    script = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "from deqfuse.cli.main import main; sys.exit(main(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-W", "ignore", "-u", "-c", script, "demo"]
     with subprocess.Popen(
         [*command, "--epochs", "100000", "--out", str(tmp_path / "out")],
         stdout=subprocess.PIPE,
