@@ -18,9 +18,6 @@ from deqfuse.errors import DoubleBackwardError
 from deqfuse.solvers.adjoint import solve_adjoint
 from deqfuse.solvers.options import GradientOption, from_code
 
-CELLS, FUSE = "the modality cells", "the fuse block"
-
-
 # ---- the layer's blocks --------------------------------------------------------------------------
 
 
@@ -37,7 +34,7 @@ def _cells_backward(ctx: Any, grad_z: Tensor, *_: Any) -> tuple[Any, ...]:
     dx, dparams, residual, _, outcome = ops.adjoint_cells(
         grad_z, z, x, params, num_groups, variant, adjoint, backend, any(ctx.needs_input_grad[1])
     )
-    _report(f"the backward solve of {CELLS}", outcome, residual, adjoint, on_failure)
+    _report(f"the backward solve of {reporting.CELLS}", outcome, residual, adjoint, on_failure)
     return dx, dparams or [None] * len(params), None, *[None] * len(ctx.options)
 
 
@@ -55,7 +52,7 @@ def _fuse_backward(ctx: Any, grad_z: Tensor, *_: Any) -> tuple[Any, ...]:
         grad_z, z, x_fuse, cell_sum, params, mask, n,
         num_groups, variant, adjoint, backend, any(ctx.needs_input_grad[2]),
     )  # fmt: skip
-    _report(f"the backward solve of {FUSE}", outcome, residual, adjoint, on_failure)
+    _report(f"the backward solve of {reporting.FUSE}", outcome, residual, adjoint, on_failure)
     grads = dparams or [None] * len(params)
     return dx, dcell_sum, grads, None, None, *[None] * len(ctx.options)
 

@@ -67,13 +67,14 @@ def read_released(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Any], dic
         )
     like = renamed["combine.norm.weight"]
     start = f"{prefix}weights."
-    given = [value for key, value in sorted(state_dict.items()) if key.startswith(start)]
-    if given and len(given) != num_modalities:
+    expected = [f"{start}{i}" for i in range(num_modalities)]
+    found_weights = sorted(key for key in state_dict if key.startswith(start))
+    if found_weights and found_weights != sorted(expected):
         raise ValueError(
-            f"state_dict: expected {num_modalities} keys '{prefix}weights.i', got {len(given)}"
+            f"state_dict: expected {num_modalities} keys '{start}i', got {len(found_weights)}: "
+            f"{found_weights}"
         )
-    if given:
-        given = [state_dict[f"{start}{i}"] for i in range(num_modalities)]
+    given = [state_dict[key] for key in expected] if found_weights else []
     renamed["modality_weights"] = (
         torch.cat([w.reshape(1) for w in given]) if given else like.new_ones(num_modalities)
     )

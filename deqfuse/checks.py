@@ -80,9 +80,10 @@ def tensor(name: str, value: Any, like: Tensor | None = None) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
     if value.dtype not in FLOATING:
+        remedy = "complex maps are not supported" if value.is_complex() else f"{name}.float()"
         raise TypeError(
             f"{name}: expected a floating-point dtype (float16, bfloat16, float32 or float64), got "
-            f"{value.dtype}. Remedy: {name}.float()"
+            f"{value.dtype}. Remedy: {remedy}"
         )
     if like is None:
         return

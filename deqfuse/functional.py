@@ -46,8 +46,11 @@ def residual_cell(
         raise ValueError(f"x: expected (B, d), got shape {tuple(x.shape)}")
     checks.tensor("z", z, like=x)
     checks.shape("z", z, tuple(x.shape), "(B, d), the shape of x")
+    checks.groups(x.shape[-1], num_groups)
+    checks.one_of("variant", variant, maps.VARIANTS)
+    _check_count(params, CellParams)
     checks.parameters(params, x, 2, 6)
-    stacked = CellParams(*(p[None] for p in params))
+    stacked = CellParams(*(p[None].to(x.dtype) for p in params))
     return maps.residual_cell(z[None], x[None], stacked, num_groups, variant)[0]
 
 
@@ -66,8 +69,15 @@ def purify_combine(
     if x_fuse.dim() != 2:
         raise ValueError(f"x_fuse: expected (B, d), got shape {tuple(x_fuse.shape)}")
     checks.operand("z", z, x_fuse, tuple(x_fuse.shape), "(B, d)")
+    checks.tensor("cells", cells)
+    checks.shape("cells", cells, (*cells.shape[:1], *x_fuse.shape), "(N, B, d)")
+    if mask is not None:
+        checks.operand("mask", mask, x_fuse, tuple(x_fuse.shape), "(B, d)")
+    checks.groups(x_fuse.shape[-1], num_groups)
+    checks.one_of("variant", variant, maps.VARIANTS)
+    _check_count(params, FuseParams)
     checks.parameters(params, x_fuse, 2, 2)
-    fuse = FuseParams(*params)
+    fuse = FuseParams(*(p.to(x_fuse.dtype) for p in params))
     constant = maps.gate_constant(cells.sum(0), cells.shape[0], fuse)
     return maps.purify_combine(z, x_fuse, constant, mask, cells.shape[0], fuse, num_groups, variant)
 
@@ -132,7 +142,7 @@ def solve_cells(
                 on_failure,
             )
         )
-    return solved.z, _block_info(solved, rule.CELLS, solver, on_failure), name
+    return solved.z, _block_info(solved, reporting.CELLS, solver, on_failure), name
 
 
 def solve_fuse(
@@ -170,8 +180,7 @@ def solve_fuse(
     checks.operand("cell_sum", cell_sum, x_fuse, tuple(x_fuse.shape), "(B, d)")
     if mask is not None:
         checks.operand("mask", mask, x_fuse, tuple(x_fuse.shape), "(B, d)")
-    if len(flat) != len(FuseParams._fields):
-        raise ValueError(f"params: expected {len(FuseParams._fields)} tensors, got {len(flat)}")
+    _check_count(flat, FuseParams)
     checks.parameters(flat, x_fuse, 2, 2)
     _check_z0(z0, x_fuse, "(B, d)")
     name = _choose(x_fuse, num_groups, solver, adjoint, backend)
@@ -183,7 +192,7 @@ def solve_fuse(
         solved = reference.Solved(
             *ops.solve_fuse(*block, solver.code, adjoint.code, name, on_failure)
         )
-    return solved.z, _block_info(solved, rule.FUSE, solver, on_failure), name
+    return solved.z, _block_info(solved, reporting.FUSE, solver, on_failure), name
 
 
 def fixed_point(
@@ -198,7 +207,8 @@ def fixed_point(
 
     Args:
         f: maps (B, n) to (B, n); row b of the output may depend on row b of the input only.
-        z0: start; no gradient flows to it.
+        z0: start; no gradient flows to it. For 16-bit z0 the state is float32, and f receives and
+            returns it in 16 bits: it cannot be solved beyond f's own rounding.
 
     Returns:
         ``z`` (B, n), differentiable in whatever f uses (arguments, closed-over parameters), and
@@ -212,25 +222,28 @@ def fixed_point(
         raise ValueError(f"z0: expected (B, n), got shape {tuple(z0.shape)}")
 
     def checked(z: Tensor) -> Tensor:
-        fz = f(z)
+        # A copy of its own, in its own dtype: an f that works in place must not reach the solver's
+        # state, where f(z) - z would be zero and every row "converged".
+        fz = f(z.to(z0.dtype, copy=True))
         checks.tensor("f(z)", fz, like=z0)
         checks.shape("f(z)", fz, tuple(z0.shape), "(B, n), the shape of z0")
-        return fz
+        return fz.to(z.dtype)
 
     adjoint = adjoint.for_forward(solver)
+    start = z0.detach().to(reference.compute_dtype(z0.dtype))  # norms are never below float32
     if isinstance(adjoint, Unrolled):
-        found = solve(checked, z0.detach(), solver)
+        found = solve(checked, start, solver)
     else:
         with torch.no_grad():
-            found = solve(checked, z0.detach(), solver)
+            found = solve(checked, start, solver)
     info = _block_info(found, "the fixed point", solver, on_failure)
     z_star = found.z
     if torch.is_grad_enabled() and not isinstance(adjoint, Unrolled):
         leaf = z_star.detach().requires_grad_()
-        image = f(leaf)
+        image = checked(leaf)
         if image.requires_grad:
             z_star = rule.ImplicitGradient.apply(image, leaf, adjoint, on_failure)
-    return z_star, info
+    return z_star.to(z0.dtype), info
 
 
 def require_backend(
@@ -256,6 +269,11 @@ def _block_info(solved: Any, what: str, solver: SolverOption, on_failure: str) -
     residual, outcome = solved.residual.detach(), solved.outcome
     reporting.report(what, outcome, residual, solver, on_failure)
     return BlockInfo(residual, solved.nfe, outcome, solved.trace if solver.trace else None)
+
+
+def _check_count(params: Sequence[Tensor], kind: type[CellParams] | type[FuseParams]) -> None:
+    if len(params) != len(kind._fields):
+        raise ValueError(f"params: expected {len(kind._fields)} tensors, got {len(params)}")
 
 
 def _check_z0(z0: Tensor | None, x: Tensor, meaning: str) -> None:

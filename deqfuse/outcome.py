@@ -24,6 +24,6 @@ class Outcome(enum.IntEnum):
 _SENTENCES = {
     Outcome.CONVERGED: "the relative residual reached the tolerance",
     Outcome.MAX_ITER: "the evaluation budget ran out first",
-    Outcome.STALLED: "no new best residual in 20 evaluations",
+    Outcome.STALLED: "no new best residual in 20 steps",
     Outcome.NON_FINITE: "the row's map became NaN or infinite",
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import warnings
 from collections import deque
@@ -13,9 +14,12 @@ from torch import Tensor
 
 from deqfuse.errors import ConvergenceError, ConvergenceWarning
 from deqfuse.outcome import Outcome
-from deqfuse.solvers.options import GradientOption, Implicit, SolverOption
+from deqfuse.solvers.options import GradientOption, Implicit, NewtonKrylov, SolverOption
 
 ON_FAILURE = ("warn", "raise", "ignore")
+CELLS, FUSE = LAYER_BLOCKS = ("the modality cells", "the fuse block")
+NEAR_ROUNDING = 1e-5  # where float32 residuals of wide layers end
+ROUNDING = "That is near float32 rounding. Remedy: a larger tol, or float64."
 
 
 @dataclass
@@ -53,7 +57,8 @@ def report(
     if on_failure == "ignore" or outcome.numel() == 0:
         return
     if outcome.device.type != "cuda" or on_failure == "raise":
-        _say(what, _summarise(outcome, residual).tolist(), option, on_failure)
+        if outcome.any():  # CONVERGED is 0; the summary is for those who need it
+            _say(what, _summarise(outcome, residual).tolist(), option, on_failure)
         return
     if torch.cuda.is_current_stream_capturing():
         return
@@ -105,22 +110,41 @@ def _say(
         )
         if count
     ]
-    tol = getattr(option, "tol", float("nan"))
-    message = (
-        f"deqfuse: {failed} of {int(total)} rows of {what} did not converge: {', '.join(parts)}; "
-        f"worst relative residual {worst:.1e}, tol {tol:.1e}. {_remedy(option)} "
-        f"on_failure='ignore' silences this."
-    )
+    message = f"deqfuse: {failed} of {int(total)} rows of {what} did not converge: "
+    message += ", ".join(parts)
+    if budget or stalled:  # for rows that are merely poisoned no solver option is a remedy
+        tol = getattr(option, "tol", float("nan"))
+        message += f"; worst relative residual {worst:.1e}, tol {tol:.1e}. "
+        message += ROUNDING if tol < worst < NEAR_ROUNDING else _remedy(what, option)
+    else:
+        message += "."
+    message += " on_failure='ignore' silences this."
     if on_failure == "raise":
         raise ConvergenceError(message)
-    warnings.warn(message, ConvergenceWarning, stacklevel=2)
+    warnings.warn(message, ConvergenceWarning, stacklevel=_callers_level())
 
 
-def _remedy(option: SolverOption | GradientOption) -> str:
+def _callers_level() -> int:
+    """``stacklevel`` of the nearest frame outside deqfuse and torch: the user's own line."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_globals.get("__name__", "").partition(".")[0] in ("deqfuse", "torch"):
+        if frame.f_back is None:  # the autograd engine's own thread
+            break
+        frame, level = frame.f_back, level + 1
+    return level
+
+
+def _remedy(what: str, option: SolverOption | GradientOption) -> str:
     name, budget = type(option).__name__, getattr(option, "max_iter", 0)
     if isinstance(option, Implicit):
-        return f"Their gradient is inexact. Remedy: Implicit(max_iter={2 * budget}), a looser tol."
-    return (
-        f"Remedies: {name}(max_iter={2 * budget}), Anderson(rescue=True), NewtonKrylov(), "
-        f"init='contractive', or info.jacobian_penalty() in the loss."
-    )
+        knob = "I - J is singular there" if option.solver == "dense" else ""
+        knob = knob or f"Remedy: Implicit(max_iter={2 * budget}), a looser tol"
+        return f"Their gradient is inexact. {knob}."
+    remedies = [f"{name}(max_iter={2 * budget})"]
+    if not getattr(option, "rescue", False):
+        remedies.append("Anderson(rescue=True)")
+    if not isinstance(option, NewtonKrylov):
+        remedies.append("NewtonKrylov()")
+    if what in LAYER_BLOCKS:
+        remedies.append("init='contractive'")
+    return f"Remedies: {', '.join(remedies)}, or info.jacobian_penalty() in the loss."

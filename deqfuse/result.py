@@ -70,6 +70,13 @@ class SolveInfo:
     # Each gives (f, z*) of one kind of block, for the Jacobian measurements below.
     blocks: tuple[Callable[[], Any], ...] = field(default=(), repr=False, compare=False)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What pickle and deepcopy keep: the statistics, not the closures over the graph."""
+        return {**vars(self), "blocks": ()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+
     def reshape(self, *rows: int) -> SolveInfo:
         """The same record with rows arranged as ``rows``."""
         cells = self.cells

@@ -469,3 +469,35 @@ def test_info_of_a_failed_solve() -> None:
 def test_help_text_names_the_options() -> None:
     text = repr(DEQ(Map(), solver=Anderson(tol=0.125)))
     assert "Map" in text
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("linear", LINEAR_SOLVERS)
+def test_sixteen_bit_state_is_solved_in_float32(dtype: torch.dtype, linear: str) -> None:
+    x = randn(B, N).to(dtype).requires_grad_()
+    deq = DEQ(lambda z, x: 0.25 * torch.tanh(z) + x, solver=Anderson(tol=1e-2),
+              adjoint=Implicit(solver=linear, tol=1e-2))  # fmt: skip
+    z, info = deq(torch.zeros_like(x), x)
+    assert info.converged.all()
+    assert (z.dtype, info.fuse.residual.dtype) == (dtype, torch.float32)
+    (grad,) = torch.autograd.grad(z, x, torch.ones_like(z))
+    exact = 1 / (1 - 0.25 * (1 - z.detach().double().tanh() ** 2))
+    torch.testing.assert_close(grad.double(), exact, rtol=0.05, atol=0)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_map_that_works_in_place(grad: bool) -> None:
+    """It must not overwrite the solver's state: f(z) - z would be 0 and every row converged."""
+    x = randn(B, N)
+    with torch.set_grad_enabled(grad):
+        z, info = DEQ(lambda z, x: z.mul_(0.5).add_(x), solver=TIGHT)(torch.zeros_like(x), x)
+    assert info.converged.all()
+    torch.testing.assert_close(z, 2 * x)
+
+
+def test_the_answer_may_be_changed_in_place() -> None:
+    x = randn(B, N).requires_grad_()
+    start = torch.zeros(B, N, dtype=torch.float64)
+    z, _ = DEQ(lambda z, x: 0.5 * z + x, solver=TIGHT, adjoint=EXACT)(start, x)
+    z.mul_(3)
+    torch.testing.assert_close(torch.autograd.grad(z.sum(), x)[0], torch.full_like(x, 6))

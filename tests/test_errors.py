@@ -517,3 +517,56 @@ def test_double_backward_error_names_the_way_out() -> None:
         (grad,) = torch.autograd.grad(loss, x[0], create_graph=True, retain_graph=True)
         with refused(DoubleBackwardError, "second derivative", "Remedy", "adjoint=Unrolled()"):
             grad.square().sum().backward()
+
+
+# ---- options without effect, degenerate sizes ----------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{"dropout": 0.5}, {"gate": False}], ids=str)
+@pytest.mark.parametrize("combine", ["sum", "weighted_sum"])
+def test_options_that_would_have_no_effect(combine: str, options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"combine: dropout and gate belong to combine='purify'"):
+        DEQFusion(8, 2, combine=combine, **options)
+
+
+def test_groups_of_one_feature_are_pointed_out() -> None:
+    with pytest.warns(UserWarning, match=r"groups of one feature.*fewer groups"):
+        DEQFusion(4, 2, num_groups=4)
+
+
+# ---- single steps as functions -------------------------------------------------------------------
+
+CELL = ResidualCell(8, num_groups=2)
+COMBINE = PurifyCombine(8, 3, num_groups=2)
+ROWS_8 = torch.randn(4, 8)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"variant": "foo"}, r"variant: expected one of 'paper'"),
+        ({"num_groups": 3}, r"num_groups: expected a divisor of dim=8, got 3"),
+        ({"params": CELL.flat()[:9]}, r"params: expected 10 tensors, got 9"),
+    ],
+    ids=["variant", "groups", "count"],
+)
+def test_residual_cell_as_a_function(change: dict[str, Any], message: str) -> None:
+    options = {"params": CELL.flat(), "num_groups": 2, **change}
+    with pytest.raises(ValueError, match=message):
+        functional.residual_cell(ROWS_8, ROWS_8, **options)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"variant": "foo"}, r"variant: expected one of 'paper'"),
+        ({"cells": torch.randn(3, 1, 8)}, r"cells: expected shape .* got \(3, 1, 8\)"),
+        ({"mask": torch.ones(1, 8)}, r"mask: expected shape .* got \(1, 8\)"),
+        ({"params": COMBINE.flat()[:5]}, r"params: expected 6 tensors, got 5"),
+    ],
+    ids=["variant", "cells", "mask", "count"],
+)
+def test_purify_combine_as_a_function(change: dict[str, Any], message: str) -> None:
+    options = {"cells": torch.randn(3, 4, 8), "params": COMBINE.flat(), "num_groups": 2, **change}
+    with pytest.raises(ValueError, match=message):
+        functional.purify_combine(ROWS_8, x_fuse=ROWS_8, **options)

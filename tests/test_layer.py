@@ -377,3 +377,58 @@ def test_autocast_after_a_bf16_encoder():
     z.square().mean().backward()
     used = (*encoders.parameters(), *fusion.parameters())
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in used)
+
+
+def test_the_answers_may_be_changed_in_place(fusion, xs):
+    z, zs, info = fusion(xs, return_cells=True, return_info=True)
+    kept = [star.clone() for _, star in (block() for block in info.blocks)]
+    z += 1
+    torch.relu_(zs)
+    (z.square().sum() + zs.square().sum()).backward()
+    assert all(torch.equal(a, star()[1]) for a, star in zip(kept, info.blocks, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"weight_tied_steps": 3}, {"weight_tied_steps": 3, "gate": False}, {"cell": "identity"},
+     {"weight_tied_steps": 3, "cell": "identity"}],
+    ids=str,
+)  # fmt: skip
+def test_sixteen_bit_layers(options, dtype):
+    torch.manual_seed(0)
+    layer = DEQFusion(16, 2, num_groups=2, **options).to(dtype)
+    z, info = layer([torch.randn(3, 16, dtype=dtype) for _ in range(2)], return_info=True)
+    assert z.dtype == dtype
+    (z * torch.randn_like(z)).sum().backward()
+    assert all(p.grad.dtype == dtype for p in layer.combine.parameters())
+    info.jacobian_penalty()
+    info.spectral_radius(2)
+
+
+# ---- the record of a solve -----------------------------------------------------------------------
+
+
+def test_info_can_be_stored_without_its_graph(fusion, xs):
+    _, info = fusion(xs, return_info=True)
+    for kept in (pickle.loads(pickle.dumps(info)), copy.deepcopy(info)):
+        assert torch.equal(kept.converged, info.converged)
+        assert torch.equal(kept.cells.residual, info.cells.residual)
+        assert kept.spectral_radius().shape[0] == 0  # what it measured is not kept
+
+
+# ---- the scale of the loss -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-12, 1e12, 1e30], ids="{:g}".format)
+def test_gradients_are_linear_in_the_cotangent(scale):
+    """float32, whose squares under- and overflow at the outer two."""
+    torch.manual_seed(0)
+    fusion = DEQFusion(DIM, N, num_groups=2)
+    xs = [torch.randn(ROWS, DIM, requires_grad=True) for _ in range(N)]
+    g = cotangents()[0].float()
+    plain = torch.autograd.grad(fusion(xs), xs, g)
+    scaled = torch.autograd.grad(fusion(xs), xs, scale * g)
+    for a, b in zip(scaled, plain, strict=True):
+        # Both solves end at 1e-4; scaling only rounds.
+        torch.testing.assert_close(a / scale, b, rtol=0, atol=1e-3 * b.abs().max().item())

@@ -100,7 +100,8 @@ class PurifyCombine(nn.Module):
 
     def flat(self) -> list[Tensor]:
         """The six parameters in the order of ``FuseParams``; only with a gate."""
-        assert self.gate is not None
+        if self.gate is None:
+            raise ValueError("gate: a combination without a gate is not a fixed-point map")
         parts = (self.gate, self.fuse, self.norm)
         return [t for part in parts for t in (part.weight, part.bias)]
 

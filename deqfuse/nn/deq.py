@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -113,8 +114,11 @@ class _Layout:
 
     def unflatten(self, rows: Tensor) -> Any:
         """Rows (B, n) -> state."""
-        parts = tuple(
-            part.reshape(shape)
-            for part, shape in zip(rows.split(self.sizes, dim=1), self.shapes, strict=True)
+        if not self.is_tuple:
+            return rows.reshape(self.shapes[0])
+        # Not split(): torch forbids in-place use of its views.
+        bounds = [0, *itertools.accumulate(self.sizes)]
+        return tuple(
+            rows[:, start:stop].reshape(shape)
+            for (start, stop), shape in zip(itertools.pairwise(bounds), self.shapes, strict=True)
         )
-        return parts if self.is_tuple else parts[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -32,18 +33,18 @@ class DEQFusion(nn.Module):
         dim: features d of the fused space.
         num_modalities: N >= 1.
         num_groups: groups of every GroupNorm; divides ``dim``.
-        cell: "residual" (Eq. 8), or "identity" (z_i* = x_i, Table 6).
+        cell: "residual" (Eq. 8), or "identity" (z_i* = x_i, Table 6); not used by "weighted_sum".
         combine: "purify" (Eqs. 9-12), "sum" (z_f* = sum_i z_i*) or "weighted_sum" (z_f* = x_f and
             nothing else, Tables 6 and 7).
         gate: False leaves the purification out (z'_i = z_i, Table 8); z_f* is then in closed form.
         weight_tied_steps: k steps of all equations from zero with backpropagation through them,
-            instead of the equilibrium (Table 7).
+            instead of the equilibrium (Table 7); ``solver`` and ``adjoint`` then have no part.
         variant: "paper"; "released", the authors' code (skip ``+ z_i`` before the cell's last relu,
             scalar bias on x_f); "released-mmimdb", their MM-IMDB code (also relu after the last
             norm).
         in_dims: widths of the N inputs; adds one Linear per modality onto ``dim``.
         dropout: probability on W_f's output, in training mode; one draw per solve.
-        init: "contractive" (every row converges, see docs/design.md) or "torch".
+        init: "contractive" (from d = 64 up every row converges; see docs/design.md) or "torch".
         injection_norm: normalises each injection x_i over its features (no parameters), which makes
             the layer insensitive to the scale of its inputs.
         solver, adjoint, on_failure, backend: how to solve, how to differentiate, what to do about
@@ -93,6 +94,17 @@ class DEQFusion(nn.Module):
             raise TypeError(f"dropout: expected a number, got {dropout!r}")
         if not 0.0 <= dropout < 1.0:
             raise ValueError(f"dropout: expected a probability in [0, 1), got {dropout!r}")
+        if combine != "purify" and (dropout or not gate):
+            raise ValueError(
+                "combine: dropout and gate belong to combine='purify', got "
+                f"combine={combine!r} with dropout={dropout!r}, gate={gate!r}"
+            )
+        if num_groups == dim and combine != "weighted_sum":
+            warnings.warn(
+                f"DEQFusion: num_groups={num_groups} makes groups of one feature, whose GroupNorm "
+                "is constant: the layer ignores its input. Remedy: fewer groups",
+                stacklevel=2,
+            )
         self.dim, self.num_modalities, self.num_groups = dim, num_modalities, num_groups
         self.variant, self.injection_norm, self.dropout = variant, injection_norm, float(dropout)
         self.drops = dropout > 0  # a bool: torch.compile would trace a float attribute as dynamic
@@ -158,10 +170,11 @@ class DEQFusion(nn.Module):
             )
         else:
             z, zs, info = self._weight_tied(x, self.weight_tied_steps)
-        z, zs = z.to(x.dtype), zs.to(x.dtype)
-        outputs: list[Any] = [z.reshape(*lead, self.dim)]
+        # Copies: the backward pass and `info` keep the originals, and `z += ...` must be possible.
+        outputs: list[Any] = [z.to(x.dtype, copy=True).reshape(*lead, self.dim)]
         if return_cells:
-            outputs.append(zs.reshape(self.num_modalities, *lead, self.dim))
+            cells = zs.to(x.dtype, copy=True)
+            outputs.append(cells.reshape(self.num_modalities, *lead, self.dim))
         if return_info:
             outputs.append(info.reshape(*lead))
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
@@ -234,14 +247,17 @@ class DEQFusion(nn.Module):
 
     def _weight_tied(self, x: Tensor, steps: int) -> tuple[Tensor, Tensor, SolveInfo]:
         """``steps`` steps of every equation from zero; each combination sees that step's cells."""
-        z, zs, mask = torch.zeros_like(x[0]), torch.zeros_like(x), self._mask(x)
+        work = x.to(reference.compute_dtype(x.dtype))
+        z, zs, mask = torch.zeros_like(work[0]), torch.zeros_like(work), self._mask(x)
+        flat = [t for cell in self.cells for t in cell.flat()]  # type: ignore[operator]
+        step_cells = self._cells_map(x, flat) if flat else (lambda _: work)
         for _ in range(steps):
             before = z, zs
-            if self.cell == "identity":
-                zs = x
+            zs = step_cells(zs)
+            if self.combine is not None and self.combine.gate is not None:
+                z = self._fuse_map(self._x_fuse(x), zs.sum(0), self.combine.flat(), mask)(z)
             else:
-                zs = torch.stack([cell(zs[i], x[i]) for i, cell in enumerate(self.cells)])
-            z = self._combined(z, zs, x, mask)
+                z = self._combined(z, zs.to(x.dtype), x, mask)
         with torch.no_grad():
             fuse = _last_step(before[0], z, self.solver, steps)
             cells = _last_step(before[1], zs, self.solver, steps)
@@ -264,7 +280,7 @@ class DEQFusion(nn.Module):
         """The fuse map in the compute dtype, for Jacobian measurements."""
         dtype, n = reference.compute_dtype(x_fuse.dtype), self.num_modalities
         params, x_fuse = FuseParams(*(t.to(dtype) for t in flat)), x_fuse.to(dtype)
-        constant = maps.gate_constant(cell_sum, n, params)
+        constant = maps.gate_constant(cell_sum.to(dtype), n, params)
         return lambda z: maps.purify_combine(
             z, x_fuse, constant, mask, n, params, self.num_groups, self.variant
         )

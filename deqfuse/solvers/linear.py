@@ -31,6 +31,14 @@ def solve_linear(
     max_iter: int,
 ) -> Solution:
     """Solve ``(I - A) x = b`` by the named method (see :class:`deqfuse.Implicit`)."""
+    # Solved for b / max|b|, row by row: no absolute constant may matter, nor the norm underflow.
+    scale = b.abs().amax(1) if b.shape[1] else b.new_ones(len(b))
+    scale = torch.where(scale > 0, scale, 1.0)[:, None]
+    found = _solve_scaled(apply, b / scale, method, tol, max_iter)
+    return dataclasses.replace(found, z=found.z * scale)
+
+
+def _solve_scaled(apply: Operator, b: Tensor, method: str, tol: float, max_iter: int) -> Solution:
     if max_iter < _LEAST.get(method, 1):  # too few for one cycle and its true residual
         method = "neumann"
     if method in ("auto", "gmres"):  # the fewest applications of all (docs/design.md, "Gradient")
@@ -39,14 +47,10 @@ def solve_linear(
         return bicgstab(apply, b, tol, max_iter)
     if method == "dense":
         return dense(apply, b, tol)
-    scale = _safe_norm(b)  # solved for b / |b|: no absolute constant may matter
-    unit, one = b / scale[:, None], torch.ones_like(scale)
-    affine = lambda x: apply(x) + unit  # noqa: E731 - the fixed-point form x = A x + b
+    affine = lambda x: apply(x) + b  # noqa: E731 - the fixed-point form x = A x + b
     if method == "anderson":
-        found = anderson(affine, unit, Anderson(tol=tol, max_iter=max_iter, m=6), one)
-    else:
-        found = picard(affine, unit, Picard(tol=tol, max_iter=max_iter), one)
-    return dataclasses.replace(found, z=found.z * scale[:, None])
+        return anderson(affine, b, Anderson(tol=tol, max_iter=max_iter, m=6), _safe_norm(b))
+    return picard(affine, b, Picard(tol=tol, max_iter=max_iter), _safe_norm(b))
 
 
 def _safe_norm(b: Tensor) -> Tensor:
@@ -218,8 +222,7 @@ def dense(apply: Operator, b: Tensor, tol: float) -> Solution:
     """Exact: builds A row by row from its action on the unit vectors, then factorises each row.
 
     Rows are factorised one at a time: batched ``torch.linalg.solve`` is wrong for n > 128 on some
-        MKL
-    builds once the thread count was set.
+    MKL builds once the thread count was set.
     """
     count, n = b.shape
     eye = torch.eye(n, dtype=b.dtype, device=b.device)
