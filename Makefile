@@ -4,6 +4,7 @@
 #   VENV=path               another place for the environment
 #   VENV=none               no environment: use PYTHON and the torch that it has; downloads nothing
 #   TORCH='torch==2.12.*'   install another torch than the pinned one (any pip requirement)
+#   DEQFUSE_BUILD=python    do without the C++ (cpu: stop where it cannot be built; default: say so)
 #   ARGS='...'              passed on to `deqfuse demo` or to pytest
 
 PYTHON ?= python3
@@ -21,25 +22,26 @@ SETUP := $(VENV)/.installed
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-full lint clean check-python use-python
+.PHONY: help demo test test-full lint sanitize clean check-python use-python module
 
 help:
 	@echo "make demo       train on real data, write deqfuse-report/    ARGS='--help' lists its options"
 	@echo "make test       lint, type check and tests (minutes)         ARGS='-k name' picks tests"
 	@echo "make test-full  the same with the tests marked slow"
 	@echo "make lint       ruff and mypy only"
+	@echo "make sanitize   the C++ kernels under ASan and UBSan (a minute)   SANITIZE=thread for others"
 	@echo "make clean      remove what builds and tools left; .venv and reports stay"
 	@echo "Options: PYTHON=..., VENV=..., TORCH=..., explained at the top of Makefile"
 
-demo: $(SETUP)
+demo: module
 	@echo "== Demo: deqfuse demo $(ARGS)"
 	@$(PY) -m deqfuse.cli.main demo $(ARGS)
 
-test: lint
+test: lint module
 	@echo "== Tests without the slow ones: pytest"
 	@$(PY) -m pytest -m "not slow" $(ARGS)
 
-test-full: lint
+test-full: lint module
 	@echo "== Tests with the slow ones: pytest"
 	@$(PY) -m pytest $(ARGS)
 
@@ -52,8 +54,16 @@ lint: $(SETUP)
 	@$(call tool,ruff,ruff check . && $(PY) -m ruff format --check .)
 	@$(call tool,mypy,mypy)
 
+# Compiles what changed since the last time; where nothing can be compiled it says so and goes on.
+module: $(SETUP)
+	@$(PY) setup.py -q build_ext --inplace
+
+sanitize:
+	@echo "== Kernels under sanitizers: tests/sanitize/run"
+	@tests/sanitize/run
+
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .benchmarks
+	rm -rf build dist deqfuse/_C*.so *.egg-info .pytest_cache .ruff_cache .mypy_cache .benchmarks
 	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
 
 # The Python that counts is the environment's own once it exists.
@@ -67,6 +77,7 @@ ifneq ($(origin PYTHON),file)
 	  echo "$(VENV) holds $$($(BASE) -V): remove it or name another VENV to use $(PYTHON)." >&2; exit 1; }
 endif
 
+# The module is built in place, by the target above, hence DEQFUSE_BUILD=python in the installs below.
 # An interrupted set-up leaves no .installed and is taken up again where it stopped.
 $(VENV)/.installed: pyproject.toml setup.py $(CONSTRAINTS) | check-python
 	@echo "== Setting up $(VENV) with $$($(BASE) -V); later runs reuse it"
@@ -76,7 +87,7 @@ $(VENV)/.installed: pyproject.toml setup.py $(CONSTRAINTS) | check-python
 	@$(PY) -m pip install --disable-pip-version-check -c $(VENV)/constraints.txt torch
 	@echo "== Installing what deqfuse builds and tests with"
 	@$(PY) -m pip install --disable-pip-version-check -q -c $(VENV)/constraints.txt setuptools
-	@$(PY) -m pip install --disable-pip-version-check -q -c $(VENV)/constraints.txt \
+	@DEQFUSE_BUILD=python $(PY) -m pip install --disable-pip-version-check -q -c $(VENV)/constraints.txt \
 	  --no-build-isolation -e '.[dev]'
 	@touch $@
 
@@ -89,4 +100,4 @@ use-python: check-python
 	@$(PY) -c 'import sys, importlib.util as u; sys.path.remove(""); s = u.find_spec("deqfuse"); \
 	  sys.exit(not s or s.origin != "$(CURDIR)/deqfuse/__init__.py")' || { \
 	  echo "== Installing deqfuse itself, editable, without dependencies or network"; \
-	  $(PY) -m pip install --disable-pip-version-check -q --no-index --no-deps --no-build-isolation -e .; }
+	  DEQFUSE_BUILD=python $(PY) -m pip install --disable-pip-version-check -q --no-index --no-deps --no-build-isolation -e .; }

@@ -27,15 +27,20 @@ def _cells_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
     ctx.mark_non_differentiable(*output[1:])
 
 
-def _cells_backward(ctx: Any, grad_z: Tensor, *_: Any) -> tuple[Any, ...]:
+def _cells_gradient(ctx: Any, grad_z: Tensor, want_params: bool) -> tuple[Tensor, list[Any]]:
     z, x, *params = ctx.saved_tensors
     num_groups, variant, solver, adjoint, backend, on_failure = ctx.options
     adjoint = _in_force(adjoint, solver)
     dx, dparams, residual, _, outcome = ops.adjoint_cells(
-        grad_z, z, x, params, num_groups, variant, adjoint, backend, any(ctx.needs_input_grad[1])
+        grad_z, z, x, params, num_groups, variant, adjoint, backend, want_params
     )
     _report(f"the backward solve of {reporting.CELLS}", outcome, residual, adjoint, on_failure)
-    return dx, dparams or [None] * len(params), None, *[None] * len(ctx.options)
+    return dx, dparams or [None] * len(params)
+
+
+def _cells_backward(ctx: Any, grad_z: Tensor, *_: Any) -> tuple[Any, ...]:
+    dx, dparams = _cells_gradient(ctx, grad_z, any(ctx.needs_input_grad[1]))
+    return dx, dparams, None, *[None] * len(ctx.options)
 
 
 def _fuse_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -44,17 +49,21 @@ def _fuse_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -
     ctx.mark_non_differentiable(*output[1:])
 
 
-def _fuse_backward(ctx: Any, grad_z: Tensor, *_: Any) -> tuple[Any, ...]:
+def _fuse_gradient(ctx: Any, grad_z: Tensor, want_params: bool) -> tuple[Tensor, Tensor, list[Any]]:
     z, x_fuse, cell_sum, mask, *params = ctx.saved_tensors
     n, num_groups, variant, solver, adjoint, backend, on_failure = ctx.options
     adjoint = _in_force(adjoint, solver)
     dx, dcell_sum, dparams, residual, _, outcome = ops.adjoint_fuse(
         grad_z, z, x_fuse, cell_sum, params, mask, n,
-        num_groups, variant, adjoint, backend, any(ctx.needs_input_grad[2]),
+        num_groups, variant, adjoint, backend, want_params,
     )  # fmt: skip
     _report(f"the backward solve of {reporting.FUSE}", outcome, residual, adjoint, on_failure)
-    grads = dparams or [None] * len(params)
-    return dx, dcell_sum, grads, None, None, *[None] * len(ctx.options)
+    return dx, dcell_sum, dparams or [None] * len(params)
+
+
+def _fuse_backward(ctx: Any, grad_z: Tensor, *_: Any) -> tuple[Any, ...]:
+    dx, dcell_sum, dparams = _fuse_gradient(ctx, grad_z, any(ctx.needs_input_grad[2]))
+    return dx, dcell_sum, dparams, None, None, *[None] * len(ctx.options)
 
 
 def _in_force(adjoint: str, solver: str) -> str:
@@ -77,6 +86,53 @@ torch.library.register_autograd("deqfuse::solve_cells", _cells_backward, setup_c
 torch.library.register_autograd("deqfuse::solve_fuse", _fuse_backward, setup_context=_fuse_setup)
 torch.library.register_autograd("deqfuse::adjoint_cells", _refuse)
 torch.library.register_autograd("deqfuse::adjoint_fuse", _refuse)
+
+
+class SolveCells(torch.autograd.Function):
+    """``ops.solve_cells`` in eager mode: the same rule, the parameters as arguments of their own.
+
+    The registered rule packs and unpacks the parameter list at every call, which costs more than
+    a small solve.
+    """
+
+    @staticmethod
+    def forward(x: Tensor, z0: Tensor | None, options: tuple[Any, ...], *params: Tensor) -> Any:
+        return ops.solve_cells(x, params, z0, *options)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        x, z0, options, *params = inputs
+        _cells_setup(ctx, (x, params, z0, *options), output)
+
+    @staticmethod
+    def backward(ctx: Any, grad_z: Tensor, *_: Any) -> tuple[Any, ...]:
+        dx, dparams = _cells_gradient(ctx, grad_z, any(ctx.needs_input_grad[3:]))
+        return dx, None, None, *dparams
+
+
+class SolveFuse(torch.autograd.Function):
+    """``ops.solve_fuse`` in eager mode; see :class:`SolveCells`."""
+
+    @staticmethod
+    def forward(
+        x_fuse: Tensor,
+        cell_sum: Tensor,
+        mask: Tensor | None,
+        z0: Tensor | None,
+        options: tuple[Any, ...],
+        *params: Tensor,
+    ) -> Any:
+        return ops.solve_fuse(x_fuse, cell_sum, params, mask, z0, *options)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        x_fuse, cell_sum, mask, z0, options, *params = inputs
+        _fuse_setup(ctx, (x_fuse, cell_sum, params, mask, z0, *options), output)
+
+    @staticmethod
+    def backward(ctx: Any, grad_z: Tensor, *_: Any) -> tuple[Any, ...]:
+        dx, dcell_sum, dparams = _fuse_gradient(ctx, grad_z, any(ctx.needs_input_grad[5:]))
+        return dx, dcell_sum, None, None, None, *dparams
 
 
 # ---- any callable --------------------------------------------------------------------------------

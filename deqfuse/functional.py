@@ -14,7 +14,7 @@ from torch import Tensor
 
 from deqfuse import autograd as rule
 from deqfuse import backends, checks, ops, reporting
-from deqfuse.backends import maps, reference
+from deqfuse.backends import cpu, maps, reference
 from deqfuse.backends.maps import CellParams, FuseParams, Variant
 from deqfuse.result import BlockInfo
 from deqfuse.solvers.options import Anderson, GradientOption, Implicit, SolverOption, Unrolled
@@ -129,19 +129,12 @@ def solve_cells(
         with ops.full_precision(x.device):
             solved = reference.solve_cells(x, flat, _detach(z0), num_groups, variant, solver)
     else:
-        solved = reference.Solved(
-            *ops.solve_cells(
-                x,
-                flat,
-                _detach(z0),
-                num_groups,
-                variant,
-                solver.code,
-                adjoint.code,
-                name,
-                on_failure,
-            )
-        )
+        options = (num_groups, variant, solver.code, adjoint.code, name, on_failure)
+        if torch.compiler.is_compiling():
+            output = ops.solve_cells(x, flat, _detach(z0), *options)
+        else:
+            output = rule.SolveCells.apply(x, _detach(z0), options, *flat)
+        solved = reference.Solved(*output)
     return solved.z, _block_info(solved, reporting.CELLS, solver, on_failure), name
 
 
@@ -184,14 +177,21 @@ def solve_fuse(
     checks.parameters(flat, x_fuse, 2, 2)
     _check_z0(z0, x_fuse, "(B, d)")
     name = _choose(x_fuse, num_groups, solver, adjoint, backend)
-    block = (x_fuse, cell_sum, flat, mask, _detach(z0), num_modalities, num_groups, variant)
+    start = _detach(z0)
     if isinstance(adjoint, Unrolled):
         with ops.full_precision(x_fuse.device):
-            solved = reference.solve_fuse(*block, solver)
+            solved = reference.solve_fuse(
+                x_fuse, cell_sum, flat, mask, start, num_modalities, num_groups, variant, solver
+            )
     else:
-        solved = reference.Solved(
-            *ops.solve_fuse(*block, solver.code, adjoint.code, name, on_failure)
-        )
+        options = (
+            num_modalities, num_groups, variant, solver.code, adjoint.code, name, on_failure,
+        )  # fmt: skip
+        if torch.compiler.is_compiling():
+            output = ops.solve_fuse(x_fuse, cell_sum, flat, mask, start, *options)
+        else:
+            output = rule.SolveFuse.apply(x_fuse, cell_sum, mask, start, options, *flat)
+        solved = reference.Solved(*output)
     return solved.z, _block_info(solved, reporting.FUSE, solver, on_failure), name
 
 
@@ -202,7 +202,7 @@ def fixed_point(
     solver: SolverOption = Anderson(),  # noqa: B008 - frozen
     adjoint: GradientOption = Implicit(),  # noqa: B008 - frozen
     on_failure: str = "warn",
-) -> tuple[Tensor, BlockInfo]:
+) -> tuple[Tensor, BlockInfo, str]:
     """Equilibrium ``z = f(z)`` of any row-wise callable, with gradients to everything f touches.
 
     Args:
@@ -211,8 +211,8 @@ def fixed_point(
             returns it in 16 bits: it cannot be solved beyond f's own rounding.
 
     Returns:
-        ``z`` (B, n), differentiable in whatever f uses (arguments, closed-over parameters), and
-        statistics (B,).
+        ``z`` (B, n), differentiable in whatever f uses (arguments, closed-over parameters);
+        statistics (B,); the name of the backend that ran the solver.
     """
     checks.options(solver, adjoint, on_failure)
     if not callable(f):
@@ -231,11 +231,16 @@ def fixed_point(
 
     adjoint = adjoint.for_forward(solver)
     start = z0.detach().to(reference.compute_dtype(z0.dtype))  # norms are never below float32
+    backend = "reference"
     if isinstance(adjoint, Unrolled):
         found = solve(checked, start, solver)
     else:
         with torch.no_grad():
-            found = solve(checked, start, solver)
+            if backends.allowed("cpu") and cpu.takes_rows(start, solver):
+                backend = "cpu"
+                found = solve(checked, start, solver, run_anderson=cpu.anderson)
+            else:
+                found = solve(checked, start, solver)
     info = _block_info(found, "the fixed point", solver, on_failure)
     z_star = found.z
     if torch.is_grad_enabled() and not isinstance(adjoint, Unrolled):
@@ -243,7 +248,7 @@ def fixed_point(
         image = checked(leaf)
         if image.requires_grad:
             z_star = rule.ImplicitGradient.apply(image, leaf, adjoint, on_failure)
-    return z_star.to(z0.dtype), info
+    return z_star.to(z0.dtype), info, backend
 
 
 def require_backend(

@@ -10,7 +10,10 @@ from pathlib import Path
 __all__ = ["main", "system_report"]
 
 # Environment variables that change what deqfuse does, and what they mean when unset.
-_SWITCHES = {"DEQFUSE_BACKEND": "auto"}
+_SWITCHES = {
+    "DEQFUSE_BACKEND": "auto",
+    "DEQFUSE_ISA": "the widest instruction set that the processor has",
+}
 
 
 def system_report() -> str:
@@ -124,12 +127,28 @@ def _cuda_devices() -> dict[str, str]:
 def _backends() -> dict[str, str]:
     from deqfuse import backends
 
-    return {
-        backend.name: f"available\n{backend.reason}"
-        if backend.available
-        else f"unavailable\nReason: {backend.reason}\nRemedy: {backend.remedy}"
-        for backend in backends.describe()
-    }
+    entries = {}
+    for backend in backends.describe():
+        if not backend.available:
+            text = f"unavailable\nReason: {backend.reason}\nRemedy: {backend.remedy}"
+        else:
+            text = f"available\n{backend.reason}"
+            if backend.name == "cpu":
+                text += _compiled_module()
+        entries[backend.name] = text
+    return entries
+
+
+def _compiled_module() -> str:
+    from deqfuse.backends import native
+
+    if native.module is None:
+        return ""
+    build = native.module.build_info()
+    return (
+        f"\nRuns {build['instruction_set']} in vectors of {build['vector_bytes']} bytes; "
+        f"built with {build['compiler']} for torch >= {build['torch_target']}"
+    )
 
 
 if __name__ == "__main__":

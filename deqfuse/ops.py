@@ -7,6 +7,9 @@ constants. The gradient rule is registered in ``autograd.py``.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -39,8 +42,10 @@ torch.library.define(
 )
 
 
-def full_precision(device: torch.device) -> torch.autocast:
+def full_precision(device: torch.device) -> AbstractContextManager[Any]:
     """A converging loop keeps its norms in float32: autocast ends at the operator's door."""
+    if not torch.is_autocast_enabled(device.type):
+        return nullcontext()  # entering torch.autocast costs more than it looks
     return torch.autocast(device_type=device.type, enabled=False)
 
 

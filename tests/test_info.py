@@ -44,6 +44,39 @@ def test_real_backends_say_why_they_are_unavailable() -> None:
         assert backend.available or backend.remedy
 
 
+def test_compiled_module_says_how_it_was_built() -> None:
+    module = pytest.importorskip("deqfuse._C", reason="the C++ extension was not built")
+    build = module.build_info()
+    assert build["torch_target"] == "2.11"
+    assert build["instruction_set"] in ("base", "avx2", "avx512")
+    words = " ".join(info.system_report().split())
+    assert f"Runs {build['instruction_set']} in vectors of {build['vector_bytes']} bytes" in words
+    assert f"built with {build['compiler']} for torch >= 2.11" in words
+
+
+def test_plan_counts_tiles_and_refuses_nonsense() -> None:
+    module = pytest.importorskip("deqfuse._C", reason="the C++ extension was not built")
+    for rows in (0, 1, 33, 4096):
+        plan = module.plan(rows, 64, itemsize=8, history=5)
+        tile = plan["rows_per_tile"]
+        assert tile % (module.build_info()["vector_bytes"] // 8) == 0
+        assert plan["tiles"] == -(-rows // tile)
+        assert plan["tile_bytes"] % (64 * tile * 8) == 0
+    with pytest.raises(ValueError, match="itemsize 4 or 8"):
+        module.plan(10, 64, itemsize=2)
+
+
+@pytest.mark.parametrize("asked", ["base", "avx"])
+def test_instruction_set_can_be_limited(asked: str) -> None:
+    pytest.importorskip("deqfuse._C", reason="the C++ extension was not built")
+    command = [sys.executable, "-m", "deqfuse.info"]
+    environment = os.environ | {"DEQFUSE_ISA": asked}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr
+    told = {"base": "Runs base in vectors", "avx": "expected base, avx2 or avx512, got 'avx'"}
+    assert told[asked] in result.stdout
+
+
 def test_missing_triton_is_named_with_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "triton", None)  # makes `import triton` fail as if not there
     assert "pip install 'deqfuse[triton]'" in info.system_report()

@@ -125,6 +125,7 @@ def source_copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
         elif entry.name in (
             ".ci",
             "benchmarks",
+            "csrc",
             "deqfuse",
             "docs",
             "tests",
@@ -138,14 +139,16 @@ def source_copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def wheel(source_copy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     target = tmp_path_factory.mktemp("wheel")
-    pip(["wheel", "--no-build-isolation", "--wheel-dir", str(target), str(source_copy)])
+    arguments = ["wheel", "--no-build-isolation", "--wheel-dir", str(target), str(source_copy)]
+    pip(arguments, DEQFUSE_BUILD="python")  # the extension has its own tests below
     (path,) = target.glob("deqfuse-*.whl")
     return path
 
 
-def pip(arguments: list[str]) -> None:
+def pip(arguments: list[str], **variables: str) -> None:
     command = [sys.executable, "-m", "pip", *arguments, "--no-deps", "--no-index", "--quiet"]
-    result = subprocess.run(command, capture_output=True, text=True, cwd="/")
+    environment = os.environ | variables
+    result = subprocess.run(command, capture_output=True, text=True, cwd="/", env=environment)
     assert result.returncode == 0, result.stdout + result.stderr
 
 
@@ -191,6 +194,128 @@ def test_source_distribution_can_build_and_test(source_copy: Path, tmp_path: Pat
     needed = {
         *("setup.py", "pyproject.toml", "constraints-dev.txt", "Makefile", "LICENSE", ".ci/run"),
         *("triton_kernels/__init__.py", "deqfuse/py.typed", "deqfuse/data/numerals.npz"),
+        *("csrc/README.md", "csrc/common/outcome.h", "csrc/cpu/kernels.inc", "csrc/cpu/ops.cpp"),
+        *("tests/sanitize/run", "tests/sanitize/check_kernels.cpp"),
         *(f"tests/{test.name}" for test in (ROOT / "tests").glob("*.py")),
     }
     assert sorted(needed - names) == []
+
+
+# The C++ extension: built, refused, or left out with a reason
+
+
+def build(source: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Build the extension beside its package in `source`."""
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    environment = {k: v for k, v in os.environ.items() if k not in ("DEQFUSE_BUILD", "CI")}
+    environment |= variables
+    return subprocess.run(command, capture_output=True, text=True, cwd=source, env=environment)
+
+
+@pytest.fixture
+def small_source(source_copy: Path, tmp_path: Path) -> Path:
+    """The tree with kernels that compile at once."""
+    pytest.importorskip("pybind11")
+    copy = tmp_path / "small"
+    shutil.copytree(source_copy, copy)
+    for source in (copy / "csrc" / "cpu").glob("*.cpp"):
+        source.write_text("")
+    (copy / "csrc" / "cpu" / "bindings.cpp").write_text(
+        """
+        #include <Python.h>
+        static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", 0, -1, 0, 0, 0, 0, 0};
+        PyMODINIT_FUNC __attribute__((visibility("default"))) PyInit__C() {
+          return PyModule_Create(&module);
+        }
+        """
+    )
+    return copy
+
+
+def built(source: Path) -> list[Path]:
+    return [*(source / "deqfuse").glob("_C*"), *(source / "build").glob("lib*/deqfuse/_C*")]
+
+
+needs_compiler = pytest.mark.skipif(
+    shutil.which("c++") is None or "CXX" in os.environ, reason="needs a C++ compiler called c++"
+)
+
+
+def test_without_a_compiler_the_build_goes_on_and_says_so(small_source: Path) -> None:
+    result = build(small_source, CXX="/nonexistent/c++")
+    assert result.returncode == 0, result.stderr
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("deqfuse:")]
+    assert "without the compiled CPU backend: no C++ compiler" in line
+    assert "install GCC or Clang" in line
+
+
+def test_a_missing_compiler_is_an_error_when_asked_for(small_source: Path) -> None:
+    result = build(small_source, CXX="/nonexistent/c++", DEQFUSE_BUILD="cpu")
+    assert result.returncode != 0
+    assert "cannot build the compiled CPU backend: no C++ compiler" in result.stderr
+
+
+@pytest.mark.parametrize("missing", ["torch", "pybind11"])
+def test_missing_build_requirements_are_named(small_source: Path, missing: str) -> None:
+    (small_source / f"{missing}.py").write_text(f"raise ImportError('no {missing} here')")
+    told = build(small_source, PYTHONPATH=str(small_source))
+    assert told.returncode == 0, told.stderr
+    assert f"no {missing} here; install torch and pybind11" in told.stderr
+    refused = build(small_source, PYTHONPATH=str(small_source), DEQFUSE_BUILD="cpu")
+    assert refused.returncode != 0
+    assert "pip install --no-build-isolation ." in refused.stderr
+    assert build(small_source, PYTHONPATH=str(small_source), DEQFUSE_BUILD="python").stderr == ""
+
+
+@needs_compiler
+def test_a_compile_error_leaves_no_module_behind(small_source: Path) -> None:
+    result = build(small_source, DEQFUSE_BUILD="cpu")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert len(built(small_source)) == 2  # in build/ and in place
+
+    (small_source / "csrc" / "cpu" / "ops.cpp").write_text("#error broken on purpose")
+    refused = build(small_source, DEQFUSE_BUILD="cpu")
+    assert refused.returncode != 0
+    assert "cannot build the compiled CPU backend" in refused.stderr
+    told = build(small_source)
+    assert told.returncode == 0, told.stderr
+    assert "installing without the compiled CPU backend" in told.stderr
+    assert built(small_source) == []
+
+
+@needs_compiler
+def test_warnings_are_errors_in_our_own_ci_only(small_source: Path) -> None:
+    (small_source / "csrc" / "cpu" / "ops.cpp").write_text("int f() { int unused; return 0; }")
+    assert build(small_source, DEQFUSE_BUILD="cpu", CI="true").returncode != 0
+    assert build(small_source, CI="true").returncode == 0
+    assert len(built(small_source)) == 2
+
+
+def test_unknown_switch_is_refused(source_copy: Path) -> None:
+    result = build(source_copy, DEQFUSE_BUILD="cuda")
+    assert result.returncode != 0
+    assert "DEQFUSE_BUILD: expected auto, python or cpu, got 'cuda'" in result.stderr
+
+
+def test_module_built_here_belongs_to_these_sources() -> None:
+    module = pytest.importorskip("deqfuse._C", reason="the C++ extension was not built")
+    newest = max(p.stat().st_mtime for p in (ROOT / "csrc").rglob("*.[hic]*"))
+    assert Path(module.__file__).stat().st_mtime >= newest, "run: make module"
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_wheel_with_the_extension(source_copy: Path, tmp_path: Path) -> None:
+    pytest.importorskip("pybind11")
+    arguments = ["wheel", "--no-build-isolation", "--wheel-dir", str(tmp_path), str(source_copy)]
+    pip(arguments, DEQFUSE_BUILD="cpu")
+    (path,) = tmp_path.glob("deqfuse-*.whl")
+    names = zipfile.ZipFile(path).namelist()
+    assert [name for name in names if name.startswith("deqfuse/_C")]
+    assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"deqfuse"}
+    pip(["install", "--target", str(tmp_path / "there"), str(path)])
+    output = check_python(
+        "from deqfuse.backends import native; print(native.module.__file__)",
+        path=[tmp_path / "there"],
+    )
+    assert output.startswith(str(tmp_path))

@@ -19,7 +19,7 @@ from deqfuse.backends import cpu, cuda, reference
 from deqfuse.backends.problem import Problem as Problem
 from deqfuse.errors import BackendUnavailable
 
-__all__ = ["BACKENDS", "BackendStatus", "Problem", "choose", "describe", "load"]
+__all__ = ["BACKENDS", "BackendStatus", "Problem", "allowed", "choose", "describe", "load"]
 
 # Fastest first: "auto" takes the first that accepts the problem.
 _MODULES: dict[str, ModuleType] = {"cuda": cuda, "cpu": cpu, "reference": reference}
@@ -62,6 +62,11 @@ def _objection(name: str, problem: Problem) -> str | None:
         return f"{missing[0]}. Remedy: {missing[1]}"
     refusal: str | None = backend.refuses(problem)
     return refusal
+
+
+def allowed(name: str) -> bool:
+    """Whether the environment leaves the choice open or names this backend."""
+    return os.environ.get(ENVIRONMENT, "auto") in ("auto", name)
 
 
 def choose(requested: str, problem: Problem) -> str:

@@ -2,17 +2,230 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deqfuse.backends import native, reference
+from deqfuse.backends.maps import Variant
 from deqfuse.backends.problem import Problem
+from deqfuse.backends.reference import Solved, Statistics, compute_dtype
+from deqfuse.outcome import Outcome
+from deqfuse.solvers.newton_krylov import Linearize, Map
+from deqfuse.solvers.options import (
+    Anderson,
+    GradientOption,
+    Implicit,
+    Neumann,
+    OneStep,
+    Picard,
+    SolverOption,
+)
+from deqfuse.solvers.rows import Solution
+from deqfuse.solvers.solve import rescue
+
+MAX_HISTORY = 8  # csrc/cpu/anderson.h
+ADJOINT_HISTORY = 6
+ADJOINT_SOLVERS = ("auto", "anderson", "neumann")
 
 
 def unavailable() -> tuple[str, str] | None:
     """Why this backend cannot run here, and what would change that."""
+    if native.module is not None:
+        return None
     return (
-        "this version of deqfuse has no compiled CPU kernels yet",
-        "none in this version: solves on CPU tensors run on the reference backend",
+        f"the compiled module is missing or does not load ({native.load_error})",
+        "install deqfuse with a C++ compiler there: pip install --no-build-isolation . "
+        "(DEQFUSE_BUILD=cpu makes a failed build an error that says why)",
     )
 
 
 def refuses(problem: Problem) -> str | None:
     """Why this backend cannot take the problem."""
-    return None if problem.device.type == "cpu" else f"it runs on CPU tensors, not {problem.device}"
+    solver, adjoint = problem.solver, problem.adjoint
+    if problem.device.type != "cpu":
+        return f"it runs on CPU tensors, not on {problem.device}"
+    if not isinstance(solver, (Anderson, Picard)):
+        return f"it solves with Anderson or Picard, not {type(solver).__name__}"
+    if isinstance(solver, Anderson) and solver.m > MAX_HISTORY:
+        return f"it keeps at most {MAX_HISTORY} residuals, not Anderson(m={solver.m})"
+    if isinstance(adjoint, Implicit) and adjoint.solver not in ADJOINT_SOLVERS:
+        return f"its adjoint solvers are {', '.join(ADJOINT_SOLVERS)}, not {adjoint.solver!r}"
+    if not isinstance(adjoint, (Implicit, OneStep, Neumann)):
+        return f"it does not differentiate through its steps, as {type(adjoint).__name__} asks"
+    return None
+
+
+def solve_cells(
+    x: Tensor,  # (N, B, d)
+    flat_params: list[Tensor],
+    z0: Tensor | None,  # (N, B, d)
+    num_groups: int,
+    variant: Variant,
+    solver: SolverOption,
+) -> Solved:
+    """Equilibria of all N residual cells."""
+    x_, params, z0_ = _prepare(x, x), [_prepare(p, x) for p in flat_params], _prepare(z0, x)
+    solved = Solved(
+        *native.solve_cells(
+            x_, params, z0_, num_groups, variant != "paper", *_forward(solver), _steps(solver)
+        )
+    )
+    if not (isinstance(solver, Anderson) and solver.rescue):
+        return solved
+    step, linearize = reference.cells_problem(x_, params, num_groups, variant)
+    return _rescued(solved, step, x_, z0_, solver, linearize)
+
+
+def solve_fuse(
+    x_fuse: Tensor,  # (B, d)
+    cell_sum: Tensor,  # (B, d)
+    flat_params: list[Tensor],
+    mask: Tensor | None,  # (B, d)
+    z0: Tensor | None,  # (B, d)
+    num_modalities: int,
+    num_groups: int,
+    variant: Variant,
+    solver: SolverOption,
+) -> Solved:
+    """Equilibrium of the purify-then-combine step, the cells' equilibria held fixed."""
+    x_, params = _prepare(x_fuse, x_fuse), [_prepare(p, x_fuse) for p in flat_params]
+    sum_, mask_, z0_ = (_prepare(t, x_fuse) for t in (cell_sum, mask, z0))
+    solved = Solved(
+        *native.solve_fuse(
+            x_, sum_, params, mask_, z0_, num_modalities, num_groups,
+            variant == "released-mmimdb", *_forward(solver), _steps(solver),
+        )
+    )  # fmt: skip
+    if not (isinstance(solver, Anderson) and solver.rescue):
+        return solved
+    step, linearize = reference.fuse_problem(
+        x_, sum_, params, mask_, num_modalities, num_groups, variant
+    )
+    return _rescued(solved, step, x_, z0_, solver, linearize)
+
+
+def _rescued(
+    left: Solved, step: Map, x: Tensor, z0: Tensor | None, solver: Anderson, linearize: Linearize
+) -> Solved:
+    """Newton-Krylov on the reference path for the rows that the compiled solve left behind."""
+    flat = Solution(
+        left.z.flatten(0, -2),
+        left.residual.flatten(),
+        left.nfe.flatten(),
+        left.outcome.flatten(),
+        left.trace[: int(left.nfe.max())].flatten(1) if solver.trace and left.nfe.numel() else None,
+    )
+    start = (torch.zeros_like(x) if z0 is None else z0).flatten(0, -2)
+    return reference.solved(rescue(step, start, solver, flat, linearize), x.shape, solver)
+
+
+def anderson(f: Map, z0: Tensor, option: Anderson) -> Solution:
+    """Anderson mixing on rows (R, n) of any map, one compiled call per evaluation."""
+    rows, n = z0.shape
+    m, steps = option.m, option.max_iter if option.trace else 0
+    new = z0.new_zeros
+    z = z0.detach().clone(memory_format=torch.contiguous_format)
+    best = z.clone()
+    images, residuals, gram = new(m, rows, n), new(m, rows, n), new(rows, m, m)
+    best_residual, trace = new(rows).fill_(torch.inf), new(steps, rows).fill_(torch.nan)
+    nfe, best_at = new(rows, dtype=torch.int32), new(rows, dtype=torch.int32)
+    outcome = new(rows, dtype=torch.int8).fill_(int(Outcome.MAX_ITER))
+    active, step = torch.ones(rows, dtype=torch.bool), 0
+    while native.anderson_step(
+        f(z).contiguous(), z, best, images, residuals, gram, best_residual,
+        nfe, best_at, outcome, active, trace, step,
+        option.tol, option.max_iter, option.beta, option.lam,
+    ):  # fmt: skip
+        step += 1
+    return Solution(best, best_residual, nfe, outcome, trace[: step + 1] if option.trace else None)
+
+
+def takes_rows(z0: Tensor, solver: SolverOption) -> bool:
+    """Whether :func:`anderson` can run this solve."""
+    return (
+        unavailable() is None
+        and z0.device.type == "cpu"
+        and z0.dtype in (torch.float32, torch.float64)
+        and isinstance(solver, Anderson)
+        and solver.m <= MAX_HISTORY
+    )
+
+
+def adjoint_cells(
+    grad_z: Tensor,  # (N, B, d)
+    z: Tensor,  # (N, B, d)
+    x: Tensor,  # (N, B, d)
+    flat_params: list[Tensor],
+    num_groups: int,
+    variant: Variant,
+    adjoint: GradientOption,
+    want_params: bool,
+) -> tuple[Tensor, list[Tensor], Statistics]:
+    """Gradients through the cells' equilibria: dx, the parameters', the statistics."""
+    params = [_prepare(p, z) for p in flat_params]
+    grads = [torch.empty_like(p) for p in params] if want_params else []
+    dx, *statistics = native.adjoint_cells(
+        _prepare(grad_z, z), z, _prepare(x, z), params, grads,
+        num_groups, variant != "paper", *_backward(adjoint),
+    )  # fmt: skip
+    return dx.to(x.dtype), _like(grads, flat_params), Statistics(*statistics)
+
+
+def adjoint_fuse(
+    grad_z: Tensor,  # (B, d)
+    z: Tensor,  # (B, d)
+    x_fuse: Tensor,  # (B, d)
+    cell_sum: Tensor,  # (B, d)
+    flat_params: list[Tensor],
+    mask: Tensor | None,  # (B, d)
+    num_modalities: int,
+    num_groups: int,
+    variant: Variant,
+    adjoint: GradientOption,
+    want_params: bool,
+) -> tuple[Tensor, Tensor, list[Tensor], Statistics]:
+    """Gradients through the fuse equilibrium: dx_fuse, dcell_sum, parameters', statistics."""
+    params = [_prepare(p, z) for p in flat_params]
+    grads = [torch.empty_like(p) for p in params] if want_params else []
+    dx, dcell_sum, *statistics = native.adjoint_fuse(
+        _prepare(grad_z, z), z, _prepare(x_fuse, z), _prepare(cell_sum, z), params, grads,
+        _prepare(mask, z), num_modalities, num_groups, variant == "released-mmimdb",
+        *_backward(adjoint),
+    )  # fmt: skip
+    grads = _like(grads, flat_params)
+    return dx.to(x_fuse.dtype), dcell_sum.to(cell_sum.dtype), grads, Statistics(*statistics)
+
+
+def _prepare(t: Any, like: Tensor) -> Any:
+    """Contiguous, in the compute dtype that belongs to ``like``; None stays None."""
+    if t is None:
+        return None
+    dtype = compute_dtype(like.dtype)
+    return t if t.dtype is dtype and t.is_contiguous() else t.to(dtype).contiguous()
+
+
+def _forward(solver: SolverOption) -> tuple[float, int, int, float, float]:
+    """tol, max_iter, history, beta, lam."""
+    if isinstance(solver, Anderson):
+        return solver.tol, solver.max_iter, solver.m, solver.beta, solver.lam
+    assert isinstance(solver, Picard)
+    return solver.tol, solver.max_iter, 0, solver.beta, 0.0
+
+
+def _steps(solver: SolverOption) -> int:
+    return solver.trace_length if solver.trace else 0
+
+
+def _backward(adjoint: GradientOption) -> tuple[int, float, int, int, float, float]:
+    """mode (-1: to tolerance; k: the series cut there), tol, max_iter, history, beta, lam."""
+    if isinstance(adjoint, Implicit):
+        history = 0 if adjoint.solver == "neumann" else ADJOINT_HISTORY
+        return -1, adjoint.tol, adjoint.max_iter, history, 1.0, 1e-6
+    k = adjoint.k if isinstance(adjoint, Neumann) else 0
+    return k, 0.0, k, 0, 1.0, 0.0
+
+
+def _like(grads: list[Tensor], params: list[Tensor]) -> list[Tensor]:
+    return [g if g.dtype is p.dtype else g.to(p.dtype) for g, p in zip(grads, params, strict=False)]

@@ -67,16 +67,8 @@ def solve_cells(
 ) -> Solved:
     """Equilibria of all N residual cells, every row of every modality on its own."""
     x, flat_params = _to_compute(x, x), _to_compute(flat_params, x)
-    params, shape = CellParams.stack(flat_params), x.shape
-
-    def step(z: Tensor) -> Tensor:
-        return residual_cell(z.view(shape), x, params, num_groups, variant).flatten(0, 1)
-
-    def linearize(z: Tensor) -> Map:
-        at = CellLinearization(z.view(shape), x, params, num_groups, variant)
-        return lambda v: at.jvp(v.view(shape)).flatten(0, 1)
-
-    return _solve(step, shape, x, z0, solver, linearize)
+    step, linearize = cells_problem(x, flat_params, num_groups, variant)
+    return _solve(step, x, z0, solver, linearize)
 
 
 def solve_fuse(
@@ -91,20 +83,51 @@ def solve_fuse(
     solver: SolverOption,
 ) -> Solved:
     """Equilibrium of the purify-then-combine step, the cells' equilibria held fixed."""
-    params = FuseParams(*_to_compute(flat_params, x_fuse))
+    flat_params = _to_compute(flat_params, x_fuse)
     x_fuse, cell_sum, mask = (_to_compute(t, x_fuse) for t in (x_fuse, cell_sum, mask))
-    constant = gate_constant(cell_sum, num_modalities, params)
-    block = (x_fuse, constant, mask, num_modalities, params, num_groups, variant)
+    step, linearize = fuse_problem(
+        x_fuse, cell_sum, flat_params, mask, num_modalities, num_groups, variant
+    )
+    return _solve(step, x_fuse, z0, solver, linearize)
+
+
+def cells_problem(
+    x: Tensor, flat_params: list[Tensor], num_groups: int, variant: Variant
+) -> tuple[Map, Linearize]:
+    """The cells' map on rows (N * B, d) and its JVPs, everything in the compute dtype."""
+    params, shape = CellParams.stack(flat_params), x.shape
 
     def step(z: Tensor) -> Tensor:
-        return purify_combine(z, *block)
+        return residual_cell(z.view(shape), x, params, num_groups, variant).flatten(0, 1)
 
     def linearize(z: Tensor) -> Map:
-        return FuseLinearization(
-            z, x_fuse, cell_sum, mask, num_modalities, params, num_groups, variant
-        ).jvp
+        at = CellLinearization(z.view(shape), x, params, num_groups, variant)
+        return lambda v: at.jvp(v.view(shape)).flatten(0, 1)
 
-    return _solve(step, x_fuse.shape, x_fuse, z0, solver, linearize)
+    return step, linearize
+
+
+def fuse_problem(
+    x_fuse: Tensor,
+    cell_sum: Tensor,
+    flat_params: list[Tensor],
+    mask: Tensor | None,
+    num_modalities: int,
+    num_groups: int,
+    variant: Variant,
+) -> tuple[Map, Linearize]:
+    """The fuse map on rows (B, d) and its JVPs, everything in the compute dtype."""
+    params = FuseParams(*flat_params)
+    constant = gate_constant(cell_sum, num_modalities, params)
+    rest = (num_modalities, params, num_groups, variant)
+
+    def step(z: Tensor) -> Tensor:
+        return purify_combine(z, x_fuse, constant, mask, *rest)
+
+    def linearize(z: Tensor) -> Map:
+        return FuseLinearization(z, x_fuse, cell_sum, mask, *rest).jvp
+
+    return step, linearize
 
 
 def adjoint_cells(
@@ -182,19 +205,18 @@ def _statistics(solution: Solution, shape: torch.Size) -> Statistics:
 
 
 def _solve(
-    step: Map,
-    shape: torch.Size,
-    like: Tensor,
-    z0: Tensor | None,
-    solver: SolverOption,
-    linearize: Linearize,
+    step: Map, like: Tensor, z0: Tensor | None, solver: SolverOption, linearize: Linearize
 ) -> Solved:
-    start = like.new_zeros(shape) if z0 is None else z0.to(like.dtype)
-    found = solve(step, start.reshape(-1, shape[-1]), solver, linearize)
+    start = torch.zeros_like(like) if z0 is None else z0.to(like.dtype)
+    found = solve(step, start.reshape(-1, like.shape[-1]), solver, linearize)
+    return solved(found, like.shape, solver)
+
+
+def solved(found: Solution, shape: torch.Size, solver: SolverOption) -> Solved:
+    """A solution over flat rows as an operator's output, whose trace has a fixed length."""
     stats = _statistics(found, shape[:-1])
-    trace = stats.residual.new_full(
-        (solver.trace_length if solver.trace else 0, *shape[:-1]), torch.nan
-    )
+    steps = solver.trace_length if solver.trace else 0
+    trace = stats.residual.new_full((steps, *shape[:-1]), torch.nan)
     if found.trace is not None:
-        trace[: found.trace.shape[0]] = found.trace.view(len(found.trace), *shape[:-1])
+        trace[: len(found.trace)] = found.trace.view(len(found.trace), *shape[:-1])
     return Solved(found.z.view(shape), *stats, trace)

@@ -67,7 +67,7 @@ class DEQ(nn.Module):
         def rows(z: Tensor) -> Tensor:
             return layout.flatten(self.f(layout.unflatten(z), *args), "f(z, *args)")
 
-        z, block = functional.fixed_point(
+        z, block, backend = functional.fixed_point(
             rows,
             layout.flatten(z0, "z0"),
             solver=self.solver,
@@ -75,7 +75,7 @@ class DEQ(nn.Module):
             on_failure=self.on_failure,
         )
         star = z.detach()
-        info = SolveInfo(block, None, "reference", (lambda: (rows, star),))
+        info = SolveInfo(block, None, backend, (lambda: (rows, star),))
         return layout.unflatten(z), info
 
 

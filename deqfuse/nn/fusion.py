@@ -212,8 +212,9 @@ class DEQFusion(nn.Module):
     ) -> tuple[Tensor, Tensor, SolveInfo]:
         """z_f (B, d), the cells (N, B, d), and what happened; the cells are solved first."""
         rows, blocks = tuple(x.shape[:-1]), []
-        zs, cells, backend = x, BlockInfo.exact(x, rows, 0), "reference"
-        if self.cell == "residual":
+        if self.cell == "identity":
+            zs, cells, backend = x, BlockInfo.exact(x, rows, 0), "reference"
+        else:
             flat = [t for cell in self.cells for t in cell.flat()]  # type: ignore[operator]
             zs, cells, backend = functional.solve_cells(x, flat, z0=start_cells, **self._options())
             blocks.append(lambda: (self._cells_map(x, flat), zs.detach()))

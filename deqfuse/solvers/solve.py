@@ -10,7 +10,7 @@ from torch import Tensor
 from deqfuse.outcome import Outcome
 from deqfuse.solvers.anderson import anderson, picard
 from deqfuse.solvers.broyden import broyden
-from deqfuse.solvers.newton_krylov import Linearize, newton_krylov
+from deqfuse.solvers.newton_krylov import Linearize, Map, newton_krylov
 from deqfuse.solvers.options import (
     RESCUE_STEPS,
     Anderson,
@@ -27,6 +27,7 @@ def solve(
     z0: Tensor,  # (R, n)
     option: SolverOption,
     linearize: Linearize | None = None,
+    run_anderson: Callable[[Map, Tensor, Anderson], Solution] = anderson,
 ) -> Solution:
     """Solve ``z = f(z)`` for every row.
 
@@ -35,10 +36,11 @@ def solve(
         z0: start.
         option: the solver and its knobs.
         linearize: ``z -> (v -> J(z) v)`` where a cheaper JVP than forward-mode autograd is known.
+        run_anderson: the implementation of Anderson mixing.
     """
     if isinstance(option, Anderson):
-        found = anderson(f, z0, option)
-        return _rescue(f, z0, option, found, linearize) if option.rescue else found
+        found = run_anderson(f, z0, option)
+        return rescue(f, z0, option, found, linearize) if option.rescue else found
     if isinstance(option, Picard):
         return picard(f, z0, option)
     if isinstance(option, Broyden):
@@ -48,7 +50,7 @@ def solve(
     raise TypeError(f"solver: expected Anderson, Picard, Broyden or NewtonKrylov, got {option!r}")
 
 
-def _rescue(
+def rescue(
     f: Callable[[Tensor], Tensor],
     z0: Tensor,
     option: Anderson,

@@ -1,0 +1,80 @@
+// One Anderson step for rows stored row-major, for maps that are evaluated outside (DEQ of any callable):
+// residual, new Gram row, small solve, mix, best iterate, stopping, in one pass over each active row.
+#pragma once
+
+#include <cmath>
+
+#include "anderson.h"
+
+namespace deqfuse {
+namespace DEQFUSE_ISA {
+
+// Four partial sums: one would wait for its own latency.
+template <class T>
+T dot(const T* a, const T* b, int64_t n) {
+  constexpr int W = kLanes<T>;
+  Vec<T> sums[4] = {};
+  int64_t i = 0;
+  for (; i + 4 * W <= n; i += 4 * W)
+    for (int q = 0; q < 4; ++q)
+      sums[q] = fma(load_unaligned(a + i + q * W), load_unaligned(b + i + q * W), sums[q]);
+  const Vec<T> total = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+  T sum = 0;
+  for (int l = 0; l < W; ++l) sum += total[l];
+  for (; i < n; ++i) sum = std::fma(a[i], b[i], sum);
+  return sum;
+}
+
+template <class T>
+void anderson_row(const StepProblem<T>& p, int64_t row) {
+  const int64_t n = p.n;
+  const int m = p.history, slot = int(p.step % m), count = int(p.step + 1 < m ? p.step + 1 : m);
+  T* z = p.z + row * n;
+  const T* fz = p.fz + row * n;
+  auto image = [&](int age) { return p.images + (int64_t((slot - age + m) % m) * p.rows + row) * n; };
+  auto residual_of = [&](int age) { return p.residuals + (int64_t((slot - age + m) % m) * p.rows + row) * n; };
+  T *f = image(0), *g = residual_of(0);
+  for (int64_t i = 0; i < n; ++i) {
+    f[i] = fz[i];
+    g[i] = fz[i] - z[i];
+  }
+  T* gram = p.gram + row * m * m;  // by slot
+  for (int a = 0; a < count; ++a) {
+    const int other = (slot - a + m) % m;
+    gram[slot * m + other] = gram[other * m + slot] = dot(g, residual_of(a), n);
+  }
+  const T residual = std::sqrt(gram[slot * m + slot]) / (std::sqrt(dot(f, f, n)) + T(1e-5));
+  const int k = ++p.nfe[row];
+  if (p.trace) p.trace[int64_t(k - 1) * p.rows + row] = residual;
+  const bool better = residual < p.best_residual[row];
+  if (better) {
+    p.best_residual[row] = residual;
+    p.best_at[row] = k;
+  }
+  if (better || k == 1)
+    for (int64_t i = 0; i < n; ++i) p.best[row * n + i] = f[i];
+  Outcome outcome;
+  if (residual <= T(p.tol)) outcome = Outcome::kConverged;
+  else if (!std::isfinite(residual)) outcome = Outcome::kNonFinite;
+  else if (k >= p.max_iter) outcome = Outcome::kMaxIter;
+  else if (k - p.best_at[row] >= kStallSteps) outcome = Outcome::kStalled;
+  else {
+    Vec<T> by_age[kMaxHistory][kMaxHistory], alpha[kMaxHistory];
+    for (int a = 0; a < count; ++a)
+      for (int b = 0; b <= a; ++b)
+        by_age[a][b] = splat(gram[(slot - a + m) % m * m + (slot - b + m) % m]);
+    mixing_weights<T>(by_age, splat(T(count)), count, T(p.lam), alpha);
+    const T damp = T(1) - T(p.beta);
+    for (int64_t i = 0; i < n; ++i) z[i] = 0;
+    for (int a = 0; a < count; ++a) {
+      const T *fa = image(a), *ga = residual_of(a), weight = alpha[a][0];
+      for (int64_t i = 0; i < n; ++i) z[i] += weight * (damp == T(0) ? fa[i] : fa[i] - damp * ga[i]);
+    }
+    return;
+  }
+  p.outcome[row] = int8_t(outcome);
+  p.active[row] = false;
+}
+
+}  // namespace DEQFUSE_ISA
+}  // namespace deqfuse

@@ -1,0 +1,50 @@
+// The Python module: what is not a tensor. Importing it also registers the operators (ops.cpp).
+#include <pybind11/pybind11.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "isa.h"
+
+namespace py = pybind11;
+
+namespace {
+
+py::dict build_info() {
+  const deqfuse::KernelTable& table = deqfuse::kernels();
+  py::dict info;
+  info["compiler"] = DEQFUSE_COMPILER;
+  info["torch_target"] =
+      std::to_string(TORCH_TARGET_VERSION >> 56) + "." + std::to_string(TORCH_TARGET_VERSION >> 48 & 0xff);
+  info["instruction_set"] = table.name;
+  info["vector_bytes"] = table.bytes;
+  return info;
+}
+
+py::dict plan(int64_t rows, int64_t dim, int64_t itemsize, int64_t history) {
+  if (rows < 0 || dim < 1 || (itemsize != 4 && itemsize != 8) || history < 0 || history > 8)
+    throw std::invalid_argument("plan: expected rows >= 0, dim >= 1, itemsize 4 or 8, history 0 to 8");
+  const int64_t lanes = deqfuse::kernels().bytes / itemsize;
+  const int64_t tile = lanes * (rows >= 4 * lanes ? 2 : 1);  // `wide` in kernels.inc
+  py::dict plan;
+  plan["rows_per_tile"] = tile;
+  plan["tiles"] = (rows + tile - 1) / tile;
+  plan["tile_bytes"] = (2 + 2 * (history > 0 ? history : 1)) * dim * tile * itemsize;  // RowSolver::tiles
+  return plan;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Compiled CPU kernels of deqfuse: torch.ops.deqfuse.cpu_*, and what they were built with.";
+  deqfuse::kernels();  // a wrong DEQFUSE_ISA is an ImportError here, not a failure of the first solve
+  m.def("build_info", build_info,
+        "How the module was built and what it runs on this processor.\n\n"
+        "Keys: compiler; torch_target, the oldest torch that can load it; instruction_set (base, avx2 or\n"
+        "avx512; base is NEON on aarch64); vector_bytes.");
+  m.def("plan", plan, py::arg("rows"), py::arg("dim"), py::arg("itemsize") = 4, py::arg("history") = 5,
+        "How a solve of `rows` rows of `dim` values is cut up.\n\n"
+        "Args: itemsize of the compute dtype in bytes; history, Anderson's m, 0 for Picard.\n"
+        "Keys: rows_per_tile, the rows that are iterated together; tiles; tile_bytes, the solver's state\n"
+        "per tile, which ought to fit the second-level cache.");
+}

@@ -1,0 +1,99 @@
+// What an instruction set's kernel file offers to the operators: plain functions on raw pointers.
+#pragma once
+
+#include <cstdint>
+
+namespace deqfuse {
+
+template <class T>
+struct CellProblem {
+  int64_t modalities, rows, d, groups;
+  bool skip;
+  const T* x;                    // (N, B, d)
+  const T* z0;                   // (N, B, d) or null
+  const T* const* params;        // N * 10, the order of CellParams
+  double tol, beta, lam;
+  int max_iter, history;
+  T *z, *residual, *trace;       // (N, B, d), (N, B), (steps, N, B) or null
+  int32_t* nfe;
+  int8_t* outcome;
+};
+
+template <class T>
+struct FuseProblem {
+  int64_t modalities, rows, d, groups;
+  bool relu_last;
+  const T *x, *cell_sum, *mask, *z0;  // (B, d); mask and z0 may be null
+  const T* const* params;             // 6, the order of FuseParams
+  double tol, beta, lam;
+  int max_iter, history;
+  T *z, *residual, *trace;
+  int32_t* nfe;
+  int8_t* outcome;
+};
+
+// The backward of either block: u = (I - J^T)^-1 g per row, then one VJP.
+template <class T>
+struct AdjointCommon {
+  int64_t modalities, rows, d, groups;
+  const T *g, *z, *x;
+  const T* const* params;
+  int mode;  // -1: solve to tol; k >= 0: the Neumann series cut after k applications
+  double tol, beta, lam;
+  int max_iter, history;
+  T *dx, *residual;
+  int32_t* nfe;
+  int8_t* outcome;
+  T* const* dparams;  // one per entry of params, or null when not wanted
+};
+
+template <class T>
+struct CellAdjointProblem : AdjointCommon<T> {
+  bool skip;
+};
+
+template <class T>
+struct FuseAdjointProblem : AdjointCommon<T> {
+  bool relu_last;
+  const T *cell_sum, *mask;
+  T* dcell_sum;
+};
+
+// One Anderson step of rows whose map is evaluated elsewhere; all arrays are updated in place.
+template <class T>
+struct StepProblem {
+  int64_t rows, n, step;
+  int history, max_iter;
+  double tol, beta, lam;
+  const T* fz;                          // (R, n)
+  T *z, *best, *images, *residuals;     // (R, n), (R, n), (m, R, n), (m, R, n)
+  T *gram, *best_residual, *trace;      // (R, m, m), (R,), (steps, R) or null
+  int32_t *nfe, *best_at;               // (R,)
+  int8_t* outcome;                      // (R,)
+  bool* active;                         // (R,)
+};
+
+// Runs body(i) for i in [0, count) on torch's threads.
+using ParallelFor = void (*)(int64_t count, void (*body)(int64_t i, void* context), void* context);
+
+template <class T>
+struct Kernels {
+  void (*solve_cells)(const CellProblem<T>&, int threads, ParallelFor);
+  void (*solve_fuse)(const FuseProblem<T>&, int threads, ParallelFor);
+  void (*adjoint_cells)(const CellAdjointProblem<T>&, int threads, ParallelFor);
+  void (*adjoint_fuse)(const FuseAdjointProblem<T>&, int threads, ParallelFor);
+  void (*anderson_step)(const StepProblem<T>&, int threads, ParallelFor);
+};
+
+struct KernelTable {
+  const char* name;
+  int bytes;
+  Kernels<float> f32;
+  Kernels<double> f64;
+};
+
+const KernelTable& kernels_base();
+const KernelTable& kernels_avx2();
+const KernelTable& kernels_avx512();
+
+}  // namespace deqfuse

@@ -1,0 +1,108 @@
+// Vector types that GCC and Clang map onto the registers of the instruction set being compiled for.
+// A kernel file is compiled once per instruction set, each time in its own namespace (isa.h).
+// The only intrinsics of the project are the fused multiply-adds below.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#if defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+// DEQFUSE_VECTOR_BYTES comes from the including kernel file: 64 means AVX-512, 32 AVX2 with FMA, 16 what
+// every processor has. `#pragma GCC target` does not reliably define the compiler's own macros.
+#ifndef DEQFUSE_VECTOR_BYTES
+#define DEQFUSE_VECTOR_BYTES 16
+#endif
+
+namespace deqfuse {
+namespace DEQFUSE_ISA {
+
+constexpr int kBytes = DEQFUSE_VECTOR_BYTES;
+
+template <class T>
+struct VecTraits;
+template <>
+struct VecTraits<float> {
+  typedef float V __attribute__((vector_size(kBytes)));
+  typedef int32_t M __attribute__((vector_size(kBytes)));
+};
+template <>
+struct VecTraits<double> {
+  typedef double V __attribute__((vector_size(kBytes)));
+  typedef int64_t M __attribute__((vector_size(kBytes)));
+};
+
+template <class T>
+using Vec = typename VecTraits<T>::V;
+template <class T>
+using Mask = typename VecTraits<T>::M;
+template <class T>
+constexpr int kLanes = kBytes / int(sizeof(T));
+
+#define DEQFUSE_INLINE static inline __attribute__((always_inline))
+
+template <class T>
+DEQFUSE_INLINE Vec<T> load(const T* p) {
+  return *reinterpret_cast<const Vec<T>*>(p);
+}
+template <class T>
+DEQFUSE_INLINE void store(T* p, Vec<T> v) {
+  *reinterpret_cast<Vec<T>*>(p) = v;
+}
+// Rows of a row-major matrix start anywhere.
+template <class T>
+DEQFUSE_INLINE Vec<T> load_unaligned(const T* p) {
+  Vec<T> v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+template <class T>
+DEQFUSE_INLINE Vec<T> splat(T s) {
+  return s - Vec<T>{};  // x - 0 is x and folds away, x + 0 is not: it would cost an addition
+}
+
+// a * b + c in one rounding where the hardware has it. Written out rather than left to contraction,
+// so that every instantiation rounds alike and a row's answer does not depend on the tile's width.
+DEQFUSE_INLINE Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) {
+#if DEQFUSE_VECTOR_BYTES == 64
+  return (Vec<float>)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif DEQFUSE_VECTOR_BYTES == 32
+  return (Vec<float>)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__aarch64__)
+  return (Vec<float>)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#else
+  return a * b + c;
+#endif
+}
+DEQFUSE_INLINE Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) {
+#if DEQFUSE_VECTOR_BYTES == 64
+  return (Vec<double>)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
+#elif DEQFUSE_VECTOR_BYTES == 32
+  return (Vec<double>)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
+#elif defined(__aarch64__)
+  return (Vec<double>)vfmaq_f64((float64x2_t)c, (float64x2_t)a, (float64x2_t)b);
+#else
+  return a * b + c;
+#endif
+}
+
+// max(x, 0) that keeps NaN: a poisoned row must come back poisoned.
+template <class V>
+DEQFUSE_INLINE V relu(V x) {
+  return x < V{} ? V{} : x;
+}
+template <class V>
+DEQFUSE_INLINE V maximum(V a, V b) {
+  return a < b ? b : a;
+}
+template <class T>
+DEQFUSE_INLINE Vec<T> square_root(Vec<T> a) {
+  Vec<T> r = a;
+  for (int l = 0; l < kLanes<T>; ++l) r[l] = sizeof(T) == 4 ? __builtin_sqrtf(a[l]) : __builtin_sqrt(a[l]);
+  return r;
+}
+
+}  // namespace DEQFUSE_ISA
+}  // namespace deqfuse

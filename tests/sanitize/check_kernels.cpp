@@ -1,0 +1,456 @@
+// Every kernel of every instruction set that runs here, on awkward shapes, without torch or Python: for
+// sanitizers and for emulators. What is checked, for float and double:
+//   - answers satisfy their equation, evaluated naively in double;
+//   - gradients agree with central differences of the solve along a random direction of all inputs;
+//   - any thread count, and a row alone, give the same bits;
+//   - a NaN row comes back as NaN and changes no other row.
+// Arrays have their exact size, so that a sanitizer sees every access beyond them.
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <random>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "../../csrc/common/outcome.h"
+#include "../../csrc/cpu/kernels.h"
+
+using namespace deqfuse;
+template <class T>
+using Array = std::vector<T>;
+
+std::string now;  // the case that is running
+long long checks = 0, converged = 0, rows_solved = 0, slopes_compared = 0, series_compared = 0;
+
+void check(bool ok, const char* what, double value = 0) {
+  ++checks;
+  if (ok) return;
+  std::printf("FAILED %s: %s (%.3g)\n", now.c_str(), what, value);
+  std::exit(1);
+}
+
+void parallel(int64_t count, void (*body)(int64_t, void*), void* context) {
+  std::vector<std::thread> others;
+  for (int64_t i = 1; i < count; ++i) others.emplace_back(body, i, context);
+  if (count > 0) body(0, context);
+  for (std::thread& t : others) t.join();
+}
+
+std::mt19937 random_bits(0);
+Array<double> normal(int64_t count, double scale, double mean = 0) {
+  std::normal_distribution<double> draw(mean, scale);
+  Array<double> out(count);
+  for (double& v : out) v = draw(random_bits);
+  return out;
+}
+
+struct Shape {
+  int64_t modalities, rows, d, groups;
+  bool variant;  // skip in the cells, relu last in the fuse step
+  bool warm, masked;
+  int history, max_iter;
+};
+
+// All inputs of one block kind. `fuse` has one block, with cell_sum and perhaps a mask; cells have N.
+struct Inputs {
+  Shape s;
+  bool fuse;
+  Array<Array<double>> params;
+  Array<double> x, z0, cell_sum, mask, g;
+
+  int64_t blocks() const { return fuse ? 1 : s.modalities; }
+  Inputs(const Shape& shape, bool is_fuse) : s(shape), fuse(is_fuse) {
+    const int64_t d = s.d, size = blocks() * s.rows * d;
+    const double n = double(s.modalities), small = 0.1 / std::sqrt(d);
+    for (int64_t i = 0; i < blocks(); ++i) {
+      params.push_back(normal(d * d, fuse ? 0.25 / n / std::sqrt(d) : 1 / std::sqrt(d)));
+      params.push_back(normal(d, 0.3, fuse ? 1 / n : 0));
+      params.push_back(normal(d * d, small));
+      params.push_back(normal(d, 0.3));
+      for (int k = 0; k < (fuse ? 1 : 3); ++k) {
+        params.push_back(normal(d, 0.1, 1));
+        params.push_back(normal(d, 0.1));
+      }
+    }
+    x = normal(size, 1);
+    g = normal(size, 1);
+    if (s.warm) z0 = normal(size, 1);
+    if (!fuse) return;
+    cell_sum = normal(size, 1);
+    if (s.masked)
+      for (int64_t i = 0; i < size; ++i) mask.push_back(random_bits() % 4 ? 4. / 3 : 0);
+  }
+  // What the answer depends on differentiably, in the order of Gradients::all.
+  Array<Array<double>*> leaves() {
+    Array<Array<double>*> out;
+    for (auto& p : params) out.push_back(&p);
+    out.push_back(&x);
+    if (fuse) out.push_back(&cell_sum);
+    return out;
+  }
+};
+
+void group_norm(Array<double>& y, const Array<double>& weight, const Array<double>& bias, int64_t groups) {
+  const int64_t width = int64_t(y.size()) / groups;
+  for (int64_t g = 0; g < groups; ++g) {
+    double mean = 0, var = 0;
+    for (int64_t k = g * width; k < (g + 1) * width; ++k) mean += y[k] / width;
+    for (int64_t k = g * width; k < (g + 1) * width; ++k) var += (y[k] - mean) * (y[k] - mean) / width;
+    for (int64_t k = g * width; k < (g + 1) * width; ++k)
+      y[k] = (y[k] - mean) / std::sqrt(var + 1e-5) * weight[k] + bias[k];
+  }
+}
+void relu(Array<double>& y) {
+  for (double& v : y) v = v < 0 ? 0 : v;
+}
+Array<double> product(const Array<double>& a, const Array<double>& v) {
+  Array<double> out(v.size());
+  for (size_t i = 0; i < out.size(); ++i)
+    for (size_t k = 0; k < v.size(); ++k) out[i] += a[i * v.size() + k] * v[k];
+  return out;
+}
+
+// f(z) of row r of block b, as the equations say it.
+Array<double> image(const Inputs& in, int64_t b, int64_t r, const Array<double>& z) {
+  const Shape& s = in.s;
+  const int64_t at = (b * s.rows + r) * s.d;
+  const Array<double>* p = &in.params[b * 10];
+  Array<double> y = product(p[0], z);
+  if (in.fuse) {
+    const Array<double> sum(in.cell_sum.begin() + at, in.cell_sum.begin() + at + s.d), constant = product(p[0], sum);
+    for (int64_t i = 0; i < s.d; ++i) y[i] = z[i] * (s.modalities * (y[i] + p[1][i]) + constant[i]);
+    y = product(p[2], y);
+    for (int64_t i = 0; i < s.d; ++i) y[i] = (y[i] + p[3][i]) * (in.mask.empty() ? 1 : in.mask[at + i]) + in.x[at + i];
+    if (!s.variant) relu(y);
+    group_norm(y, p[4], p[5], s.groups);
+    if (s.variant) relu(y);
+    return y;
+  }
+  for (int64_t i = 0; i < s.d; ++i) y[i] += p[1][i];
+  group_norm(y, p[4], p[5], s.groups);
+  relu(y);
+  y = product(p[2], y);
+  for (int64_t i = 0; i < s.d; ++i) y[i] += p[3][i] + in.x[at + i];
+  group_norm(y, p[6], p[7], s.groups);
+  for (int64_t i = 0; i < s.d && s.variant; ++i) y[i] += z[i];
+  relu(y);
+  group_norm(y, p[8], p[9], s.groups);
+  return y;
+}
+
+template <class T>
+struct Solution {
+  Array<T> z, residual, trace;
+  Array<int32_t> nfe;
+  Array<int8_t> outcome;
+};
+template <class T>
+struct Gradients {
+  Array<Array<T>> all;  // as Inputs::leaves
+  Array<T> residual;
+  Array<int32_t> nfe;
+  Array<int8_t> outcome;
+};
+
+template <class T, class From>
+Array<T> cast(const Array<From>& a) {
+  return Array<T>(a.begin(), a.end());
+}
+template <class T, class A>
+auto pointers(A& arrays) {
+  Array<T*> out;
+  for (auto& a : arrays) out.push_back(a.data());
+  return out;
+}
+const Kernels<float>& of(const KernelTable& t, float) { return t.f32; }
+const Kernels<double>& of(const KernelTable& t, double) { return t.f64; }
+
+template <class T>
+Solution<T> solve(const KernelTable& table, const Inputs& in, double tol, int threads) {
+  const Shape& s = in.s;
+  const int64_t count = in.blocks() * s.rows;
+  const T nan = std::numeric_limits<T>::quiet_NaN();
+  Solution<T> out{Array<T>(count * s.d, nan), Array<T>(count, nan), Array<T>(s.max_iter * count, nan),
+                  Array<int32_t>(count, -1), Array<int8_t>(count, -1)};
+  Array<Array<T>> params;
+  for (auto& p : in.params) params.push_back(cast<T>(p));
+  const auto p = pointers<const T>(params);
+  const auto x = cast<T>(in.x), z0 = cast<T>(in.z0), sum = cast<T>(in.cell_sum), mask = cast<T>(in.mask);
+  auto common = [&](auto problem) {
+    problem.modalities = s.modalities, problem.rows = s.rows, problem.d = s.d, problem.groups = s.groups;
+    problem.x = x.data(), problem.z0 = z0.empty() ? nullptr : z0.data(), problem.params = p.data();
+    problem.tol = tol, problem.beta = s.history % 2 ? 1 : 0.9, problem.lam = 1e-6;
+    problem.max_iter = s.max_iter, problem.history = s.history;
+    problem.z = out.z.data(), problem.residual = out.residual.data(), problem.trace = out.trace.data();
+    problem.nfe = out.nfe.data(), problem.outcome = out.outcome.data();
+    return problem;
+  };
+  if (in.fuse) {
+    auto problem = common(FuseProblem<T>{});
+    problem.relu_last = s.variant, problem.cell_sum = sum.data(), problem.mask = mask.empty() ? nullptr : mask.data();
+    of(table, T{}).solve_fuse(problem, threads, parallel);
+  } else {
+    auto problem = common(CellProblem<T>{});
+    problem.skip = s.variant;
+    of(table, T{}).solve_cells(problem, threads, parallel);
+  }
+  return out;
+}
+
+template <class T>
+Gradients<T> adjoint(const KernelTable& table, const Inputs& in, const Array<double>& at, int mode, double tol, int threads,
+                     bool want_params = true) {
+  const Shape& s = in.s;
+  const int64_t count = in.blocks() * s.rows;
+  const T nan = std::numeric_limits<T>::quiet_NaN();
+  Gradients<T> out{{}, Array<T>(count, nan), Array<int32_t>(count, -1), Array<int8_t>(count, -1)};
+  Array<Array<T>> params;
+  for (auto& p : in.params) params.push_back(cast<T>(p));
+  out.all = params;
+  for (auto& gradient : out.all) std::fill(gradient.begin(), gradient.end(), nan);
+  const auto p = pointers<const T>(params);
+  const auto dparams = pointers<T>(out.all);
+  out.all.push_back(Array<T>(count * s.d, nan));
+  if (in.fuse) out.all.push_back(Array<T>(count * s.d, nan));
+  const auto x = cast<T>(in.x), z = cast<T>(at), g = cast<T>(in.g), sum = cast<T>(in.cell_sum), mask = cast<T>(in.mask);
+  auto common = [&](auto problem) {
+    problem.modalities = s.modalities, problem.rows = s.rows, problem.d = s.d, problem.groups = s.groups;
+    problem.g = g.data(), problem.z = z.data(), problem.x = x.data(), problem.params = p.data();
+    problem.mode = mode, problem.tol = tol, problem.beta = 1, problem.lam = 1e-6;
+    problem.max_iter = mode < 0 ? 60 : mode, problem.history = mode < 0 ? std::min(s.history, 6) : 0;
+    problem.dx = out.all[params.size()].data(), problem.residual = out.residual.data();
+    problem.nfe = out.nfe.data(), problem.outcome = out.outcome.data();
+    problem.dparams = want_params ? dparams.data() : nullptr;
+    return problem;
+  };
+  if (in.fuse) {
+    auto problem = common(FuseAdjointProblem<T>{});
+    problem.relu_last = s.variant, problem.cell_sum = sum.data(), problem.mask = mask.empty() ? nullptr : mask.data();
+    problem.dcell_sum = out.all.back().data();
+    of(table, T{}).adjoint_fuse(problem, threads, parallel);
+  } else {
+    auto problem = common(CellAdjointProblem<T>{});
+    problem.skip = s.variant;
+    of(table, T{}).adjoint_cells(problem, threads, parallel);
+  }
+  return out;
+}
+
+template <class T>
+bool same(const Array<T>& a, const Array<T>& b) {
+  return a.size() == b.size() && (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0);
+}
+template <class T>
+Array<T> row(const Array<T>& a, int64_t r, int64_t width) {
+  return a.empty() ? a : Array<T>(a.begin() + r * width, a.begin() + (r + 1) * width);
+}
+template <class T>
+double distance(const Array<T>& a, const Array<double>& b) {
+  double difference = 0, norm = 0;
+  for (size_t i = 0; i < b.size(); ++i) difference += std::pow(a[i] - b[i], 2), norm += b[i] * b[i];
+  return std::sqrt(difference / (norm + 1e-12));
+}
+
+template <class T>
+void check_forward(const KernelTable& table, const Inputs& in, double tol, const Solution<T>& out) {
+  const Shape& s = in.s;
+  const Solution<T> other = solve<T>(table, in, tol, 3);
+  check(same(out.z, other.z) && same(out.residual, other.residual) && same(out.nfe, other.nfe) &&
+            same(out.outcome, other.outcome) && same(out.trace, other.trace), "solve depends on the thread count");
+  for (int64_t k = 0; k < int64_t(out.nfe.size()); ++k) {
+    check(out.nfe[k] >= 1 && out.nfe[k] <= s.max_iter, "nfe", out.nfe[k]);
+    check(out.outcome[k] >= 0 && out.outcome[k] < 3, "outcome", out.outcome[k]);
+    ++rows_solved;
+    check(Outcome(out.outcome[k]) == Outcome::kConverged ? out.residual[k] <= T(tol) : out.residual[k] > T(tol), "residual",
+          out.residual[k]);
+    if (Outcome(out.outcome[k]) != Outcome::kConverged) continue;
+    ++converged;
+    const Array<double> z(out.z.begin() + k * s.d, out.z.begin() + (k + 1) * s.d);
+    const double error = distance(z, image(in, k / s.rows, k % s.rows, z));
+    // The answer is the image of what was judged; a narrow group's norm stretches differences by up to 300.
+    check(error < (s.d / s.groups > 2 ? 10 : 300) * tol, "answer does not satisfy its equation", error);
+  }
+  if (in.blocks() > 1 || s.rows < 2) return;
+  Inputs alone = in;
+  alone.s.rows = 1;
+  const int64_t r = s.rows - 1;
+  for (Array<double>* a : {&alone.x, &alone.z0, &alone.cell_sum, &alone.mask}) *a = row(*a, r, s.d);
+  check(same(solve<T>(table, alone, tol, 1).z, row(out.z, r, s.d)), "a row alone has another answer");
+}
+
+template <class T>
+void check_nan(const KernelTable& table, const Inputs& in, double tol, const Solution<T>& clean) {
+  const Shape& s = in.s;
+  const int64_t bad = s.rows / 2;
+  Inputs poisoned = in;
+  poisoned.x[bad * s.d + s.d - 1] = std::nan("");
+  const Solution<T> out = solve<T>(table, poisoned, tol, 2);
+  for (int64_t k = 0; k < int64_t(out.nfe.size()); ++k)
+    if (k == bad) {
+      check(Outcome(out.outcome[k]) == Outcome::kNonFinite, "NaN row: outcome", out.outcome[k]);
+      check(std::isnan(out.z[k * s.d + s.d - 1]), "NaN row comes back as numbers");
+    } else {
+      check(same(row(out.z, k, s.d), row(clean.z, k, s.d)) && out.nfe[k] == clean.nfe[k], "NaN reached another row");
+    }
+  adjoint<T>(table, poisoned, cast<double>(out.z), -1, tol, 2);
+}
+
+// <g, z*> along a direction, by the gradients and by central differences of the solve.
+void check_gradients(const KernelTable& table, const Inputs& in, const Array<double>& z, const Gradients<double>& gradients) {
+  ++slopes_compared;
+  Inputs way = in;
+  double slope = 0, scale = 0, error = 1;
+  for (size_t i = 0; i < way.leaves().size(); ++i) {
+    Array<double>& direction = *way.leaves()[i];
+    direction = normal(int64_t(direction.size()), 1);
+    for (size_t k = 0; k < direction.size(); ++k) {
+      slope += gradients.all[i][k] * direction[k];
+      scale += std::pow(gradients.all[i][k], 2);
+    }
+  }
+  for (double step : {1e-6, 1e-7}) {  // too wide where the solution bends, too narrow where it rounds
+    double difference = 0;
+    for (double sign : {step, -step}) {
+      Inputs moved = in;
+      moved.z0 = z;  // there may be other equilibria
+      for (size_t i = 0; i < way.leaves().size(); ++i)
+        for (size_t k = 0; k < way.leaves()[i]->size(); ++k) (*moved.leaves()[i])[k] += sign * (*way.leaves()[i])[k];
+      const Array<double> there = solve<double>(table, moved, 1e-12, 2).z;
+      for (size_t k = 0; k < there.size(); ++k) difference += in.g[k] * there[k] / (2 * sign);
+    }
+    error = std::min(error, std::fabs(slope - difference) / std::sqrt(scale));
+  }
+  check(error < 1e-4, "gradient is not the slope of the solve", error);
+}
+
+bool all_converged(const Array<int8_t>& outcome) {
+  return std::all_of(outcome.begin(), outcome.end(), [](int8_t o) { return Outcome(o) == Outcome::kConverged; });
+}
+
+template <class T>
+bool same(const Gradients<T>& a, const Gradients<T>& b) {
+  bool equal = same(a.residual, b.residual) && same(a.nfe, b.nfe) && same(a.outcome, b.outcome);
+  for (size_t i = 0; i < a.all.size(); ++i) equal = equal && same(a.all[i], b.all[i]);
+  return equal;
+}
+
+void check_blocks(const KernelTable& table, const Shape& s, bool fuse) {
+  now = std::string(table.name) + (fuse ? " fuse" : " cells") + " N=" + std::to_string(s.modalities) +
+        " B=" + std::to_string(s.rows) + " d=" + std::to_string(s.d) + " groups=" + std::to_string(s.groups) +
+        " variant=" + std::to_string(s.variant) + " warm=" + std::to_string(s.warm) + " mask=" + std::to_string(s.masked) +
+        " m=" + std::to_string(s.history) + " max_iter=" + std::to_string(s.max_iter);
+  const Inputs in(s, fuse);
+  const auto low = solve<float>(table, in, 1e-4, 1);
+  const auto high = solve<double>(table, in, 1e-12, 1);
+  check_forward(table, in, 1e-4, low);
+  check_forward(table, in, 1e-12, high);
+  if (s.rows > 0) check_nan(table, in, 1e-4, low), check_nan(table, in, 1e-12, high);
+
+  const auto u = adjoint<double>(table, in, high.z, -1, 1e-12, 1);
+  check(same(u, adjoint<double>(table, in, high.z, -1, 1e-12, 3)), "adjoint depends on the thread count");
+  const auto u32 = adjoint<float>(table, in, high.z, -1, 1e-5, 1);
+  check(same(u32, adjoint<float>(table, in, high.z, -1, 1e-5, 3)), "adjoint depends on the thread count");
+  const auto inputs_only = adjoint<double>(table, in, high.z, -1, 1e-12, 1, false);
+  for (size_t i = in.params.size(); i < u.all.size(); ++i)
+    check(same(inputs_only.all[i], u.all[i]), "input gradients depend on whether parameters' are wanted");
+  for (int k : {0, 1}) {
+    const auto cut = adjoint<float>(table, in, high.z, k, 0, 2);
+    for (auto& a : cut.all)
+      for (float v : a) check(std::isfinite(v), "cut series is not finite");
+  }
+  if (s.rows == 0) {
+    for (auto& a : u.all)
+      for (double v : a) check(v == 0, "gradient of no rows", v);
+    return;
+  }
+  if (!all_converged(high.outcome) || !all_converged(u.outcome)) return;
+  if (s.d < 50) check_gradients(table, in, high.z, u);
+  if (s.d > 12) return;
+  // A group whose values are nearly equal has a large Jacobian: there the series may diverge, and few digits are left.
+  const auto series = adjoint<double>(table, in, high.z, 200, 0, 2), longer = adjoint<double>(table, in, high.z, 201, 0, 2);
+  double last = 0;
+  for (size_t i = 0; i < u.all.size(); ++i) last += distance(series.all[i], longer.all[i]);
+  if (!(last < 1e-11)) return;
+  ++series_compared;
+  for (size_t i = 0; i < u.all.size(); ++i) {
+    check(distance(u.all[i], series.all[i]) < 1e-8, "long series differs from the solve", distance(u.all[i], series.all[i]));
+    if (s.d / s.groups > 2 && all_converged(u32.outcome))
+      check(distance(u32.all[i], u.all[i]) < 0.1, "float differs from double", distance(u32.all[i], u.all[i]));
+  }
+}
+
+// Rows of z = (cos z) / 2 + x, evaluated here, mixed by the kernel.
+template <class T>
+void check_steps(const KernelTable& table, int64_t rows, int64_t n, int m, T tol) {
+  now = std::string(table.name) + " anderson_step R=" + std::to_string(rows) + " n=" + std::to_string(n) +
+        " m=" + std::to_string(m);
+  const int max_iter = 60;
+  Array<T> x = cast<T>(normal(rows * n, 1)), answers[2];
+  if (rows > 1) x[n] = std::numeric_limits<T>::quiet_NaN();
+  for (int threads : {1, 3}) {
+    Array<T> z(rows * n), best(z), f(z), images(m * rows * n), residuals(images), gram(rows * m * m);
+    Array<T> best_residual(rows, std::numeric_limits<T>::infinity()), trace(max_iter * rows);
+    Array<int32_t> nfe(rows), best_at(rows);
+    Array<int8_t> outcome(rows, -1);
+    const std::unique_ptr<bool[]> active(new bool[rows]);
+    std::fill_n(active.get(), rows, true);
+    for (int step = 0; std::any_of(active.get(), active.get() + rows, [](bool a) { return a; }); ++step) {
+      for (int64_t i = 0; i < rows * n; ++i) f[i] = std::cos(z[i]) / 2 + x[i];
+      of(table, T{}).anderson_step({rows, n, step, m, max_iter, tol, 1, 1e-6, f.data(), z.data(), best.data(), images.data(),
+                                    residuals.data(), gram.data(), best_residual.data(), trace.data(), nfe.data(),
+                                    best_at.data(), outcome.data(), active.get()}, threads, parallel);
+    }
+    for (int64_t r = 0; r < rows; ++r) {
+      const bool bad = rows > 1 && r == 1;
+      check(Outcome(outcome[r]) == (bad ? Outcome::kNonFinite : Outcome::kConverged), "outcome", outcome[r]);
+      for (int64_t i = r * n; i < (r + 1) * n && !bad; ++i) {
+        const double error = std::fabs(std::cos(best[i]) / 2 + x[i] - best[i]);
+        check(error < 10 * tol * std::sqrt(n), "answer does not satisfy its equation", error);
+      }
+    }
+    answers[threads > 1] = best;
+  }
+  check(same(answers[0], answers[1]), "step depends on the thread count");
+}
+
+void check_table(const KernelTable& table) {
+  const int64_t dims[][2] = {{4, 2}, {12, 4}, {20, 4}, {50, 2}};
+  int history = 0, turn = 0;  // history runs through 0 .. 8, the rest turns with it
+  for (auto [d, groups] : dims)
+    for (int64_t rows : {0, 1, 15, 16, 17, 33})
+      for (bool variant : {false, true})
+        for (bool fuse : {false, true}) {
+          const bool warm = turn % 3 == 1, masked = turn % 4 == 1;
+          check_blocks(table, {1 + turn / 2 % 3, rows, d, groups, variant, warm, masked, history, 80}, fuse);
+          history = (history + 2) % 9;
+          ++turn;
+        }
+  for (bool fuse : {false, true}) check_blocks(table, {2, 17, 300, 4, false, false, true, 5, 12}, fuse);
+  for (int max_iter : {1, 2, 3}) check_blocks(table, {2, 70, 20, 4, true, max_iter == 2, false, 5, max_iter}, max_iter == 3);
+  for (int m = 1; m <= 8; ++m)
+    for (int64_t rows : {0, 1, 17})
+      for (int64_t n : {1, 3, 17, 300}) {
+        check_steps<float>(table, rows, n, m, 1e-5f);
+        check_steps<double>(table, rows, n, m, 1e-10);
+      }
+}
+
+int main() {
+  std::vector<const KernelTable*> tables{&kernels_base()};
+#if defined(__x86_64__)
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) tables.push_back(&kernels_avx2());
+  if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq")) tables.push_back(&kernels_avx512());
+#endif
+  for (const KernelTable* table : tables) {
+    checks = converged = rows_solved = slopes_compared = series_compared = 0;
+    check_table(*table);
+    std::printf("%s: %lld checks, %lld of %lld rows converged, gradients of %lld cases compared with slopes, %lld with series\n",
+                table->name, checks, converged, rows_solved, slopes_compared, series_compared);
+    check(converged > rows_solved / 2 && slopes_compared > 30 && series_compared > 10, "too few cases say anything");
+  }
+}
