@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -29,3 +30,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for marker, reason in reasons.items():
             if item.get_closest_marker(marker):
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(autouse=True)
+def no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a test runs on is decided by the test."""
+    monkeypatch.delenv("DEQFUSE_BACKEND", raising=False)
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    """``torch.set_num_threads`` for one test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
