@@ -1,3 +1,5 @@
+#if defined(__x86_64__)  // empty elsewhere
+
 #include <atomic>
 #include <cmath>
 #include <cstdlib>
@@ -8,15 +10,25 @@
 
 #include "kernels.h"
 #include <immintrin.h>
+#ifdef __clang__
+#pragma clang attribute push(__attribute__((target("avx512f,avx512dq,avx512vl,avx512bw,avx2,fma"))), apply_to = function)
+#else
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512dq,avx512vl,avx512bw,avx2,fma")
+#endif
 #define DEQFUSE_ISA avx512
 #define DEQFUSE_VECTOR_BYTES 64
 #include "kernels.inc"
+#ifdef __clang__
+#pragma clang attribute pop
+#else
 #pragma GCC pop_options
+#endif
 
 const deqfuse::KernelTable& deqfuse::kernels_avx512() {
   using namespace avx512;
   static const KernelTable table{"avx512", kBytes, kKernels<float>, kKernels<double>};
   return table;
 }
+
+#endif
