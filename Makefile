@@ -56,7 +56,9 @@ lint: $(SETUP)
 
 # Compiles what changed since the last time; where nothing can be compiled it says so and goes on.
 module: $(SETUP)
-	@$(PY) setup.py -q build_ext --inplace
+	@echo "== C++ module: compiling what changed (at first about a minute; log: build/module.log)"
+	@mkdir -p build; $(PY) setup.py -q build_ext --inplace > build/module.log 2>&1 || { cat build/module.log; exit 1; }
+	@grep '^deqfuse:' build/module.log || true
 
 sanitize:
 	@echo "== Kernels under sanitizers: tests/sanitize/run"
