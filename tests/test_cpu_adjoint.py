@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 from cpu_cases import (
@@ -27,13 +25,7 @@ from deqfuse import (
     ops,
     testing,
 )
-from deqfuse.backends import cpu
 from deqfuse.backends.maps import VARIANTS
-
-if (missing := cpu.unavailable()) is not None:
-    if os.environ.get("CI", "").lower() == "true":
-        pytest.fail(f"CI must test the compiled backend: {missing[0]}", pytrace=False)
-    pytest.skip(missing[0], allow_module_level=True)
 
 EXACT = {"solver": Anderson(tol=1e-12, max_iter=500)}
 IMPLICIT = [Implicit(solver=s, tol=1e-12, max_iter=500) for s in ("auto", "anderson", "neumann")]
