@@ -130,7 +130,7 @@ def solve_cells(
             solved = reference.solve_cells(x, flat, _detach(z0), num_groups, variant, solver)
     else:
         options = (num_groups, variant, solver.code, adjoint.code, name, on_failure)
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             output = ops.solve_cells(x, flat, _detach(z0), *options)
         else:
             output = rule.SolveCells.apply(x, _detach(z0), options, *flat)
@@ -187,7 +187,7 @@ def solve_fuse(
         options = (
             num_modalities, num_groups, variant, solver.code, adjoint.code, name, on_failure,
         )  # fmt: skip
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             output = ops.solve_fuse(x_fuse, cell_sum, flat, mask, start, *options)
         else:
             output = rule.SolveFuse.apply(x_fuse, cell_sum, mask, start, options, *flat)
