@@ -20,11 +20,8 @@ from deqfuse import (
     functional,
 )
 
-DIM, N = 20, 2
 DTYPES = {"f64": torch.float64, "f32": torch.float32}
 each_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-# Rows at which a tile takes two vectors instead of one, for the widest and the narrower ones.
-SWITCH = sorted({4 * lanes + k for lanes in (2, 4, 8, 16) for k in (-1, 0, 1)})
 
 
 def both(monkeypatch: pytest.MonkeyPatch, call: Callable[[], tuple]) -> tuple[tuple, tuple]:

@@ -142,4 +142,4 @@ def _check(dim: int, num_groups: int, variant: str, init: str) -> None:
 def dropout_mask(like: Tensor, p: float) -> Tensor:
     """Factors 0 or 1 / (1 - p) of the shape of ``like``, one draw for a whole solve."""
     keep = torch.full_like(like, 1.0 - p)
-    return torch.bernoulli(keep) / keep if p < 1 else torch.zeros_like(like)
+    return torch.bernoulli(keep) / keep
