@@ -59,11 +59,14 @@ void anderson_row(const StepProblem<T>& p, int64_t row) {
   else if (k >= p.max_iter) outcome = Outcome::kMaxIter;
   else if (k - p.best_at[row] >= kStallSteps) outcome = Outcome::kStalled;
   else {
-    Vec<T> by_age[kMaxHistory][kMaxHistory], alpha[kMaxHistory];
-    for (int a = 0; a < count; ++a)
-      for (int b = 0; b <= a; ++b)
-        by_age[a][b] = splat(gram[(slot - a + m) % m * m + (slot - b + m) % m]);
-    mixing_weights<T>(by_age, splat(T(count)), count, T(p.lam), alpha);
+    Vec<T> alpha[kMaxHistory];
+    with_history(count, [&](auto m) {
+      Vec<T> by_age[m()][m()], weights[m()];
+      for (int a = 0; a < m(); ++a)
+        for (int b = 0; b <= a; ++b) by_age[a][b] = splat(gram[(slot - a + p.history) % p.history * p.history + (slot - b + p.history) % p.history]);
+      mixing_weights<T, m()>(by_age, splat(T(m())), T(p.lam), weights);
+      for (int a = 0; a < m(); ++a) alpha[a] = weights[a];
+    });
     const T damp = T(1) - T(p.beta);
     for (int64_t i = 0; i < n; ++i) z[i] = 0;
     for (int a = 0; a < count; ++a) {

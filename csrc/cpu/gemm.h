@@ -1,4 +1,4 @@
-// Products of a packed matrix with a tile, and of two row-major matrices over their rows.
+// Products of a (d x d) matrix with a tile, and of two panel matrices over their rows.
 //
 // A tile holds R = NV vectors of samples side by side: element i of sample l lies at tile[i * R + l].
 // Samples are SIMD lanes, so everything that couples the features of one sample (GroupNorm, dots, the
@@ -15,52 +15,67 @@ constexpr int block_rows(int nv) { return (kBytes == 64 || kBytes == 16 ? 16 : 8
 
 DEQFUSE_INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
-// acc[j][v] += sum_k p[k][j] * z[k][v]
+// Two ways in which a matrix A can lie in memory.
+// As torch holds it: block_rows streams at once, as fast as a packed copy and nothing to prepare.
+template <class T>
+struct RowMajor {
+  const T* a;
+};
+// In blocks of block_rows output rows: element (j, k) at a[(j / JR) * block + k * step + j % JR].
+template <class T>
+struct Blocked {
+  const T* a;
+  int64_t block, step;
+};
+
+// acc[j][v] += sum_k a[k][j] * z[k][v]
 template <class T, int NV, int JR>
-DEQFUSE_INLINE void accumulate(const T* __restrict p, ptrdiff_t p_stride, const T* __restrict z,
-                               ptrdiff_t z_stride, int64_t depth, Vec<T> (&acc)[JR][NV]) {
-  for (int64_t k = 0; k < depth; ++k, p += p_stride, z += z_stride) {
+DEQFUSE_INLINE void accumulate(const T* __restrict a, ptrdiff_t a_stride, const T* __restrict z, ptrdiff_t z_stride,
+                               int64_t depth, Vec<T> (&acc)[JR][NV]) {
+  for (int64_t k = 0; k < depth; ++k, a += a_stride, z += z_stride) {
     Vec<T> zv[NV];
 #pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v) zv[v] = load_unaligned(z + v * kLanes<T>);
+    for (int v = 0; v < NV; ++v) zv[v] = load(z + v * kLanes<T>);
 #pragma GCC unroll 16
     for (int j = 0; j < JR; ++j) {
-      Vec<T> w = splat(p[j]);
+      const Vec<T> w = splat(a[j]);
 #pragma GCC unroll 4
       for (int v = 0; v < NV; ++v) acc[j][v] = fma(w, zv[v], acc[j][v]);
     }
   }
 }
 
-// Packed form of a (d x d) matrix A: blocks of JR output rows, [block][k][JR], rows padded with zeros.
-// `transposed` packs A^T.
-template <class T>
-void pack(const T* __restrict a, T* __restrict out, int64_t d, int jr, bool transposed, int64_t block_begin,
-          int64_t block_end) {
-  for (int64_t b = block_begin; b < block_end; ++b) {
-    T* o = out + b * d * jr;
-    const int64_t rows = d - b * jr < jr ? d - b * jr : jr;
-    if (transposed) {
-      for (int64_t k = 0; k < d; ++k)
-        for (int j = 0; j < jr; ++j) o[k * jr + j] = j < rows ? a[k * d + b * jr + j] : T(0);
-      continue;
+// One block of A z: output rows j0 .. j0 + JR - 1, in the same order of sums for both kinds of matrix.
+template <class T, int NV, int JR>
+DEQFUSE_INLINE void block_product(const Blocked<T>& m, const T* z, int64_t j0, int64_t d, Vec<T> (&acc)[JR][NV]) {
+  accumulate<T, NV, JR>(m.a + j0 / JR * m.block, m.step, z, NV * kLanes<T>, d, acc);
+}
+template <class T, int NV, int JR>
+DEQFUSE_INLINE void block_product(const RowMajor<T>& m, const T* __restrict z, int64_t j0, int64_t d,
+                                  Vec<T> (&acc)[JR][NV]) {
+  const T* row[JR];
+  for (int j = 0; j < JR; ++j) row[j] = m.a + (j0 + j < d ? j0 + j : d - 1) * d;  // a short block repeats its end
+  for (int64_t k = 0; k < d; ++k, z += NV * kLanes<T>) {
+    Vec<T> zv[NV];
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) zv[v] = load(z + v * kLanes<T>);
+#pragma GCC unroll 16
+    for (int j = 0; j < JR; ++j) {
+      const Vec<T> w = splat(row[j][k]);
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) acc[j][v] = fma(w, zv[v], acc[j][v]);
     }
-    for (int64_t k0 = 0; k0 < d; k0 += 16)  // blocked, so that both sides stay in cache
-      for (int j = 0; j < jr; ++j) {
-        const int64_t end = k0 + 16 < d ? k0 + 16 : d;
-        for (int64_t k = k0; k < end; ++k) o[k * jr + j] = j < rows ? a[(b * jr + j) * d + k] : T(0);
-      }
   }
 }
 
 // out = scale * A z + bias + add, for a whole tile. `bias` (d) and `add` (tile) may be null.
-template <class T, int NV>
-void product(const T* __restrict packed, const T* __restrict z, const T* __restrict bias,
-             const T* __restrict add, T* __restrict out, int64_t d, T scale = T(1)) {
+template <class T, int NV, class Matrix>
+void product(const Matrix& a, const T* __restrict z, const T* __restrict bias, const T* __restrict add,
+             T* __restrict out, int64_t d, T scale = T(1)) {
   constexpr int JR = block_rows(NV), R = NV * kLanes<T>;
   for (int64_t j0 = 0; j0 < d; j0 += JR) {
     Vec<T> acc[JR][NV] = {};
-    accumulate<T, NV, JR>(packed + j0 * d, JR, z, R, d, acc);
+    block_product<T, NV, JR>(a, z, j0, d, acc);
     const int rows = d - j0 < JR ? int(d - j0) : JR;
     for (int j = 0; j < JR; ++j) {
       if (j >= rows) break;
@@ -70,6 +85,71 @@ void product(const T* __restrict packed, const T* __restrict z, const T* __restr
         Vec<T> r = fma(acc[j][v], s, b);
         if (add) r += load(add + at);
         store(out + at, r);
+      }
+    }
+  }
+}
+
+// A transposed. A small matrix is walked where it lies: a block of A^T is JR neighbours in each row of A. In a large one
+// these are a page apart, so it is copied into blocks, padded with zeros.
+template <class T>
+struct Transposed {
+  static bool in_place(int64_t d, int jr) { return d <= 128 && d % jr == 0; }
+  static int64_t size(int64_t d, int jr) { return in_place(d, jr) ? 0 : round_up(d, jr) * d; }
+
+  // Output rows [begin, end) of the copy; begin is a multiple of jr.
+  static void pack(const T* __restrict a, T* __restrict copy, int64_t d, int jr, int64_t begin, int64_t end) {
+    for (int64_t j0 = begin; j0 < end; j0 += jr) {
+      const int rows = d - j0 < jr ? int(d - j0) : jr;
+      for (int64_t k = 0; k < d; ++k)
+        for (int j = 0; j < jr; ++j) copy[j0 * d + k * jr + j] = j < rows ? a[k * d + j0 + j] : T(0);
+    }
+  }
+  static Blocked<T> matrix(const T* a, const T* copy, int64_t d, int jr) {
+    return in_place(d, jr) ? Blocked<T>{a, jr, d} : Blocked<T>{copy, jr * d, jr};
+  }
+};
+
+// The rows of a batch, `width` features per panel: element (row, i) at p[(i / width) * rows * width + row * width + i % width].
+// A product over the rows then reads both its factors from front to back.
+template <class T>
+struct Panels {
+  T* p;
+  int64_t rows, width;
+  static int64_t size(int64_t rows, int64_t d, int64_t width) { return rows * round_up(d, width); }
+  T* at(int64_t i, int64_t row) const { return p + i / width * rows * width + row * width; }
+};
+
+// Features of a tile's lanes into panels, as rows first .. first + count - 1; the last panel is padded with zeros.
+template <class T, int NV>
+void tile_to_panels(const T* tile, int64_t first, int count, int64_t d, const Panels<T>& out) {
+  constexpr int R = NV * kLanes<T>;
+  for (int64_t i0 = 0; i0 < d; i0 += out.width) {
+    T* to = out.at(i0, first);
+    const int64_t valid = d - i0 < out.width ? d - i0 : out.width;
+    for (int l = 0; l < count; ++l, to += out.width) {
+      for (int64_t i = 0; i < valid; ++i) to[i] = tile[(i0 + i) * R + l];
+      for (int64_t i = valid; i < out.width; ++i) to[i] = T(0);
+    }
+  }
+}
+
+// out = A^T B for panels `a` (block_rows wide) and `b` (R wide), columns [k0, k0 + R) of the (d, d) result. Rows are
+// taken 256 at a time: their panels stay in cache, and partial sums keep the rounding small.
+template <class T, int NV>
+void outer_product(const Panels<T>& a, const Panels<T>& b, int64_t d, int64_t k0, T* out) {
+  constexpr int JR = block_rows(NV), W = kLanes<T>, R = NV * W;
+  const int64_t columns = d - k0 < R ? d - k0 : R;
+  for (int64_t r0 = 0; r0 < a.rows || r0 == 0; r0 += 256) {
+    const int64_t depth = a.rows - r0 < 256 ? a.rows - r0 : 256;
+    for (int64_t j0 = 0; j0 < d; j0 += JR) {
+      Vec<T> acc[JR][NV] = {};
+      accumulate<T, NV, JR>(a.at(j0, r0), JR, b.at(k0, r0), R, depth, acc);
+      for (int j = 0; j < JR && j0 + j < d; ++j) {
+        alignas(64) T line[R];
+        for (int v = 0; v < NV; ++v) store(line + v * W, acc[j][v]);
+        T* o = out + (j0 + j) * d + k0;
+        for (int64_t k = 0; k < columns; ++k) o[k] = r0 == 0 ? line[k] : o[k] + line[k];
       }
     }
   }

@@ -1,4 +1,4 @@
-// Arithmetic along the features of each sample of a tile: GroupNorm forward and backward, dot products.
+// Arithmetic along the features of each sample of a tile: GroupNorm forward and backward.
 #pragma once
 
 #include "vec.h"
@@ -9,23 +9,44 @@ namespace DEQFUSE_ISA {
 template <class T>
 constexpr T kGroupNormEps = T(1e-5);
 
-// For every group and sample: mean and 1 / sqrt(var + eps) of y, in two passes so that no digits cancel.
-template <class T>
-DEQFUSE_INLINE void moments(const T* y, int64_t width, int64_t stride, bool rectify, Vec<T>& mean,
-                            Vec<T>& rstd) {
+// Sum of body(k, v) over k < count for each vector of a row of the tile. Several partial sums, since one would wait
+// for its own latency; which term goes to which depends on k alone, so a row's sum does not depend on the tile's width.
+template <class T, int NV, class Body>
+DEQFUSE_INLINE void sum_features(int64_t count, Vec<T> (&sum)[NV], Body body) {
+  Vec<T> part[4][NV] = {};
+  int64_t k = 0;
+  for (; k + 4 <= count; k += 4)
+#pragma GCC unroll 4
+    for (int q = 0; q < 4; ++q)
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) part[q][v] = body(k + q, v, part[q][v]);
+  for (; k < count; ++k)
+    for (int v = 0; v < NV; ++v) part[0][v] = body(k, v, part[0][v]);
+  for (int v = 0; v < NV; ++v) sum[v] = (part[0][v] + part[1][v]) + (part[2][v] + part[3][v]);
+}
+
+// Mean and 1 / sqrt(var + eps) of one group of every sample, in two passes so that no digits cancel.
+template <class T, int NV>
+DEQFUSE_INLINE void moments(const T* y, int64_t width, bool rectify, Vec<T> (&mean)[NV], Vec<T> (&rstd)[NV]) {
+  constexpr int W = kLanes<T>, R = NV * W;
   const Vec<T> inv = splat(T(1) / T(width));
-  Vec<T> sum{}, square{};
-  for (int64_t k = 0; k < width; ++k) {
-    Vec<T> a = load(y + k * stride);
-    sum += rectify ? relu(a) : a;
-  }
-  mean = sum * inv;
-  for (int64_t k = 0; k < width; ++k) {
-    Vec<T> a = load(y + k * stride);
-    a = (rectify ? relu(a) : a) - mean;
-    square = fma(a, a, square);
-  }
-  rstd = splat(T(1)) / square_root<T>(fma(square, inv, splat(kGroupNormEps<T>)));
+  Vec<T> square[NV];
+  if (rectify)
+    sum_features<T, NV>(width, mean, [&](int64_t k, int v, Vec<T> s) { return s + relu(load(y + k * R + v * W)); });
+  else sum_features<T, NV>(width, mean, [&](int64_t k, int v, Vec<T> s) { return s + load(y + k * R + v * W); });
+  for (int v = 0; v < NV; ++v) mean[v] *= inv;
+  if (rectify)
+    sum_features<T, NV>(width, square, [&](int64_t k, int v, Vec<T> s) {
+      const Vec<T> a = relu(load(y + k * R + v * W)) - mean[v];
+      return fma(a, a, s);
+    });
+  else
+    sum_features<T, NV>(width, square, [&](int64_t k, int v, Vec<T> s) {
+      const Vec<T> a = load(y + k * R + v * W) - mean[v];
+      return fma(a, a, s);
+    });
+  for (int v = 0; v < NV; ++v)
+    rstd[v] = splat(T(1)) / square_root<T>(fma(square[v], inv, splat(kGroupNormEps<T>)));
 }
 
 // How one GroupNorm of the layer is dressed: relu on its input, a skip added to its output, relu last.
@@ -39,20 +60,22 @@ void group_norm(T* __restrict y, const T* gamma, const T* beta, const T* skip, i
                 NormForm form) {
   constexpr int W = kLanes<T>, R = NV * W;
   const int64_t width = d / groups;
-  for (int64_t g = 0; g < groups; ++g)
-    for (int v = 0; v < NV; ++v) {
-      const int64_t at = g * width * R + v * W;
-      Vec<T> mean, rstd;
-      moments(y + at, width, R, form.rectify_input, mean, rstd);
-      for (int64_t k = 0; k < width; ++k) {
-        T* p = y + at + k * R;
+  for (int64_t g = 0; g < groups; ++g) {
+    T* group = y + g * width * R;
+    Vec<T> mean[NV], rstd[NV];
+    moments<T, NV>(group, width, form.rectify_input, mean, rstd);
+    for (int64_t k = 0; k < width; ++k) {
+      const Vec<T> scale = splat(gamma[g * width + k]), shift = splat(beta[g * width + k]);
+      for (int v = 0; v < NV; ++v) {
+        T* p = group + k * R + v * W;
         Vec<T> a = load(p);
-        a = ((form.rectify_input ? relu(a) : a) - mean) * rstd;
-        a = fma(a, splat(gamma[g * width + k]), splat(beta[g * width + k]));
-        if (skip) a += load(skip + at + k * R);
+        a = ((form.rectify_input ? relu(a) : a) - mean[v]) * rstd[v];
+        a = fma(a, scale, shift);
+        if (skip) a += load(skip + g * width * R + k * R + v * W);
         store(p, form.rectify_output ? relu(a) : a);
       }
     }
+  }
 }
 
 // Saves what the backward needs: x_hat (tile) and rstd (groups x R), from y.
@@ -61,17 +84,16 @@ void normalise(const T* __restrict y, T* __restrict x_hat, T* __restrict rstd, i
                bool rectify) {
   constexpr int W = kLanes<T>, R = NV * W;
   const int64_t width = d / groups;
-  for (int64_t g = 0; g < groups; ++g)
-    for (int v = 0; v < NV; ++v) {
-      const int64_t at = g * width * R + v * W;
-      Vec<T> mean, inv;
-      moments(y + at, width, R, rectify, mean, inv);
-      for (int64_t k = 0; k < width; ++k) {
-        Vec<T> a = load(y + at + k * R);
-        store(x_hat + at + k * R, ((rectify ? relu(a) : a) - mean) * inv);
+  for (int64_t g = 0; g < groups; ++g) {
+    Vec<T> mean[NV], inv[NV];
+    moments<T, NV>(y + g * width * R, width, rectify, mean, inv);
+    for (int64_t k = g * width; k < (g + 1) * width; ++k)
+      for (int v = 0; v < NV; ++v) {
+        const Vec<T> a = load(y + k * R + v * W);
+        store(x_hat + k * R + v * W, ((rectify ? relu(a) : a) - mean[v]) * inv[v]);
       }
-      store(rstd + g * R + v * W, inv);
-    }
+    for (int v = 0; v < NV; ++v) store(rstd + g * R + v * W, inv[v]);
+  }
 }
 
 // out = S (gamma * t), S the symmetric part of GroupNorm's Jacobian:
@@ -83,28 +105,67 @@ void group_norm_backward(const T* t, const T* gate_in, const T* gamma, const T* 
   constexpr int W = kLanes<T>, R = NV * W;
   const int64_t width = d / groups;
   const Vec<T> inv = splat(T(1) / T(width)), zero{};
-  for (int64_t g = 0; g < groups; ++g)
+  for (int64_t g = 0; g < groups; ++g) {
+    const int64_t at = g * width * R;
+    Vec<T> sum[NV], projected[NV];
+    sum_features<T, NV>(width, sum, [&](int64_t k, int v, Vec<T> s) {
+      const int64_t o = at + k * R + v * W;
+      Vec<T> a = load(t + o) * splat(gamma[g * width + k]);
+      if (gate_in) a = load(gate_in + o) > zero ? a : zero;
+      store(out + o, a);
+      return s + a;
+    });
+    sum_features<T, NV>(width, projected, [&](int64_t k, int v, Vec<T> s) {
+      const int64_t o = at + k * R + v * W;
+      return fma(load(out + o), load(x_hat + o), s);
+    });
     for (int v = 0; v < NV; ++v) {
-      const int64_t at = g * width * R + v * W;
-      Vec<T> sum{}, projected{};
+      const Vec<T> r = load(rstd + g * R + v * W), m = sum[v] * inv, p = projected[v] * inv;
       for (int64_t k = 0; k < width; ++k) {
-        const int64_t o = at + k * R;
-        Vec<T> a = load(t + o) * splat(gamma[g * width + k]);
-        if (gate_in) a = load(gate_in + o) > zero ? a : zero;
-        sum += a;
-        projected = fma(a, load(x_hat + o), projected);
-        store(out + o, a);
-      }
-      sum *= inv;
-      projected *= inv;
-      const Vec<T> r = load(rstd + g * R + v * W);
-      for (int64_t k = 0; k < width; ++k) {
-        const int64_t o = at + k * R;
-        Vec<T> a = r * (load(out + o) - sum - load(x_hat + o) * projected);
+        const int64_t o = at + k * R + v * W;
+        Vec<T> a = r * (load(out + o) - m - load(x_hat + o) * p);
         if (gate_out) a = load(gate_out + o) > zero ? a : zero;
         store(out + o, a);
       }
     }
+  }
+}
+
+// The sum over a vector's lanes as a tree: its order is fixed, and a chain would be slow.
+template <class T>
+DEQFUSE_INLINE T sum_of_lanes(Vec<T> a) {
+  alignas(64) T lane[kLanes<T>];
+  store(lane, a);
+  for (int half = kLanes<T> / 2; half > 0; half /= 2)
+    for (int l = 0; l < half; ++l) lane[l] += lane[l + half];
+  return lane[0];
+}
+
+// The sums over a tile's rows.
+template <class T, int NV>
+void row_sums(const T* t, T* out, int64_t d) {
+  constexpr int W = kLanes<T>, R = NV * W;
+  for (int64_t i = 0; i < d; ++i) {
+    Vec<T> sum{};
+    for (int v = 0; v < NV; ++v) sum += load(t + i * R + v * W);
+    out[i] = sum_of_lanes<T>(sum);
+  }
+}
+
+// Gradients of a norm's weight and bias from one tile: the sums over its rows of t * x_hat and of t.
+template <class T, int NV>
+void norm_sums(const T* t, const T* x_hat, T* weight, T* bias, int64_t d) {
+  constexpr int W = kLanes<T>, R = NV * W;
+  for (int64_t i = 0; i < d; ++i) {
+    Vec<T> product{}, plain{};
+    for (int v = 0; v < NV; ++v) {
+      const Vec<T> a = load(t + i * R + v * W);
+      product = fma(a, load(x_hat + i * R + v * W), product);
+      plain += a;
+    }
+    weight[i] = sum_of_lanes<T>(product);
+    bias[i] = sum_of_lanes<T>(plain);
+  }
 }
 
 }  // namespace DEQFUSE_ISA

@@ -1,0 +1,124 @@
+// The small per-row algebra of Anderson mixing, one row per lane: the products of the newest residual with the older
+// ones, and the weights of the mix. Unrolled for each length of the history.
+#pragma once
+
+#include <type_traits>
+
+#include "vec.h"
+
+namespace deqfuse {
+namespace DEQFUSE_ISA {
+
+constexpr int kMaxHistory = 8;
+
+// f(std::integral_constant<int, m>) for the m of this run.
+template <class F>
+DEQFUSE_INLINE void with_history(int m, F f) {
+  switch (m) {
+    case 1: return f(std::integral_constant<int, 1>{});
+    case 2: return f(std::integral_constant<int, 2>{});
+    case 3: return f(std::integral_constant<int, 3>{});
+    case 4: return f(std::integral_constant<int, 4>{});
+    case 5: return f(std::integral_constant<int, 5>{});
+    case 6: return f(std::integral_constant<int, 6>{});
+    case 7: return f(std::integral_constant<int, 7>{});
+    default: return f(std::integral_constant<int, kMaxHistory>{});
+  }
+}
+
+// By slot, for each vector of the tile.
+template <class T, int NV>
+using Gram = Vec<T>[kMaxHistory][kMaxHistory][NV];
+
+// The residual g = f - z of the newest slot, its row of the Gram matrix, and |f|^2.
+template <class T, int NV, int M>
+void measure(int64_t d, const T* z, const T* f, T* residuals, int slot, Vec<T> (&ff)[NV], Gram<T, NV>& gram) {
+  constexpr int W = kLanes<T>, R = NV * W;
+  T* g = residuals + d * R * slot;
+  Vec<T> dots[M][NV] = {}, squares[NV] = {};
+  for (int64_t o = 0; o < d * R; o += R)
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) {
+      const int64_t at = o + v * W;
+      const Vec<T> fi = load(f + at), gi = fi - load(z + at);
+      store(g + at, gi);
+      squares[v] = fma(fi, fi, squares[v]);
+#pragma GCC unroll 8
+      for (int j = 0; j < M; ++j) dots[j][v] = fma(gi, load(residuals + d * R * j + at), dots[j][v]);
+    }
+  for (int v = 0; v < NV; ++v) {
+    for (int j = 0; j < M; ++j) gram[slot][j][v] = gram[j][slot][v] = dots[j][v];
+    ff[v] = squares[v];
+  }
+}
+
+// Weights with sum 1 that minimise |sum_a alpha_a g_a|, per lane, from the Gram matrix ordered by age (its lower
+// half). Entries beyond a lane's count carry no weight. Cholesky with a relative ridge and a pivot floor.
+template <class T, int M>
+void mixing_weights(const Vec<T> (&gram)[M][M], Vec<T> count, T lam, Vec<T> (&alpha)[M]) {
+  const Vec<T> zero{}, one = splat(T(1));
+  Vec<T> largest{}, lower[M][M], y[M];
+#pragma GCC unroll 8
+  for (int i = 0; i < M; ++i) largest = maximum(largest, splat(T(i)) < count ? gram[i][i] : zero);
+  const Vec<T> ridge = largest * splat(lam);
+  const Vec<T> floor = fma(largest, splat(T(2.4e-7)), splat(T(1e-30)));
+#pragma GCC unroll 8
+  for (int i = 0; i < M; ++i) {
+#pragma GCC unroll 8
+    for (int j = 0; j <= i; ++j) {
+      Vec<T> a = splat(T(i)) < count ? gram[i][j] : zero;
+      if (i == j) a += ridge;
+#pragma GCC unroll 8
+      for (int k = 0; k < j; ++k) a -= lower[i][k] * lower[j][k];
+      lower[i][j] = i == j ? one / square_root<T>(maximum(floor, a)) : a * lower[j][j];
+    }
+    Vec<T> a = splat(T(i)) < count ? one : zero;
+#pragma GCC unroll 8
+    for (int k = 0; k < i; ++k) a -= lower[i][k] * y[k];
+    y[i] = splat(T(i)) < count ? a * lower[i][i] : zero;
+  }
+  Vec<T> sum{};
+#pragma GCC unroll 8
+  for (int i = M - 1; i >= 0; --i) {
+    Vec<T> a = y[i];
+#pragma GCC unroll 8
+    for (int k = i + 1; k < M; ++k) a -= lower[k][i] * alpha[k];
+    alpha[i] = splat(T(i)) < count ? a * lower[i][i] : zero;
+    sum += alpha[i];
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < M; ++i) alpha[i] /= sum;
+}
+
+// z <- sum_a alpha_a (f_a - (1 - beta) g_a), newest first; lanes that `keep` keep z.
+template <class T, int NV, int M>
+void mix(int64_t d, T* z, const T* images, const T* residuals, int slot, const Gram<T, NV>& gram,
+         const Vec<T> (&count)[NV], const Vec<T> (&keep)[NV], T beta, T lam) {
+  constexpr int W = kLanes<T>, R = NV * W;
+  const Vec<T> damp = splat(T(1) - beta), zero{};
+  int64_t at[M];  // of the slot of each age
+  for (int a = 0; a < M; ++a) at[a] = d * R * ((slot - a + M) % M);
+  for (int v = 0; v < NV; ++v) {
+    Vec<T> by_age[M][M], alpha[M];
+#pragma GCC unroll 8
+    for (int a = 0; a < M; ++a)
+#pragma GCC unroll 8
+      for (int b = 0; b <= a; ++b) by_age[a][b] = gram[(slot - a + M) % M][(slot - b + M) % M][v];
+    if (M == 1) alpha[0] = splat(T(1));
+    else mixing_weights<T, M>(by_age, count[v], lam, alpha);
+    for (int64_t o = v * W; o < d * R; o += R) {
+      Vec<T> mixed{};
+#pragma GCC unroll 8
+      for (int a = 0; a < M; ++a) {
+        Vec<T> step = load(images + at[a] + o);
+        if (beta != T(1)) step = fma(-damp, load(residuals + at[a] + o), step);
+        // Select, never multiply by zero: a dead slot may hold the NaN of an earlier row.
+        mixed = alpha[a] == zero ? mixed : fma(alpha[a], step, mixed);
+      }
+      store(z + o, keep[v] > zero ? load(z + o) : mixed);
+    }
+  }
+}
+
+}  // namespace DEQFUSE_ISA
+}  // namespace deqfuse
