@@ -45,8 +45,8 @@ class AdjointBase {
     }
   }
   // The solutions of this tile's rows, for the cotangents as they came.
-  void load_solution(const T* solution, int64_t row, int count, int64_t d, T* u) const {
-    rows_to_lanes<T, NV>(solution, lane_rows<R>(row, count), u, d);
+  void load_solution(const T* solution, const LaneRows<R>& rows, int64_t d, T* u) const {
+    rows_to_lanes<T, NV>(solution, rows, u, d);
     for (int64_t o = 0; o < d * R; o += W) store(u + o, load(u + o) * load(magnitude_ + o % R));
   }
   void add_rhs(T* f, int64_t d) const {
@@ -115,13 +115,13 @@ class CellAdjoint : public AdjointBase<T, NV> {
   }
 
   // After the solve: the cotangents of this tile's rows, and what the parameters' gradients need of them, if anything.
-  void finish(const T* solution, int64_t row, int count, T* dx, const GradientParts<T>* parts) {
+  void finish(const T* solution, const LaneRows<R>& rows, T* dx, const GradientParts<T>* parts) {
     T* u = this->g_;  // the right-hand side is no longer needed
-    this->load_solution(solution, row, count, d_, u);
+    this->load_solution(solution, rows, d_, u);
     const CellWeights<T>& f = w_.forward;
     group_norm_backward<T, NV>(u, nullptr, f.g3, xh3_, rstd_ + 2 * groups_ * R, e_, de_, d_, groups_);
     group_norm_backward<T, NV>(de_, nullptr, f.g2, xh2_, rstd_ + groups_ * R, nullptr, dy2_, d_, groups_);
-    lanes_to_rows<T, NV>(dy2_, dx, row, count, d_);
+    lanes_to_rows<T, NV>(dy2_, nullptr, rows, dx, d_);
     if (parts == nullptr) return;
     product<T, NV>(w_.w2_transposed, dy2_, nullptr, nullptr, dn1_, d_);
     for (int64_t o = 0; o < d_ * R; o += W) store(dn1_ + o, load(h_ + o) > Vec<T>{} ? load(dn1_ + o) : Vec<T>{});
@@ -132,10 +132,10 @@ class CellAdjoint : public AdjointBase<T, NV> {
     group_norm_backward<T, NV>(dn1_, nullptr, f.g1, xh1_, rstd_, nullptr, dn1_, d_, groups_);
     row_sums<T, NV>(dn1_, sums, d_);
     row_sums<T, NV>(dy2_, sums + d_, d_);
-    tile_to_panels<T, NV>(dn1_, row, count, d_, parts->cotangent[0]);
-    tile_to_panels<T, NV>(z_, row, count, d_, parts->input[0]);
-    tile_to_panels<T, NV>(dy2_, row, count, d_, parts->cotangent[1]);
-    tile_to_panels<T, NV>(h_, row, count, d_, parts->input[1]);
+    lanes_to_panels<T, NV>(dn1_, rows, d_, parts->cotangent[0]);
+    lanes_to_panels<T, NV>(z_, rows, d_, parts->input[0]);
+    lanes_to_panels<T, NV>(dy2_, rows, d_, parts->cotangent[1]);
+    lanes_to_panels<T, NV>(h_, rows, d_, parts->input[1]);
   }
 
  private:
@@ -234,25 +234,25 @@ class FuseAdjoint : public AdjointBase<T, NV> {
   }
 
   // As CellAdjoint::finish; matrix 0 is the gate's.
-  void finish(const T* solution, int64_t row, int count, T* dx, T* dcell_sum, const GradientParts<T>* parts) {
+  void finish(const T* solution, const LaneRows<R>& rows, T* dx, T* dcell_sum, const GradientParts<T>* parts) {
     T* u = this->g_;
-    this->load_solution(solution, row, count, d_, u);
+    this->load_solution(solution, rows, d_, u);
     group_norm_backward<T, NV>(u, gate_in(), w_.forward.gamma, xh_, rstd_, gate_out(), de_, d_, groups_);
-    lanes_to_rows<T, NV>(de_, dx, row, count, d_);  // x enters behind the mask
+    lanes_to_rows<T, NV>(de_, nullptr, rows, dx, d_);  // x enters behind the mask
     pull_combined();
     for (int64_t o = 0; o < d_ * R; o += W) store(dq_ + o, load(dq_ + o) * load(z_ + o));
     product<T, NV>(w_.gate_transposed, dq_, nullptr, nullptr, work_, d_);
-    lanes_to_rows<T, NV>(work_, dcell_sum, row, count, d_);
+    lanes_to_rows<T, NV>(work_, nullptr, rows, dcell_sum, d_);
     if (parts == nullptr) return;
     if (w_.forward.relu_last)
       for (int64_t o = 0; o < d_ * R; o += W) store(u + o, load(sign_ + o) > Vec<T>{} ? load(u + o) : Vec<T>{});
     row_sums<T, NV>(dq_, parts->sums, d_);
     row_sums<T, NV>(de_, parts->sums + d_, d_);
     norm_sums<T, NV>(u, xh_, parts->sums + 2 * d_, parts->sums + 3 * d_, d_);
-    tile_to_panels<T, NV>(dq_, row, count, d_, parts->cotangent[0]);
-    tile_to_panels<T, NV>(input_, row, count, d_, parts->input[0]);
-    tile_to_panels<T, NV>(de_, row, count, d_, parts->cotangent[1]);
-    tile_to_panels<T, NV>(q_, row, count, d_, parts->input[1]);
+    lanes_to_panels<T, NV>(dq_, rows, d_, parts->cotangent[0]);
+    lanes_to_panels<T, NV>(input_, rows, d_, parts->input[0]);
+    lanes_to_panels<T, NV>(de_, rows, d_, parts->cotangent[1]);
+    lanes_to_panels<T, NV>(q_, rows, d_, parts->input[1]);
   }
 
  private:

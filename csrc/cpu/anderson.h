@@ -67,10 +67,9 @@ class RowSolver {
     if (map_.first_is_free() && active_ > 0) advance(m_ - 1);
     for (int64_t step = 0; active_ > 0; ++step) {
       const int slot = int(step % m_);
-      map_(z_, images_ + n_ * slot);
-      with_history(m_, [&](auto m) {
-        measure<T, NV, m()>(d_, z_, images_ + n_ * slot, residuals_, slot, ff_, gram_);
-      });
+      T* f = images_ + n_ * slot;
+      map_(z_, f);
+      with_history(ages(1), [&](auto a) { measure<T, NV, a()>(d_, z_, f, residuals_, slot, m_, ff_, gram_); });
       judge(slot, nullptr);
       refill(slot);
       if (active_ > 0) advance(slot);
@@ -119,12 +118,9 @@ class RowSolver {
     alignas(64) T residual[R];
     for (int v = 0; v < NV; ++v)
       store(residual + v * W, square_root<T>(gram_[slot][slot][v]) / map_.scale(v, square_root<T>(ff_[v])));
-    bool any = false;
-    for (int l = 0; l < R; ++l) {
+    for (int l = 0; l < R; ++l)
       ended_[l] = row_[l] >= 0 && (only == nullptr || only->row[l] >= 0) && ended(l, slot, residual[l]);
-      any |= ended_[l];
-    }
-    if (any) write_answers();
+    write_answers();
   }
 
   bool ended(int l, int slot, T residual) {
@@ -176,24 +172,22 @@ class RowSolver {
   }
 
   void write_answers() {
-    for (int64_t i0 = 0; i0 < d_; i0 += 16) {  // in steps that keep both sides in the first-level cache
-      const int64_t end = i0 + 16 < d_ ? i0 + 16 : d_;
-      for (int l = 0; l < R; ++l) {
-        if (!ended_[l]) continue;
-        const Answer a = answer_[l];
-        T* to = out_.z + row_[l] * d_;
-        if (a.value == nullptr)
-          for (int64_t i = i0; i < end; ++i) to[i] = std::numeric_limits<T>::quiet_NaN();
-        else if (a.minus == nullptr)
-          for (int64_t i = i0; i < end; ++i) to[i] = a.value[i * R + l];
-        else
-          for (int64_t i = i0; i < end; ++i) to[i] = a.value[i * R + l] - a.minus[i * R + l];
-      }
-    }
     for (int l = 0; l < R; ++l) {
       if (!ended_[l]) continue;
-      row_[l] = -1;
-      --active_;
+      const Answer a = answer_[l];
+      LaneRows<R> alike;  // lanes whose answer lies in the same place
+      for (int k = 0; k < R; ++k) {
+        const bool same = ended_[k] && answer_[k].value == a.value && answer_[k].minus == a.minus;
+        alike.row[k] = same ? row_[k] : -1;
+        if (!same) continue;
+        ended_[k] = false;
+        row_[k] = -1;
+        --active_;
+      }
+      if (a.value != nullptr) lanes_to_rows<T, NV>(a.value, a.minus, alike, out_.z, d_);
+      else
+        for (int64_t row : alike.row)
+          for (int64_t i = 0; row >= 0 && i < d_; ++i) out_.z[row * d_ + i] = std::numeric_limits<T>::quiet_NaN();
     }
   }
 
@@ -209,9 +203,17 @@ class RowSolver {
       count[v] = load(counts + v * W);
       keep[v] = load(keeps + v * W);
     }
-    with_history(m_, [&](auto m) {
-      mix<T, NV, m()>(d_, z_, images_, residuals_, slot, gram_, count, keep, opt_.beta, opt_.lam);
+    with_history(ages(0), [&](auto a) {
+      mix<T, NV, a()>(d_, z_, images_, residuals_, slot, m_, gram_, count, keep, opt_.beta, opt_.lam);
     });
+  }
+
+  // How far back any lane looks, `more` evaluations from now.
+  int ages(int more) const {
+    int most = 1;
+    for (int l = 0; l < R; ++l)
+      if (row_[l] >= 0 && count_[l] + more > most) most = count_[l] + more;
+    return most < m_ ? most : m_;
   }
 
   Map& map_;

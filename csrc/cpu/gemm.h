@@ -5,7 +5,7 @@
 // small solves) is vertical arithmetic and no sample can touch another.
 #pragma once
 
-#include "vec.h"
+#include "lanes.h"
 
 namespace deqfuse {
 namespace DEQFUSE_ISA {
@@ -117,21 +117,21 @@ struct Panels {
   T* p;
   int64_t rows, width;
   static int64_t size(int64_t rows, int64_t d, int64_t width) { return rows * round_up(d, width); }
-  T* at(int64_t i, int64_t row) const { return p + i / width * rows * width + row * width; }
+  T* at(int64_t i, int64_t row) const { return p + i / width * rows * width + row * width + i % width; }
 };
 
-// Features of a tile's lanes into panels, as rows first .. first + count - 1; the last panel is padded with zeros.
+// The values of lanes that have a row into that row of the panels, the last of which is padded with zeros.
 template <class T, int NV>
-void tile_to_panels(const T* tile, int64_t first, int count, int64_t d, const Panels<T>& out) {
-  constexpr int R = NV * kLanes<T>;
-  for (int64_t i0 = 0; i0 < d; i0 += out.width) {
-    T* to = out.at(i0, first);
-    const int64_t valid = d - i0 < out.width ? d - i0 : out.width;
-    for (int l = 0; l < count; ++l, to += out.width) {
-      for (int64_t i = 0; i < valid; ++i) to[i] = tile[(i0 + i) * R + l];
-      for (int64_t i = valid; i < out.width; ++i) to[i] = T(0);
-    }
-  }
+void lanes_to_panels(const T* tile, const LaneRows<NV * kLanes<T>>& rows, int64_t d, const Panels<T>& out) {
+  constexpr int W = kLanes<T>;
+  const int part = int(out.width < W ? out.width : W);
+  for_rows_of_lanes<T, NV>(tile, nullptr, rows, d, [&](int l, int64_t i, const T* values, int) {
+    for (int at = 0; at < W && i + at < round_up(d, out.width); at += part)
+      std::memcpy(out.at(i + at, rows.row[l]), values + at, sizeof(T) * part);
+  });
+  for (int64_t i = round_up(d, W); i < round_up(d, out.width); ++i)
+    for (int64_t row : rows.row)
+      if (row >= 0) *out.at(i, row) = T(0);
 }
 
 // out = A^T B for panels `a` (block_rows wide) and `b` (R wide), columns [k0, k0 + R) of the (d, d) result. Rows are

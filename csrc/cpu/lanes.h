@@ -1,18 +1,43 @@
-// Rows of row-major matrices into the lanes of a tile, and back.
+// Rows of row-major matrices into the lanes of a tile, and back: square blocks are transposed in registers.
 #pragma once
+
+#include <cstring>
+#include <utility>
 
 #include "vec.h"
 
 namespace deqfuse {
 namespace DEQFUSE_ISA {
 
-// Which row each of R lanes takes next; -1: the lane keeps what it holds.
+// Swaps the off-diagonal blocks of size H of two vectors: one step of a transposition.
+template <class T, int H, int... L>
+DEQFUSE_INLINE void swap_blocks(Vec<T>& a, Vec<T>& b, std::integer_sequence<int, L...>) {
+  constexpr int W = kLanes<T>;
+  const Vec<T> x = a, y = b;
+#if defined(__clang__)
+  a = __builtin_shufflevector(x, y, (L & H ? W + L - H : L)...);
+  b = __builtin_shufflevector(x, y, (L & H ? W + L : L + H)...);
+#else
+  a = __builtin_shuffle(x, y, Mask<T>{(L & H ? W + L - H : L)...});
+  b = __builtin_shuffle(x, y, Mask<T>{(L & H ? W + L : L + H)...});
+#endif
+}
+
+template <class T, int H = kLanes<T> / 2>
+DEQFUSE_INLINE void transpose(Vec<T> (&m)[kLanes<T>]) {
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes<T>; ++i)
+    if ((i & H) == 0) swap_blocks<T, H>(m[i], m[i + H], std::make_integer_sequence<int, kLanes<T>>{});
+  if constexpr (H > 1) transpose<T, H / 2>(m);
+}
+
+// Which row belongs to each of R lanes; -1: none.
 template <int R>
 struct LaneRows {
   int64_t row[R];
 };
 
-// The first `count` lanes take rows first, first + 1, ...
+// Rows first, first + 1, ... in the first `count` lanes.
 template <int R>
 LaneRows<R> lane_rows(int64_t first, int count) {
   LaneRows<R> rows;
@@ -20,32 +45,7 @@ LaneRows<R> lane_rows(int64_t first, int count) {
   return rows;
 }
 
-// Lanes that take a row get its values, in steps that keep both sides in the first-level cache.
-template <class T, int NV>
-void rows_to_lanes(const T* matrix, const LaneRows<NV * kLanes<T>>& rows, T* tile, int64_t d) {
-  constexpr int R = NV * kLanes<T>;
-  for (int64_t i0 = 0; i0 < d; i0 += 16) {
-    const int64_t end = i0 + 16 < d ? i0 + 16 : d;
-    for (int l = 0; l < R; ++l) {
-      if (rows.row[l] < 0) continue;
-      const T* from = matrix + rows.row[l] * d;
-      for (int64_t i = i0; i < end; ++i) tile[i * R + l] = from[i];
-    }
-  }
-}
-
-// The lanes of a whole tile into rows first .. first + count - 1.
-template <class T, int NV>
-void lanes_to_rows(const T* tile, T* matrix, int64_t first, int count, int64_t d) {
-  constexpr int R = NV * kLanes<T>;
-  for (int64_t i0 = 0; i0 < d; i0 += 16) {
-    const int64_t end = i0 + 16 < d ? i0 + 16 : d;
-    for (int l = 0; l < count; ++l)
-      for (int64_t i = i0; i < end; ++i) matrix[(first + l) * d + i] = tile[i * R + l];
-  }
-}
-
-// One where a lane takes a row, else zero.
+// One where a lane has a row, else zero.
 template <class T, int NV>
 DEQFUSE_INLINE void taking(const LaneRows<NV * kLanes<T>>& rows, Vec<T> (&flag)[NV]) {
   alignas(64) T lane[NV * kLanes<T>];
@@ -53,7 +53,7 @@ DEQFUSE_INLINE void taking(const LaneRows<NV * kLanes<T>>& rows, Vec<T> (&flag)[
   for (int v = 0; v < NV; ++v) flag[v] = load(lane + v * kLanes<T>);
 }
 
-// Lanes that take a row get `from`.
+// Lanes that have a row get `from`, the others keep what they hold.
 template <class T, int NV>
 void blend(const LaneRows<NV * kLanes<T>>& rows, const T* from, T* tile, int64_t d) {
   constexpr int W = kLanes<T>, R = NV * W;
@@ -64,6 +64,69 @@ void blend(const LaneRows<NV * kLanes<T>>& rows, const T* from, T* tile, int64_t
       const int64_t o = i * R + v * W;
       store(tile + o, flag[v] > Vec<T>{} ? load(from + o) : load(tile + o));
     }
+}
+
+// Lanes that have a row get its values, the others keep what they hold.
+template <class T, int NV>
+void rows_to_lanes(const T* matrix, const LaneRows<NV * kLanes<T>>& rows, T* tile, int64_t d) {
+  constexpr int W = kLanes<T>, R = NV * W;
+  const int64_t blocks = d / W * W;
+  Vec<T> flag[NV];
+  taking<T, NV>(rows, flag);
+  for (int v = 0; v < NV; ++v) {
+    const int64_t* row = rows.row + v * W;
+    int64_t any = -1;
+    for (int q = 0; q < W; ++q) any = row[q] >= 0 ? row[q] : any;
+    if (any < 0) continue;
+    const T* from[W];
+    for (int q = 0; q < W; ++q) from[q] = matrix + (row[q] >= 0 ? row[q] : any) * d;
+    for (int64_t i = 0; i < blocks; i += W) {
+      Vec<T> m[W];
+      for (int q = 0; q < W; ++q) m[q] = load_unaligned(from[q] + i);
+      transpose<T>(m);
+      for (int q = 0; q < W; ++q) {
+        T* to = tile + (i + q) * R + v * W;
+        store(to, flag[v] > Vec<T>{} ? m[q] : load(to));
+      }
+    }
+    for (int q = 0; q < W; ++q)
+      if (row[q] >= 0)
+        for (int64_t i = blocks; i < d; ++i) tile[i * R + v * W + q] = from[q][i];
+  }
+}
+
+// write(lane, i, values, count): `count` features from i on of every lane that has a row; tile - minus where that is given.
+template <class T, int NV, class Write>
+DEQFUSE_INLINE void for_rows_of_lanes(const T* tile, const T* minus, const LaneRows<NV * kLanes<T>>& rows, int64_t d,
+                                      Write write) {
+  constexpr int W = kLanes<T>, R = NV * W;
+  for (int v = 0; v < NV; ++v) {
+    const int64_t* row = rows.row + v * W;
+    bool any = false;
+    for (int q = 0; q < W; ++q) any |= row[q] >= 0;
+    if (!any) continue;
+    for (int64_t i = 0; i < d; i += W) {
+      const int count = d - i < W ? int(d - i) : W;
+      Vec<T> m[W] = {};
+      for (int q = 0; q < count; ++q) {
+        const int64_t o = (i + q) * R + v * W;
+        m[q] = minus ? load(tile + o) - load(minus + o) : load(tile + o);
+      }
+      transpose<T>(m);
+      for (int q = 0; q < W; ++q)
+        if (row[q] >= 0) write(v * W + q, i, reinterpret_cast<const T*>(&m[q]), count);
+    }
+  }
+}
+
+// The values of lanes that have a row into that row.
+template <class T, int NV>
+void lanes_to_rows(const T* tile, const T* minus, const LaneRows<NV * kLanes<T>>& rows, T* matrix, int64_t d) {
+  for_rows_of_lanes<T, NV>(tile, minus, rows, d, [&](int l, int64_t i, const T* values, int count) {
+    T* to = matrix + rows.row[l] * d + i;
+    if (count == kLanes<T>) std::memcpy(to, values, sizeof(Vec<T>));
+    else std::memcpy(to, values, sizeof(T) * count);
+  });
 }
 
 }  // namespace DEQFUSE_ISA

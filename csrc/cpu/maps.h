@@ -4,7 +4,6 @@
 #include <cstring>
 
 #include "gemm.h"
-#include "lanes.h"
 #include "rowmath.h"
 
 namespace deqfuse {

@@ -30,12 +30,14 @@ DEQFUSE_INLINE void with_history(int m, F f) {
 template <class T, int NV>
 using Gram = Vec<T>[kMaxHistory][kMaxHistory][NV];
 
-// The residual g = f - z of the newest slot, its row of the Gram matrix, and |f|^2.
-template <class T, int NV, int M>
-void measure(int64_t d, const T* z, const T* f, T* residuals, int slot, Vec<T> (&ff)[NV], Gram<T, NV>& gram) {
+// The residual g = f - z of the newest of m slots, its products with itself and the A - 1 before it, and |f|^2.
+template <class T, int NV, int A>
+void measure(int64_t d, const T* z, const T* f, T* residuals, int slot, int m, Vec<T> (&ff)[NV], Gram<T, NV>& gram) {
   constexpr int W = kLanes<T>, R = NV * W;
+  const T* before[A];
+  for (int a = 0; a < A; ++a) before[a] = residuals + d * R * ((slot - a + m) % m);
   T* g = residuals + d * R * slot;
-  Vec<T> dots[M][NV] = {}, squares[NV] = {};
+  Vec<T> dots[A][NV] = {}, squares[NV] = {};
   for (int64_t o = 0; o < d * R; o += R)
 #pragma GCC unroll 4
     for (int v = 0; v < NV; ++v) {
@@ -44,10 +46,11 @@ void measure(int64_t d, const T* z, const T* f, T* residuals, int slot, Vec<T> (
       store(g + at, gi);
       squares[v] = fma(fi, fi, squares[v]);
 #pragma GCC unroll 8
-      for (int j = 0; j < M; ++j) dots[j][v] = fma(gi, load(residuals + d * R * j + at), dots[j][v]);
+      for (int a = 1; a < A; ++a) dots[a][v] = fma(gi, load(before[a] + at), dots[a][v]);
+      dots[0][v] = fma(gi, gi, dots[0][v]);
     }
   for (int v = 0; v < NV; ++v) {
-    for (int j = 0; j < M; ++j) gram[slot][j][v] = gram[j][slot][v] = dots[j][v];
+    for (int a = 0; a < A; ++a) gram[slot][(slot - a + m) % m][v] = gram[(slot - a + m) % m][slot][v] = dots[a][v];
     ff[v] = squares[v];
   }
 }
@@ -90,28 +93,29 @@ void mixing_weights(const Vec<T> (&gram)[M][M], Vec<T> count, T lam, Vec<T> (&al
   for (int i = 0; i < M; ++i) alpha[i] /= sum;
 }
 
-// z <- sum_a alpha_a (f_a - (1 - beta) g_a), newest first; lanes that `keep` keep z.
-template <class T, int NV, int M>
-void mix(int64_t d, T* z, const T* images, const T* residuals, int slot, const Gram<T, NV>& gram,
+// z <- sum_a alpha_a (f_a - (1 - beta) g_a) over the A newest of m slots; lanes that `keep` keep z.
+template <class T, int NV, int A>
+void mix(int64_t d, T* z, const T* images, const T* residuals, int slot, int m, const Gram<T, NV>& gram,
          const Vec<T> (&count)[NV], const Vec<T> (&keep)[NV], T beta, T lam) {
   constexpr int W = kLanes<T>, R = NV * W;
   const Vec<T> damp = splat(T(1) - beta), zero{};
-  int64_t at[M];  // of the slot of each age
-  for (int a = 0; a < M; ++a) at[a] = d * R * ((slot - a + M) % M);
+  int slots[A];  // by age
+  for (int a = 0; a < A; ++a) slots[a] = (slot - a + m) % m;
   for (int v = 0; v < NV; ++v) {
-    Vec<T> by_age[M][M], alpha[M];
+    Vec<T> by_age[A][A], alpha[A];
 #pragma GCC unroll 8
-    for (int a = 0; a < M; ++a)
+    for (int a = 0; a < A; ++a)
 #pragma GCC unroll 8
-      for (int b = 0; b <= a; ++b) by_age[a][b] = gram[(slot - a + M) % M][(slot - b + M) % M][v];
-    if (M == 1) alpha[0] = splat(T(1));
-    else mixing_weights<T, M>(by_age, count[v], lam, alpha);
+      for (int b = 0; b <= a; ++b) by_age[a][b] = gram[slots[a]][slots[b]][v];
+    if (A == 1) alpha[0] = splat(T(1));
+    else mixing_weights<T, A>(by_age, count[v], lam, alpha);
     for (int64_t o = v * W; o < d * R; o += R) {
       Vec<T> mixed{};
 #pragma GCC unroll 8
-      for (int a = 0; a < M; ++a) {
-        Vec<T> step = load(images + at[a] + o);
-        if (beta != T(1)) step = fma(-damp, load(residuals + at[a] + o), step);
+      for (int a = 0; a < A; ++a) {
+        const int64_t at = d * R * slots[a] + o;
+        Vec<T> step = load(images + at);
+        if (beta != T(1)) step = fma(-damp, load(residuals + at), step);
         // Select, never multiply by zero: a dead slot may hold the NaN of an earlier row.
         mixed = alpha[a] == zero ? mixed : fma(alpha[a], step, mixed);
       }
