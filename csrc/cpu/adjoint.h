@@ -17,13 +17,16 @@ class AdjointBase {
  public:
   static constexpr int W = kLanes<T>, R = NV * W;
   static constexpr bool kAnswerIsImage = false;
+  static constexpr int kLanesToTake = R;
 
   bool first_is_free() const { return true; }
   Vec<T> scale(int v, Vec<T>) const { return load(scale_ + v * W); }
 
  protected:
   // Solved for g / max|g|, row by row, so that squares neither vanish nor overflow.
-  void load_rhs(const T* g, const LaneRows<R>& rows, int64_t d) {
+  void load_rhs(const T* g, const LaneRows<R>& rows, int64_t tiles, int64_t d) {
+    // The rows of a tile are its first lanes; the others must add nothing to a sum.
+    if (rows.row[R - 1] < 0) std::memset(g_, 0, sizeof(T) * tiles * d * R);
     rows_to_lanes<T, NV>(g, rows, g_, d);
     const Vec<T> zero{}, one = splat(T(1));
     for (int v = 0; v < NV; ++v) {
@@ -84,7 +87,6 @@ class CellAdjoint : public AdjointBase<T, NV> {
 
   CellAdjoint(const CellAdjointWeights<T>& w, const T* z, const T* x, const T* g, int64_t d, int64_t groups, T* memory)
       : w_(w), z_rows_(z), x_rows_(x), g_rows_(g), d_(d), groups_(groups) {
-    std::memset(memory, 0, sizeof(T) * tiles(d, groups) * d * R);  // lanes without a row add to no sum
     T** slots[] = {&this->g_, &z_, &h_, &e_, &xh1_, &xh2_, &xh3_, &de_, &dy2_, &dn1_};
     for (T** slot : slots) {
       *slot = memory;
@@ -95,7 +97,7 @@ class CellAdjoint : public AdjointBase<T, NV> {
 
   void take(const LaneRows<R>& rows, T* start) {
     const CellWeights<T>& f = w_.forward;
-    this->load_rhs(g_rows_, rows, d_);
+    this->load_rhs(g_rows_, rows, tiles(d_, groups_), d_);
     std::memcpy(start, this->g_, sizeof(T) * d_ * R);
     rows_to_lanes<T, NV>(z_rows_, rows, z_, d_);
     rows_to_lanes<T, NV>(x_rows_, rows, de_, d_);
@@ -183,7 +185,6 @@ class FuseAdjoint : public AdjointBase<T, NV> {
   FuseAdjoint(const FuseAdjointWeights<T>& w, const T* z, const T* x, const T* cell_sum, const T* mask, const T* g,
               int64_t d, int64_t groups, T* memory)
       : w_(w), z_rows_(z), x_rows_(x), sum_rows_(cell_sum), mask_rows_(mask), g_rows_(g), d_(d), groups_(groups) {
-    std::memset(memory, 0, sizeof(T) * tiles(d, groups) * d * R);  // lanes without a row add to no sum
     T** slots[] = {&this->g_, &z_, &input_, &gate_, &q_, &sign_, &xh_, &mask_, &de_, &dq_, &work_};
     for (T** slot : slots) {
       *slot = memory;
@@ -194,7 +195,7 @@ class FuseAdjoint : public AdjointBase<T, NV> {
 
   void take(const LaneRows<R>& rows, T* start) {
     const FuseWeights<T>& f = w_.forward;
-    this->load_rhs(g_rows_, rows, d_);
+    this->load_rhs(g_rows_, rows, tiles(d_, groups_), d_);
     std::memcpy(start, this->g_, sizeof(T) * d_ * R);
     rows_to_lanes<T, NV>(z_rows_, rows, z_, d_);
     rows_to_lanes<T, NV>(sum_rows_, rows, input_, d_);

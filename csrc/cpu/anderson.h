@@ -1,7 +1,7 @@
 // Fixed points of all rows of a range, R at a time: Anderson mixing or damped iteration in SIMD lanes.
 //
-// Each lane runs its own problem with its own count of steps. When it stops, its answer is written and it waits
-// until a quarter of the lanes are idle; these take the next rows together. History slots are shared in memory but
+// Each lane runs its own problem with its own count of steps. When it stops, its answer is written and it takes the
+// next row, together with as many others as make that worth while. History slots are shared in memory but
 // are always read newest first and only as far back as the lane's own count, hence a row's answer does
 // not depend on its neighbours, on its lane, or on when it was taken: bit for bit.
 #pragma once
@@ -40,6 +40,7 @@ struct RowResults {
 //   take(rows, start)      rows' injections into their lanes, and where they start: f(0) if first_is_free(), else z0
 //   operator()(z, f)       evaluate, whole tile
 //   scale(v, norm)         what the residuals of vector v are divided by, given the norms of f(z)
+//   kLanesToTake           idle lanes that make taking rows worth while
 //   kAnswerIsImage         whether f(z) or z itself is the answer of the best iterate z
 template <class T, int NV, class Map>
 class RowSolver {
@@ -56,13 +57,13 @@ class RowSolver {
     saved_ = start_ + n_;
     images_ = saved_ + n_;
     residuals_ = images_ + n_ * m_;
-    std::memset(memory, 0, sizeof(T) * n_ * tiles(options.history));
     for (int64_t& row : row_) row = -1;
   }
 
   void run(int64_t begin, int64_t end) {
     next_ = begin;
     end_ = end;
+    if (end - begin < R) std::memset(z_, 0, sizeof(T) * n_ * tiles(opt_.history));  // lanes that never get a row
     refill(m_ - 1);
     if (map_.first_is_free() && active_ > 0) advance(m_ - 1);
     for (int64_t step = 0; active_ > 0; ++step) {
@@ -80,7 +81,7 @@ class RowSolver {
   // Idle lanes take the next rows, once there are enough of them. With a free start the rows are judged at once, as
   // if `slot` held their first evaluation, and those that end there make way for others.
   void refill(int slot) {
-    while (next_ < end_ && 4 * (R - active_) >= R) {
+    while (next_ < end_ && (R - active_ >= Map::kLanesToTake || R - active_ >= end_ - next_)) {
       LaneRows<R> taken;
       for (int l = 0; l < R; ++l) {
         taken.row[l] = row_[l] < 0 && next_ < end_ ? next_++ : -1;

@@ -92,21 +92,23 @@ void product(const Matrix& a, const T* __restrict z, const T* __restrict bias, c
 
 // A transposed. A small matrix is walked where it lies: a block of A^T is JR neighbours in each row of A. In a large one
 // these are a page apart, so it is copied into blocks, padded with zeros.
-template <class T>
+template <class T, int JR>
 struct Transposed {
-  static bool in_place(int64_t d, int jr) { return d <= 128 && d % jr == 0; }
-  static int64_t size(int64_t d, int jr) { return in_place(d, jr) ? 0 : round_up(d, jr) * d; }
+  static bool in_place(int64_t d) { return d <= 128 && d % JR == 0; }
+  static int64_t size(int64_t d) { return in_place(d) ? 0 : round_up(d, JR) * d; }
 
-  // Output rows [begin, end) of the copy; begin is a multiple of jr.
-  static void pack(const T* __restrict a, T* __restrict copy, int64_t d, int jr, int64_t begin, int64_t end) {
-    for (int64_t j0 = begin; j0 < end; j0 += jr) {
-      const int rows = d - j0 < jr ? int(d - j0) : jr;
-      for (int64_t k = 0; k < d; ++k)
-        for (int j = 0; j < jr; ++j) copy[j0 * d + k * jr + j] = j < rows ? a[k * d + j0 + j] : T(0);
-    }
+  // Output rows [begin, end) of the copy; begin is a multiple of JR.
+  static void pack(const T* __restrict a, T* __restrict copy, int64_t d, int64_t begin, int64_t end) {
+    for (int64_t k = 0; k < d; ++k)
+      for (int64_t j0 = begin; j0 < end; j0 += JR) {
+        T block[JR] = {};
+        if (d - j0 >= JR) std::memcpy(block, a + k * d + j0, sizeof block);
+        else std::memcpy(block, a + k * d + j0, sizeof(T) * (d - j0));
+        std::memcpy(copy + j0 * d + k * JR, block, sizeof block);
+      }
   }
-  static Blocked<T> matrix(const T* a, const T* copy, int64_t d, int jr) {
-    return in_place(d, jr) ? Blocked<T>{a, jr, d} : Blocked<T>{copy, jr * d, jr};
+  static Blocked<T> matrix(const T* a, const T* copy, int64_t d) {
+    return in_place(d) ? Blocked<T>{a, JR, d} : Blocked<T>{copy, JR * d, JR};
   }
 };
 

@@ -34,6 +34,7 @@ class CellMap {
  public:
   static constexpr int W = kLanes<T>, R = NV * W;
   static constexpr bool kAnswerIsImage = true;
+  static constexpr int kLanesToTake = 1;
   static int64_t tiles() { return 2; }
 
   CellMap(const CellWeights<T>& w, const T* x, const T* z0, int64_t d, int64_t groups, T* memory)
@@ -89,6 +90,7 @@ class FuseMap {
  public:
   static constexpr int W = kLanes<T>, R = NV * W;
   static constexpr bool kAnswerIsImage = true;
+  static constexpr int kLanesToTake = R / 4;  // their gates cost a product of the whole tile
   static int64_t tiles() { return 5; }
 
   // `x`, `cell_sum`, `mask` (null without dropout), `z0` (null for zero): row-major (rows, d).
