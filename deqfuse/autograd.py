@@ -66,6 +66,43 @@ def _fuse_backward(ctx: Any, grad_z: Tensor, *_: Any) -> tuple[Any, ...]:
     return dx, dcell_sum, dparams, None, None, *[None] * len(ctx.options)
 
 
+def _layer_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, params, mask, _, _, *ctx.options = inputs
+    ctx.num_modalities = len(x)
+    # `states` holds every equilibrium in memory of the operator's own: callers may write into z.
+    ctx.save_for_backward(output[1], mask, *x, *params)
+    ctx.mark_non_differentiable(*output[2:])
+    ctx.set_materialize_grads(False)
+
+
+def _layer_gradient(
+    ctx: Any, grad_z: Tensor | None, grad_states: Tensor | None, want_params: bool
+) -> tuple[list[Any], list[Any]]:
+    states, mask, *rest = ctx.saved_tensors
+    x, params = rest[: ctx.num_modalities], rest[ctx.num_modalities :]
+    num_groups, variant, solver, adjoint, backend, on_failure = ctx.options
+    adjoint = _in_force(adjoint, solver)
+    if grad_z is None:  # only the cells were used
+        grad_z = torch.zeros_like(states[-1])
+    # Nobody is handed the fused row of `states`, so its cotangent is zero.
+    grad_cells = None if grad_states is None else grad_states[:-1]
+    dx, dparams, residual, _, outcome = ops.adjoint_layer(
+        grad_z, grad_cells, states, x, params, mask,
+        num_groups, variant, adjoint, backend, want_params,
+    )  # fmt: skip
+    option: GradientOption = from_code(adjoint)
+    if option.reports:
+        reporting.report_layer(outcome, residual, option, on_failure, backward=True)
+    return dx, dparams or [None] * len(params)
+
+
+def _layer_backward(
+    ctx: Any, grad_z: Tensor | None, grad_states: Tensor | None, *_: Any
+) -> tuple[Any, ...]:
+    dx, dparams = _layer_gradient(ctx, grad_z, grad_states, any(ctx.needs_input_grad[1]))
+    return dx, dparams, None, None, None, *[None] * len(ctx.options)
+
+
 def _in_force(adjoint: str, solver: str) -> str:
     """The gradient option as it applies behind this forward solver (never looser than it)."""
     option: GradientOption = from_code(adjoint).for_forward(from_code(solver))
@@ -84,6 +121,8 @@ def _refuse(ctx: Any, *grads: Any) -> Any:
 
 torch.library.register_autograd("deqfuse::solve_cells", _cells_backward, setup_context=_cells_setup)
 torch.library.register_autograd("deqfuse::solve_fuse", _fuse_backward, setup_context=_fuse_setup)
+torch.library.register_autograd("deqfuse::solve_layer", _layer_backward, setup_context=_layer_setup)
+torch.library.register_autograd("deqfuse::adjoint_layer", _refuse)
 torch.library.register_autograd("deqfuse::adjoint_cells", _refuse)
 torch.library.register_autograd("deqfuse::adjoint_fuse", _refuse)
 
@@ -133,6 +172,35 @@ class SolveFuse(torch.autograd.Function):
     def backward(ctx: Any, grad_z: Tensor, *_: Any) -> tuple[Any, ...]:
         dx, dcell_sum, dparams = _fuse_gradient(ctx, grad_z, any(ctx.needs_input_grad[5:]))
         return dx, dcell_sum, None, None, None, *dparams
+
+
+class SolveLayer(torch.autograd.Function):
+    """``ops.solve_layer`` in eager mode; see :class:`SolveCells`."""
+
+    @staticmethod
+    def forward(
+        num_modalities: int,
+        mask: Tensor | None,
+        z0_fuse: Tensor | None,
+        z0_cells: Tensor | None,
+        options: tuple[Any, ...],
+        *tensors: Tensor,  # the injections, then the parameters
+    ) -> Any:
+        x, params = tensors[:num_modalities], tensors[num_modalities:]
+        return ops.solve_layer(x, params, mask, z0_fuse, z0_cells, *options)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        n, mask, z0_fuse, z0_cells, options, *tensors = inputs
+        _layer_setup(ctx, (tensors[:n], tensors[n:], mask, z0_fuse, z0_cells, *options), output)
+
+    @staticmethod
+    def backward(
+        ctx: Any, grad_z: Tensor | None, grad_states: Tensor | None, *_: Any
+    ) -> tuple[Any, ...]:
+        want_params = any(ctx.needs_input_grad[5 + ctx.num_modalities :])
+        dx, dparams = _layer_gradient(ctx, grad_z, grad_states, want_params)
+        return None, None, None, None, None, *dx, *dparams
 
 
 # ---- any callable --------------------------------------------------------------------------------

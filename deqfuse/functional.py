@@ -16,6 +16,7 @@ from deqfuse import autograd as rule
 from deqfuse import backends, checks, ops, reporting
 from deqfuse.backends import cpu, maps, reference
 from deqfuse.backends.maps import CellParams, FuseParams, Variant
+from deqfuse.backends.problem import Solved, SolvedLayer, compute_dtype
 from deqfuse.result import BlockInfo
 from deqfuse.solvers.options import Anderson, GradientOption, Implicit, SolverOption, Unrolled
 from deqfuse.solvers.solve import solve
@@ -134,7 +135,7 @@ def solve_cells(
             output = ops.solve_cells(x, flat, _detach(z0), *options)
         else:
             output = rule.SolveCells.apply(x, _detach(z0), options, *flat)
-        solved = reference.Solved(*output)
+        solved = Solved(*output)
     return solved.z, _block_info(solved, reporting.CELLS, solver, on_failure), name
 
 
@@ -191,8 +192,39 @@ def solve_fuse(
             output = ops.solve_fuse(x_fuse, cell_sum, flat, mask, start, *options)
         else:
             output = rule.SolveFuse.apply(x_fuse, cell_sum, mask, start, options, *flat)
-        solved = reference.Solved(*output)
+        solved = Solved(*output)
     return solved.z, _block_info(solved, reporting.FUSE, solver, on_failure), name
+
+
+def solve_layer(
+    x: Sequence[Tensor],  # N tensors (B, d)
+    params: Sequence[Tensor],  # backends/layer.py
+    mask: Tensor | None,  # (B, d)
+    z0_fuse: Tensor | None,  # (B, d)
+    z0_cells: Tensor | None,  # (N, B, d)
+    *,
+    num_groups: int,
+    variant: Variant,
+    solver: SolverOption,
+    adjoint: GradientOption,
+    on_failure: str,
+    backend: str,
+) -> tuple[SolvedLayer, str]:
+    """Equilibria of a whole layer in one operator, and the name of the backend that ran.
+
+    For :class:`deqfuse.DEQFusion`, which has looked at the tensors already. Not for ``Unrolled()``.
+    """
+    checks.options(solver, adjoint, on_failure)
+    name = _choose(x[0], num_groups, solver, adjoint, backend)
+    starts = mask, _detach(z0_fuse), _detach(z0_cells)
+    options = (num_groups, variant, solver.code, adjoint.code, name, on_failure)
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        output = ops.solve_layer(x, params, *starts, *options)
+    else:
+        output = rule.SolveLayer.apply(len(x), *starts, options, *x, *params)
+    solved = SolvedLayer(*output)
+    reporting.report_layer(solved.outcome, solved.residual, solver, on_failure)
+    return solved, name
 
 
 def fixed_point(
@@ -230,7 +262,7 @@ def fixed_point(
         return fz.to(z.dtype)
 
     adjoint = adjoint.for_forward(solver)
-    start = z0.detach().to(reference.compute_dtype(z0.dtype))  # norms are never below float32
+    start = z0.detach().to(compute_dtype(z0.dtype))  # norms are never below float32
     backend = "reference"
     if isinstance(adjoint, Unrolled):
         found = solve(checked, start, solver)

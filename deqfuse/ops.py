@@ -1,6 +1,6 @@
 """Operator schemas and shape rules. torch only; the named backend is loaded when a call runs.
 
-Four operators: the forward solve and the adjoint of each block kind. Options travel as text
+Six operators: the forward solve and the adjoint of each block kind and of the layer. Options travel as text
 (``Option.code``), so one schema serves every solver and every backend, and ``torch.compile`` sees
 constants. The gradient rule is registered in ``autograd.py``.
 """
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from deqfuse import backends
-from deqfuse.backends.reference import compute_dtype
+from deqfuse.backends.problem import compute_dtype
 from deqfuse.solvers.options import from_code
 
 _COMMON = "int num_groups, str variant, str solver, str adjoint, str backend, str on_failure"
@@ -30,6 +30,11 @@ torch.library.define(
     f"int num_modalities, {_COMMON}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 torch.library.define(
+    "deqfuse::solve_layer",
+    f"(Tensor[] x, Tensor[] params, Tensor? mask, Tensor? z0_fuse, Tensor? z0_cells, {_COMMON}) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+torch.library.define(
     "deqfuse::adjoint_cells",
     "(Tensor grad_z, Tensor z, Tensor x, Tensor[] params, int num_groups, str variant, "
     "str adjoint, str backend, bool want_params) -> (Tensor, Tensor[], Tensor, Tensor, Tensor)",
@@ -39,6 +44,13 @@ torch.library.define(
     "(Tensor grad_z, Tensor z, Tensor x_fuse, Tensor cell_sum, Tensor[] params, Tensor? mask, "
     "int num_modalities, int num_groups, str variant, str adjoint, str backend, bool want_params) "
     "-> (Tensor, Tensor, Tensor[], Tensor, Tensor, Tensor)",
+)
+
+torch.library.define(
+    "deqfuse::adjoint_layer",
+    "(Tensor grad_z, Tensor? grad_cells, Tensor states, Tensor[] x, Tensor[] params, Tensor? mask, "
+    "int num_groups, str variant, str adjoint, str backend, bool want_params) "
+    "-> (Tensor[], Tensor[], Tensor, Tensor, Tensor)",
 )
 
 
@@ -73,6 +85,18 @@ def _solve_fuse(  # type: ignore[no-untyped-def]
         )  # fmt: skip
 
 
+@torch.library.impl("deqfuse::solve_layer", "CompositeExplicitAutograd")
+def _solve_layer(  # type: ignore[no-untyped-def]
+    x, params, mask, z0_fuse, z0_cells, num_groups, variant, solver, adjoint, backend, on_failure
+):
+    with full_precision(x[0].device):
+        return tuple(
+            backends.load(backend).solve_layer(
+                x, params, mask, z0_fuse, z0_cells, num_groups, variant, from_code(solver)
+            )
+        )
+
+
 @torch.library.impl("deqfuse::adjoint_cells", "CompositeExplicitAutograd")
 def _adjoint_cells(grad_z, z, x, params, num_groups, variant, adjoint, backend, want_params):  # type: ignore[no-untyped-def]
     with full_precision(z.device):
@@ -93,6 +117,18 @@ def _adjoint_fuse(  # type: ignore[no-untyped-def]
             num_groups, variant, from_code(adjoint), want_params,
         )  # fmt: skip
     return dx, dcell_sum, dparams, *statistics
+
+
+@torch.library.impl("deqfuse::adjoint_layer", "CompositeExplicitAutograd")
+def _adjoint_layer(  # type: ignore[no-untyped-def]
+    grad_z, grad_cells, states, x, params, mask, num_groups, variant, adjoint, backend, want_params
+):
+    with full_precision(states.device):
+        dx, dparams, statistics = backends.load(backend).adjoint_layer(
+            grad_z, grad_cells, states, x, params, mask,
+            num_groups, variant, from_code(adjoint), want_params,
+        )  # fmt: skip
+    return dx, dparams, *statistics
 
 
 def _fake_solved(x: Tensor, solver: str) -> tuple[Tensor, ...]:
@@ -131,6 +167,13 @@ def _fake_solve_fuse(x_fuse, cell_sum, params, mask, z0, n, num_groups, variant,
     return _fake_solved(x_fuse, solver)
 
 
+@torch.library.register_fake("deqfuse::solve_layer")
+def _fake_solve_layer(x, params, mask, z0_fuse, z0_cells, num_groups, variant, solver, *rest):  # type: ignore[no-untyped-def]
+    like = x[0].new_empty((len(x) + 1, *x[0].shape))
+    states, *statistics = _fake_solved(like, solver)
+    return states.new_empty(x[0].shape), states, *statistics
+
+
 @torch.library.register_fake("deqfuse::adjoint_cells")
 def _fake_adjoint_cells(grad_z, z, x, params, *rest):  # type: ignore[no-untyped-def]
     return x.new_empty(x.shape), _fake_grads(params, rest[-1]), *_fake_statistics(z)
@@ -146,7 +189,15 @@ def _fake_adjoint_fuse(grad_z, z, x_fuse, cell_sum, params, mask, *rest):  # typ
     )
 
 
+@torch.library.register_fake("deqfuse::adjoint_layer")
+def _fake_adjoint_layer(grad_z, grad_cells, states, x, params, mask, *rest):  # type: ignore[no-untyped-def]
+    dx = [t.new_empty(t.shape) for t in x]
+    return dx, _fake_grads(params, rest[-1]), *_fake_statistics(states)
+
+
 solve_cells = torch.ops.deqfuse.solve_cells.default
 solve_fuse = torch.ops.deqfuse.solve_fuse.default
+solve_layer = torch.ops.deqfuse.solve_layer.default
 adjoint_cells = torch.ops.deqfuse.adjoint_cells.default
 adjoint_fuse = torch.ops.deqfuse.adjoint_fuse.default
+adjoint_layer = torch.ops.deqfuse.adjoint_layer.default

@@ -69,6 +69,26 @@ def report(
         _late.append(_Late(summary, arrived, what, option))
 
 
+def report_layer(
+    outcome: Tensor,  # (N + 1, B) int8, the fuse block last
+    residual: Tensor,  # (N + 1, B)
+    option: SolverOption | GradientOption,
+    on_failure: str,
+    *,
+    backward: bool = False,
+) -> None:
+    """:func:`report` for each kind of block, in the order in which they were solved."""
+    if torch.compiler.is_compiling():
+        return
+    flush()
+    if on_failure == "ignore" or (outcome.device.type == "cpu" and not outcome.any()):
+        return
+    blocks = [(CELLS, slice(None, -1)), (FUSE, -1)]
+    for name, at in reversed(blocks) if backward else blocks:
+        what = f"the backward solve of {name}" if backward else name
+        report(what, outcome[at], residual[at], option, on_failure)
+
+
 def flush() -> None:
     """Report what has arrived from devices since the last look. Never waits."""
     if torch.compiler.is_compiling():

@@ -4,26 +4,13 @@
 
 #include <cmath>
 
-#include "anderson.h"
+#include "../common/outcome.h"
+#include "mixing.h"
+#include "rowmath.h"
+#include "tasks.h"
 
 namespace deqfuse {
 namespace DEQFUSE_ISA {
-
-// Four partial sums: one would wait for its own latency.
-template <class T>
-T dot(const T* a, const T* b, int64_t n) {
-  constexpr int W = kLanes<T>;
-  Vec<T> sums[4] = {};
-  int64_t i = 0;
-  for (; i + 4 * W <= n; i += 4 * W)
-    for (int q = 0; q < 4; ++q)
-      sums[q] = fma(load_unaligned(a + i + q * W), load_unaligned(b + i + q * W), sums[q]);
-  const Vec<T> total = (sums[0] + sums[1]) + (sums[2] + sums[3]);
-  T sum = 0;
-  for (int l = 0; l < W; ++l) sum += total[l];
-  for (; i < n; ++i) sum = std::fma(a[i], b[i], sum);
-  return sum;
-}
 
 template <class T>
 void anderson_row(const StepProblem<T>& p, int64_t row) {
@@ -77,6 +64,16 @@ void anderson_row(const StepProblem<T>& p, int64_t row) {
   }
   p.outcome[row] = int8_t(outcome);
   p.active[row] = false;
+}
+
+template <class T>
+void anderson_step(const StepProblem<T>& p, int threads, ParallelFor parallel) {
+  const int64_t chunk = 1 + 16384 / (p.n + 1);  // rows that are worth a task
+  run_tasks((p.rows + chunk - 1) / chunk, threads, parallel, [&](int64_t t) {
+    const int64_t end = (t + 1) * chunk < p.rows ? (t + 1) * chunk : p.rows;
+    for (int64_t row = t * chunk; row < end; ++row)
+      if (p.active[row]) anderson_row(p, row);
+  });
 }
 
 }  // namespace DEQFUSE_ISA

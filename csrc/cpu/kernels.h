@@ -9,14 +9,16 @@ template <class T>
 struct CellProblem {
   int64_t modalities, rows, d, groups;
   bool skip;
-  const T* x;                    // (N, B, d)
+  const T* const* x;             // N times (B, d)
   const T* z0;                   // (N, B, d) or null
   const T* const* params;        // N * 10, the order of CellParams
   double tol, beta, lam;
   int max_iter, history;
-  T *z, *residual, *trace;       // (N, B, d), (N, B), (steps, N, B) or null
-  int32_t* nfe;
-  int8_t* outcome;
+  T *z, *residual;               // (N, B, d), (N, B)
+  int32_t* nfe;                  // (N, B)
+  int8_t* outcome;               // (N, B)
+  T* trace;                      // (N, B) per step, steps trace_stride apart; or null
+  int64_t trace_stride;
 };
 
 template <class T>
@@ -27,21 +29,32 @@ struct FuseProblem {
   const T* const* params;             // 6, the order of FuseParams
   double tol, beta, lam;
   int max_iter, history;
-  T *z, *residual, *trace;
+  T *z, *residual;
   int32_t* nfe;
   int8_t* outcome;
+  T* trace;
+  int64_t trace_stride;
+};
+
+// The whole layer: the cells, then the fuse step, whose x and cell_sum are made of them.
+template <class T>
+struct LayerProblem {
+  int64_t rows;
+  CellProblem<T> cells;
+  FuseProblem<T> fuse;
+  const T *weights, *bias;  // x_fuse = sum_i weights_i x_i + bias; (N,), and (1,) or null
 };
 
 // The backward of either block: u = (I - J^T)^-1 g per row, then one VJP.
 template <class T>
 struct AdjointCommon {
   int64_t modalities, rows, d, groups;
-  const T *g, *z, *x;
+  const T* z;
   const T* const* params;
   int mode;  // -1: solve to tol; k >= 0: the Neumann series cut after k applications
   double tol, beta, lam;
   int max_iter, history;
-  T *dx, *residual;
+  T* residual;
   int32_t* nfe;
   int8_t* outcome;
   T* const* dparams;  // one per entry of params, or null when not wanted
@@ -50,13 +63,26 @@ struct AdjointCommon {
 template <class T>
 struct CellAdjointProblem : AdjointCommon<T> {
   bool skip;
+  const T *const *g, *const *x;  // N times (B, d)
+  T* const* dx;
 };
 
 template <class T>
 struct FuseAdjointProblem : AdjointCommon<T> {
   bool relu_last;
-  const T *cell_sum, *mask;
-  T* dcell_sum;
+  const T *g, *x, *cell_sum, *mask;  // (B, d)
+  T *dx, *dcell_sum;
+};
+
+// The fuse step's backward, then the cells', which receive its dcell_sum.
+template <class T>
+struct LayerAdjointProblem {
+  int64_t rows;
+  CellAdjointProblem<T> cells;
+  FuseAdjointProblem<T> fuse;
+  const T *weights, *bias;
+  const T* g_cells;      // (N, B, d), what else the cells receive, or null
+  T *dweights, *dbias;   // null when the parameters' gradients are not wanted; dbias also without a bias
 };
 
 // One Anderson step of rows whose map is evaluated elsewhere; all arrays are updated in place.
@@ -80,8 +106,10 @@ template <class T>
 struct Kernels {
   void (*solve_cells)(const CellProblem<T>&, int threads, ParallelFor);
   void (*solve_fuse)(const FuseProblem<T>&, int threads, ParallelFor);
+  void (*solve_layer)(const LayerProblem<T>&, int threads, ParallelFor);
   void (*adjoint_cells)(const CellAdjointProblem<T>&, int threads, ParallelFor);
   void (*adjoint_fuse)(const FuseAdjointProblem<T>&, int threads, ParallelFor);
+  void (*adjoint_layer)(const LayerAdjointProblem<T>&, int threads, ParallelFor);
   void (*anderson_step)(const StepProblem<T>&, int threads, ParallelFor);
 };
 

@@ -1,6 +1,8 @@
 // Arithmetic along the features of each sample of a tile: GroupNorm forward and backward.
 #pragma once
 
+#include <cmath>
+
 #include "vec.h"
 
 namespace deqfuse {
@@ -166,6 +168,22 @@ void norm_sums(const T* t, const T* x_hat, T* weight, T* bias, int64_t d) {
     weight[i] = sum_of_lanes<T>(product);
     bias[i] = sum_of_lanes<T>(plain);
   }
+}
+
+// a . b for two rows. Four partial sums: one would wait for its own latency.
+template <class T>
+T dot(const T* a, const T* b, int64_t n) {
+  constexpr int W = kLanes<T>;
+  Vec<T> sums[4] = {};
+  int64_t i = 0;
+  for (; i + 4 * W <= n; i += 4 * W)
+    for (int q = 0; q < 4; ++q)
+      sums[q] = fma(load_unaligned(a + i + q * W), load_unaligned(b + i + q * W), sums[q]);
+  const Vec<T> total = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+  T sum = 0;
+  for (int l = 0; l < W; ++l) sum += total[l];
+  for (; i < n; ++i) sum = std::fma(a[i], b[i], sum);
+  return sum;
 }
 
 }  // namespace DEQFUSE_ISA

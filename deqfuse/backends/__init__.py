@@ -2,7 +2,7 @@
 
 Every backend is a module with the same few names: ``unavailable()`` (None, or why it cannot run
 here and what would change that), ``refuses(problem)`` (None, or why it cannot take this problem)
-and the four functions ``solve_cells``, ``adjoint_cells``, ``solve_fuse``, ``adjoint_fuse``. An
+and the six functions ``solve_*`` and ``adjoint_*`` for ``cells``, ``fuse`` and ``layer``. An
 explicit request is never answered by another backend; only "auto" moves on.
 """
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from deqfuse.backends import native, reference
+from deqfuse.backends import layer, native, reference
 from deqfuse.backends.maps import Variant
-from deqfuse.backends.problem import Problem
-from deqfuse.backends.reference import Solved, Statistics, compute_dtype
+from deqfuse.backends.problem import Problem, Solved, SolvedLayer, Statistics, compute_dtype
 from deqfuse.outcome import Outcome
 from deqfuse.solvers.newton_krylov import Linearize, Map
 from deqfuse.solvers.options import (
@@ -67,7 +67,7 @@ def solve_cells(
     solver: SolverOption,
 ) -> Solved:
     """Equilibria of all N residual cells."""
-    x_, params, z0_ = _prepare(x, x), [_prepare(p, x) for p in flat_params], _prepare(z0, x)
+    x_, params, z0_ = _prepare(x, x), _prepare_all(flat_params, x), _prepare(z0, x)
     solved = Solved(
         *native.solve_cells(
             x_, params, z0_, num_groups, variant != "paper", *_forward(solver), _steps(solver)
@@ -91,7 +91,7 @@ def solve_fuse(
     solver: SolverOption,
 ) -> Solved:
     """Equilibrium of the purify-then-combine step, the cells' equilibria held fixed."""
-    x_, params = _prepare(x_fuse, x_fuse), [_prepare(p, x_fuse) for p in flat_params]
+    x_, params = _prepare(x_fuse, x_fuse), _prepare_all(flat_params, x_fuse)
     sum_, mask_, z0_ = (_prepare(t, x_fuse) for t in (cell_sum, mask, z0))
     solved = Solved(
         *native.solve_fuse(
@@ -105,6 +105,32 @@ def solve_fuse(
         x_, sum_, params, mask_, num_modalities, num_groups, variant
     )
     return _rescued(solved, step, x_, z0_, solver, linearize)
+
+
+def solve_layer(
+    x: list[Tensor],  # N tensors (B, d)
+    flat_params: list[Tensor],  # backends/layer.py
+    mask: Tensor | None,  # (B, d)
+    z0_fuse: Tensor | None,  # (B, d)
+    z0_cells: Tensor | None,  # (N, B, d)
+    num_groups: int,
+    variant: Variant,
+    solver: SolverOption,
+) -> SolvedLayer:
+    """Equilibria of all cells and of the fuse step, in one call."""
+    if isinstance(solver, Anderson) and solver.rescue:  # between the blocks
+        return layer.solve(
+            solve_cells, solve_fuse,
+            x, flat_params, mask, z0_fuse, z0_cells, num_groups, variant, solver,
+        )  # fmt: skip
+    like = x[0]
+    return SolvedLayer(
+        *native.solve_layer(
+            _prepare_all(x, like), _prepare_all(flat_params, like), _prepare(mask, like),
+            _prepare(z0_fuse, like), _prepare(z0_cells, like), num_groups,
+            variant != "paper", variant == "released-mmimdb", *_forward(solver), _steps(solver),
+        )
+    )  # fmt: skip
 
 
 def _rescued(
@@ -165,10 +191,8 @@ def adjoint_cells(
     want_params: bool,
 ) -> tuple[Tensor, list[Tensor], Statistics]:
     """Gradients through the cells' equilibria: dx, the parameters', the statistics."""
-    params = [_prepare(p, z) for p in flat_params]
-    grads = [torch.empty_like(p) for p in params] if want_params else []
-    dx, *statistics = native.adjoint_cells(
-        _prepare(grad_z, z), z, _prepare(x, z), params, grads,
+    dx, grads, *statistics = native.adjoint_cells(
+        _prepare(grad_z, z), z, _prepare(x, z), _prepare_all(flat_params, z), want_params,
         num_groups, variant != "paper", *_backward(adjoint),
     )  # fmt: skip
     return dx.to(x.dtype), _like(grads, flat_params), Statistics(*statistics)
@@ -188,15 +212,34 @@ def adjoint_fuse(
     want_params: bool,
 ) -> tuple[Tensor, Tensor, list[Tensor], Statistics]:
     """Gradients through the fuse equilibrium: dx_fuse, dcell_sum, parameters', statistics."""
-    params = [_prepare(p, z) for p in flat_params]
-    grads = [torch.empty_like(p) for p in params] if want_params else []
-    dx, dcell_sum, *statistics = native.adjoint_fuse(
-        _prepare(grad_z, z), z, _prepare(x_fuse, z), _prepare(cell_sum, z), params, grads,
-        _prepare(mask, z), num_modalities, num_groups, variant == "released-mmimdb",
-        *_backward(adjoint),
+    dx, dcell_sum, grads, *statistics = native.adjoint_fuse(
+        _prepare(grad_z, z), z, _prepare(x_fuse, z), _prepare(cell_sum, z),
+        _prepare_all(flat_params, z), want_params, _prepare(mask, z),
+        num_modalities, num_groups, variant == "released-mmimdb", *_backward(adjoint),
     )  # fmt: skip
     grads = _like(grads, flat_params)
     return dx.to(x_fuse.dtype), dcell_sum.to(cell_sum.dtype), grads, Statistics(*statistics)
+
+
+def adjoint_layer(
+    grad_z: Tensor,  # (B, d)
+    grad_cells: Tensor | None,  # (N, B, d)
+    states: Tensor,  # (N + 1, B, d)
+    x: list[Tensor],  # N tensors (B, d)
+    flat_params: list[Tensor],  # backends/layer.py
+    mask: Tensor | None,  # (B, d)
+    num_groups: int,
+    variant: Variant,
+    adjoint: GradientOption,
+    want_params: bool,
+) -> tuple[list[Tensor], list[Tensor], Statistics]:
+    """Gradients through the whole layer in one call: dx, the parameters', the statistics."""
+    dx, grads, *statistics = native.adjoint_layer(
+        _prepare(grad_z, states), _prepare(grad_cells, states), states, _prepare_all(x, states),
+        _prepare_all(flat_params, states), want_params, _prepare(mask, states),
+        num_groups, variant != "paper", variant == "released-mmimdb", *_backward(adjoint),
+    )  # fmt: skip
+    return _like(dx, x), _like(grads, flat_params), Statistics(*statistics)
 
 
 def _prepare(t: Any, like: Tensor) -> Any:
@@ -205,6 +248,13 @@ def _prepare(t: Any, like: Tensor) -> Any:
         return None
     dtype = compute_dtype(like.dtype)
     return t if t.dtype is dtype and t.is_contiguous() else t.to(dtype).contiguous()
+
+
+def _prepare_all(tensors: Sequence[Tensor], like: Tensor) -> list[Tensor]:
+    dtype = compute_dtype(like.dtype)
+    return [
+        t if t.dtype is dtype and t.is_contiguous() else t.to(dtype).contiguous() for t in tensors
+    ]
 
 
 def _forward(solver: SolverOption) -> tuple[float, int, int, float, float]:

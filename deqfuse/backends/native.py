@@ -21,14 +21,25 @@ _SCHEMAS = {
         f"int num_modalities, int num_groups, bool relu_last, {_SOLVE}, int steps) "
         "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
     ),
+    "cpu_solve_layer": (
+        "(Tensor[] x, Tensor[] params, Tensor? mask, Tensor? z0_fuse, Tensor? z0_cells, "
+        f"int num_groups, bool skip, bool relu_last, {_SOLVE}, int steps) "
+        "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    ),
     "cpu_adjoint_cells": (
-        "(Tensor grad_z, Tensor z, Tensor x, Tensor[] params, Tensor(a!)[] dparams, "
-        f"int num_groups, bool skip, int mode, {_SOLVE}) -> (Tensor, Tensor, Tensor, Tensor)"
+        "(Tensor grad_z, Tensor z, Tensor x, Tensor[] params, bool want_params, "
+        f"int num_groups, bool skip, int mode, {_SOLVE}) "
+        "-> (Tensor, Tensor[], Tensor, Tensor, Tensor)"
     ),
     "cpu_adjoint_fuse": (
         "(Tensor grad_z, Tensor z, Tensor x_fuse, Tensor cell_sum, Tensor[] params, "
-        "Tensor(a!)[] dparams, Tensor? mask, int num_modalities, int num_groups, bool relu_last, "
-        f"int mode, {_SOLVE}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+        "bool want_params, Tensor? mask, int num_modalities, int num_groups, bool relu_last, "
+        f"int mode, {_SOLVE}) -> (Tensor, Tensor, Tensor[], Tensor, Tensor, Tensor)"
+    ),
+    "cpu_adjoint_layer": (
+        "(Tensor grad_z, Tensor? grad_cells, Tensor states, Tensor[] x, Tensor[] params, "
+        "bool want_params, Tensor? mask, int num_groups, bool skip, bool relu_last, "
+        f"int mode, {_SOLVE}) -> (Tensor[], Tensor[], Tensor, Tensor, Tensor)"
     ),
     "cpu_anderson_step": (
         "(Tensor fz, Tensor(a!) z, Tensor(b!) best, Tensor(c!) images, Tensor(d!) residuals, "
@@ -50,6 +61,8 @@ except ImportError as error:
 
 solve_cells = torch.ops.deqfuse.cpu_solve_cells.default
 solve_fuse = torch.ops.deqfuse.cpu_solve_fuse.default
+solve_layer = torch.ops.deqfuse.cpu_solve_layer.default
 adjoint_cells = torch.ops.deqfuse.cpu_adjoint_cells.default
 adjoint_fuse = torch.ops.deqfuse.cpu_adjoint_fuse.default
+adjoint_layer = torch.ops.deqfuse.cpu_adjoint_layer.default
 anderson_step = torch.ops.deqfuse.cpu_anderson_step.default

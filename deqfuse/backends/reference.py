@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from deqfuse.backends import layer
 from deqfuse.backends.linearization import CellLinearization, FuseLinearization
 from deqfuse.backends.maps import (
     CellParams,
@@ -16,30 +17,12 @@ from deqfuse.backends.maps import (
     purify_combine,
     residual_cell,
 )
-from deqfuse.backends.problem import Problem
+from deqfuse.backends.problem import Problem, Solved, SolvedLayer, Statistics, compute_dtype
 from deqfuse.solvers.adjoint import solve_adjoint
 from deqfuse.solvers.newton_krylov import Linearize, Map
 from deqfuse.solvers.options import GradientOption, SolverOption
 from deqfuse.solvers.rows import Solution
 from deqfuse.solvers.solve import solve
-
-
-class Solved(NamedTuple):
-    """Output of a forward solve; the statistics have the shape of ``z`` less its last dimension."""
-
-    z: Tensor  # compute dtype
-    residual: Tensor
-    nfe: Tensor  # int32
-    outcome: Tensor  # int8
-    trace: Tensor  # (trace_length, ...) padded with NaN at the end; (0, ...) when not asked for
-
-
-class Statistics(NamedTuple):
-    """How the linear solve of a backward pass went, per row."""
-
-    residual: Tensor
-    nfe: Tensor
-    outcome: Tensor
 
 
 def unavailable() -> tuple[str, str] | None:
@@ -50,11 +33,6 @@ def unavailable() -> tuple[str, str] | None:
 def refuses(problem: Problem) -> str | None:
     """Why this backend cannot take the problem: it takes them all."""
     return None
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """16-bit storage is computed in float32: states and norms never have fewer digits."""
-    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
 def solve_cells(
@@ -89,6 +67,11 @@ def solve_fuse(
         x_fuse, cell_sum, flat_params, mask, num_modalities, num_groups, variant
     )
     return _solve(step, x_fuse, z0, solver, linearize)
+
+
+def solve_layer(*problem: Any) -> SolvedLayer:
+    """Equilibria of the whole layer; arguments as in :func:`deqfuse.backends.layer.solve`."""
+    return layer.solve(solve_cells, solve_fuse, *problem)
 
 
 def cells_problem(
@@ -182,6 +165,11 @@ def adjoint_fuse(
     grads = [] if dparams is None else _like(list(dparams), flat_params)
     statistics = _statistics(solution, z.shape[:-1])
     return dx.to(x_fuse.dtype), dcell_sum.to(cell_sum.dtype), grads, statistics
+
+
+def adjoint_layer(*problem: Any) -> tuple[list[Tensor], list[Tensor], Statistics]:
+    """Gradients through the layer; arguments as in :func:`deqfuse.backends.layer.adjoint`."""
+    return layer.adjoint(adjoint_cells, adjoint_fuse, *problem)
 
 
 def _to_compute(value: Any, like: Tensor) -> Any:

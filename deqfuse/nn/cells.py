@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -47,8 +49,7 @@ class ResidualCell(nn.Module):
 
     def flat(self) -> list[Tensor]:
         """The ten parameters in the order of ``CellParams``."""
-        parts = (self.linear1, self.linear2, self.norm1, self.norm2, self.norm3)
-        return [t for part in parts for t in (part.weight, part.bias)]
+        return weights_and_biases(self, ("linear1", "linear2", "norm1", "norm2", "norm3"))
 
     def forward(
         self,
@@ -102,8 +103,7 @@ class PurifyCombine(nn.Module):
         """The six parameters in the order of ``FuseParams``; only with a gate."""
         if self.gate is None:
             raise ValueError("gate: a combination without a gate is not a fixed-point map")
-        parts = (self.gate, self.fuse, self.norm)
-        return [t for part in parts for t in (part.weight, part.bias)]
+        return weights_and_biases(self, ("gate", "fuse", "norm"))
 
     def forward(
         self,
@@ -137,6 +137,28 @@ def _check(dim: int, num_groups: int, variant: str, init: str) -> None:
     checks.groups(dim, num_groups)
     checks.one_of("variant", variant, VARIANTS)
     checks.one_of("init", init, INITS)
+
+
+def weights_and_biases(module: nn.Module, parts: Sequence[str]) -> list[Tensor]:
+    """Weight and bias of each named submodule.
+
+    Looked up where ``nn.Module`` keeps them: its attribute access takes ten times as long, and a
+    layer has dozens of parameters. Parametrised ones are not there, and come by attribute.
+    """
+    if torch.compiler.is_compiling():
+        return [t for name in parts for t in _by_attribute(getattr(module, name))]
+    flat: list[Tensor] = []
+    for name in parts:
+        part = module._modules[name]
+        assert part is not None
+        own = part._parameters
+        weight, bias = own.get("weight"), own.get("bias")
+        flat += _by_attribute(part) if weight is None or bias is None else (weight, bias)
+    return flat
+
+
+def _by_attribute(part: Any) -> tuple[Tensor, Tensor]:
+    return part.weight, part.bias
 
 
 def dropout_mask(like: Tensor, p: float) -> Tensor:

@@ -4,20 +4,30 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deqfuse import checks, functional
-from deqfuse.backends import BACKENDS, maps, reference
+from deqfuse.backends import BACKENDS, maps
+from deqfuse.backends.layer import fuse_injection
 from deqfuse.backends.maps import VARIANTS, CellParams, FuseParams, Variant
+from deqfuse.backends.problem import compute_dtype
 from deqfuse.nn import inputs
 from deqfuse.nn.cells import INITS, PurifyCombine, ResidualCell, dropout_mask
 from deqfuse.result import BlockInfo, SolveInfo
-from deqfuse.solvers.options import Anderson, GradientOption, Implicit, SolverOption
+from deqfuse.solvers.options import Anderson, GradientOption, Implicit, SolverOption, Unrolled
 from deqfuse.solvers.rows import Rows
+
+
+class _Found(NamedTuple):
+    """A solve; what few callers ask for is made when they do."""
+
+    z: Tensor  # (B, d), for the caller to keep
+    cells: Callable[[], Tensor]  # (N, B, d)
+    info: Callable[[], SolveInfo]
 
 
 class DEQFusion(nn.Module):
@@ -157,45 +167,47 @@ class DEQFusion(nn.Module):
             BackendUnavailable: ``backend`` was named and cannot take the call.
             ConvergenceError: rows did not converge and ``on_failure="raise"``.
         """
-        x, lead = self._injections(features)  # (N, B, d)
+        xs, lead = self._injections(features)  # N tensors (B, d)
+        x = xs[0]
         functional.require_backend(x, self.num_groups, self.solver, self.adjoint, self.backend)
         if return_cells and self.combine_kind == "weighted_sum":
             raise ValueError("return_cells: combine='weighted_sum' has no cells to return")
         if self.weight_tied_steps is None:
             starts = inputs.check_start(z0, self.num_modalities, lead, self.dim, x)
-            z, zs, info = self._equilibrium(x, *starts)
+            solve = self._whole_layer if self._is_whole() else self._block_by_block
+            found = solve(xs, *starts)
         elif z0 is not None:
             raise ValueError(
                 "z0: weight_tied_steps starts from zero by definition, got a warm start"
             )
         else:
-            z, zs, info = self._weight_tied(x, self.weight_tied_steps)
-        # Copies: the backward pass and `info` keep the originals, and `z += ...` must be possible.
-        outputs: list[Any] = [z.to(x.dtype, copy=True).reshape(*lead, self.dim)]
-        if return_cells:
-            cells = zs.to(x.dtype, copy=True)
+            found = self._weight_tied(torch.stack(xs), self.weight_tied_steps)
+        outputs: list[Any] = [found.z.to(x.dtype).reshape(*lead, self.dim)]
+        if return_cells:  # a copy: the backward pass keeps the original
+            cells = found.cells().to(x.dtype, copy=True)
             outputs.append(cells.reshape(self.num_modalities, *lead, self.dim))
         if return_info:
-            outputs.append(info.reshape(*lead))
+            outputs.append(found.info().reshape(*lead))
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
     # ---- the data flow: injections -> cells -> combination ---------------------------------------
 
-    def _injections(self, features: Sequence[Tensor]) -> tuple[Tensor, torch.Size]:
-        """Check, project and normalise the inputs: x (N, B, d) and the leading dimensions."""
-        lead = inputs.check_features(features, _widths(self), next(iter(self.parameters()), None))
+    def _injections(self, features: Sequence[Tensor]) -> tuple[list[Tensor], torch.Size]:
+        """Check, project and normalise the inputs: N tensors (B, d) and the leading dimensions."""
+        like = self.modality_weights  # any parameter
+        if like is None:
+            like = next(iter(self.parameters()), None)
+        lead = inputs.check_features(features, _widths(self), like)
         if self.projections is not None:
             features = [p(f) for p, f in zip(self.projections, features, strict=True)]
-        x = torch.stack([f.reshape(-1, self.dim) for f in features])
+        xs = [f if f.dim() == 2 else f.reshape(-1, self.dim) for f in features]
         if self.injection_norm:
-            x = F.layer_norm(x, (self.dim,))
-        return x, lead
+            xs = [F.layer_norm(x, (self.dim,)) for x in xs]
+        return xs, lead
 
     def _x_fuse(self, x: Tensor) -> Tensor:
-        """Injection of the fuse equation, ``x_f = sum_i w_i x_i (+ bias)``: (B, d)."""
-        x = x.to(reference.compute_dtype(x.dtype))
-        x_fuse = (self.modality_weights[:, None, None] * x).sum(0)
-        return x_fuse if self.injection_bias is None else x_fuse + self.injection_bias
+        """Injection of the fuse equation from all x (N, B, d): (B, d)."""
+        return fuse_injection(x, self.modality_weights, self.injection_bias)
 
     def _options(self) -> dict[str, Any]:
         return {
@@ -207,20 +219,62 @@ class DEQFusion(nn.Module):
             "backend": self.backend,
         }
 
-    def _equilibrium(
-        self, x: Tensor, start_fuse: Tensor | None, start_cells: Tensor | None
-    ) -> tuple[Tensor, Tensor, SolveInfo]:
-        """z_f (B, d), the cells (N, B, d), and what happened; the cells are solved first."""
+    def _is_whole(self) -> bool:
+        """All equations of the paper and an implicit gradient: one operator solves them all."""
+        return (
+            self.cell == "residual"
+            and self.combine is not None
+            and self.combine.gate is not None
+            and not isinstance(self.adjoint, Unrolled)
+        )
+
+    def _whole_layer(
+        self, xs: list[Tensor], start_fuse: Tensor | None, start_cells: Tensor | None
+    ) -> _Found:
+        cells = self._cell_parameters()
+        fuse = self.combine.flat()  # type: ignore[union-attr]
+        params = [*cells, *fuse, self.modality_weights]
+        if self.injection_bias is not None:
+            params.append(self.injection_bias)
+        mask = self._mask(xs[0])
+        solved, backend = functional.solve_layer(
+            xs, params, mask, start_fuse, start_cells, **self._options()
+        )
+
+        def info() -> SolveInfo:
+            x, states = torch.stack(xs), solved.states.detach()
+            trace = solved.trace if self.solver.trace else None
+            statistics = (solved.residual, solved.nfe, solved.outcome)
+            return SolveInfo(
+                BlockInfo(*(t[-1] for t in statistics), None if trace is None else trace[:, -1]),
+                BlockInfo(*(t[:-1] for t in statistics), None if trace is None else trace[:, :-1]),
+                backend,
+                (
+                    lambda: (self._cells_map(x, cells), states[:-1]),
+                    lambda: (
+                        self._fuse_map(self._x_fuse(x), states[:-1].sum(0), fuse, mask),
+                        states[-1],
+                    ),
+                ),
+            )
+
+        return _Found(solved.z, lambda: solved.states[:-1], info)
+
+    def _block_by_block(
+        self, xs: list[Tensor], start_fuse: Tensor | None, start_cells: Tensor | None
+    ) -> _Found:
+        """The cells first; for the ablations, and for gradients through the steps."""
+        x = torch.stack(xs)
         rows, blocks = tuple(x.shape[:-1]), []
         if self.cell == "identity":
             zs, cells, backend = x, BlockInfo.exact(x, rows, 0), "reference"
         else:
-            flat = [t for cell in self.cells for t in cell.flat()]  # type: ignore[operator]
+            flat = self._cell_parameters()
             zs, cells, backend = functional.solve_cells(x, flat, z0=start_cells, **self._options())
             blocks.append(lambda: (self._cells_map(x, flat), zs.detach()))
 
         if self.combine is not None and self.combine.gate is not None:
-            x_fuse, mask, cell_sum = self._x_fuse(x), self._mask(x), zs.sum(0)
+            x_fuse, mask, cell_sum = self._x_fuse(x), self._mask(x[0]), zs.sum(0)
             params, n = self.combine.flat(), self.num_modalities
             z, fuse, backend = functional.solve_fuse(
                 x_fuse,
@@ -237,20 +291,25 @@ class DEQFusion(nn.Module):
         else:  # in closed form: one evaluation without a gate, none without a combination
             z = self._combined(x[0], zs.to(x.dtype), x)
             fuse = BlockInfo.exact(x, rows[1:], 0 if self.combine is None else 1)
-        return z, zs, SolveInfo(fuse, cells, backend, tuple(blocks))
+        info = SolveInfo(fuse, cells, backend, tuple(blocks))
+        # A copy: the backward pass and `info` keep the original, and `z += ...` must be possible.
+        return _Found(z.clone(), lambda: zs, lambda: info)
+
+    def _cell_parameters(self) -> list[Tensor]:
+        return [t for cell in self.cells for t in cell.flat()]  # type: ignore[operator]
 
     def _combined(self, z: Tensor, zs: Tensor, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """One evaluation of the combination, whichever it is."""
         if self.combine is not None:
-            mask = self._mask(x) if mask is None else mask
+            mask = self._mask(x[0]) if mask is None else mask
             return self.combine(z, zs, self._x_fuse(x), mask)
         return zs.sum(0) if self.modality_weights is None else self._x_fuse(x)
 
-    def _weight_tied(self, x: Tensor, steps: int) -> tuple[Tensor, Tensor, SolveInfo]:
+    def _weight_tied(self, x: Tensor, steps: int) -> _Found:
         """``steps`` steps of every equation from zero; each combination sees that step's cells."""
-        work = x.to(reference.compute_dtype(x.dtype))
-        z, zs, mask = torch.zeros_like(work[0]), torch.zeros_like(work), self._mask(x)
-        flat = [t for cell in self.cells for t in cell.flat()]  # type: ignore[operator]
+        work = x.to(compute_dtype(x.dtype))
+        z, zs, mask = torch.zeros_like(work[0]), torch.zeros_like(work), self._mask(x[0])
+        flat = self._cell_parameters()
         step_cells = self._cells_map(x, flat) if flat else (lambda _: work)
         for _ in range(steps):
             before = z, zs
@@ -262,16 +321,18 @@ class DEQFusion(nn.Module):
         with torch.no_grad():
             fuse = _last_step(before[0], z, self.solver, steps)
             cells = _last_step(before[1], zs, self.solver, steps)
-        return z, zs, SolveInfo(fuse, cells, "reference")
+        info = SolveInfo(fuse, cells, "reference")
+        return _Found(z.clone(), lambda: zs, lambda: info)
 
-    def _mask(self, x: Tensor) -> Tensor | None:
-        if self.combine is None or not self.training or not self.drops:
+    def _mask(self, like: Tensor) -> Tensor | None:
+        """One draw of dropout factors (B, d), where they apply."""
+        if not self.drops or not self.training or self.combine is None:
             return None
-        return dropout_mask(x[0], self.dropout)
+        return dropout_mask(like, self.dropout)
 
     def _cells_map(self, x: Tensor, flat: list[Tensor]) -> Callable[[Tensor], Tensor]:
         """The cells' map in the compute dtype, for Jacobian measurements."""
-        dtype = reference.compute_dtype(x.dtype)
+        dtype = compute_dtype(x.dtype)
         params, x = CellParams.stack([t.to(dtype) for t in flat]), x.to(dtype)
         return lambda z: maps.residual_cell(z, x, params, self.num_groups, self.variant)
 
@@ -279,7 +340,7 @@ class DEQFusion(nn.Module):
         self, x_fuse: Tensor, cell_sum: Tensor, flat: list[Tensor], mask: Tensor | None
     ) -> Callable[[Tensor], Tensor]:
         """The fuse map in the compute dtype, for Jacobian measurements."""
-        dtype, n = reference.compute_dtype(x_fuse.dtype), self.num_modalities
+        dtype, n = compute_dtype(x_fuse.dtype), self.num_modalities
         params, x_fuse = FuseParams(*(t.to(dtype) for t in flat)), x_fuse.to(dtype)
         constant = maps.gate_constant(cell_sum.to(dtype), n, params)
         return lambda z: maps.purify_combine(

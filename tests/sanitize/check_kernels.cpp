@@ -167,6 +167,13 @@ auto pointers(A& arrays) {
   for (auto& a : arrays) out.push_back(a.data());
   return out;
 }
+// One pointer per modality.
+template <class T, class A>
+Array<T*> slices(A& values, const Shape& s) {
+  Array<T*> out;
+  for (int64_t i = 0; i < s.modalities; ++i) out.push_back(values.data() + i * s.rows * s.d);
+  return out;
+}
 const Kernels<float>& of(const KernelTable& t, float) { return t.f32; }
 const Kernels<double>& of(const KernelTable& t, double) { return t.f64; }
 
@@ -183,7 +190,7 @@ Solution<T> solve(const KernelTable& table, const Inputs& in, double tol, int th
   const auto x = cast<T>(in.x), z0 = cast<T>(in.z0), sum = cast<T>(in.cell_sum), mask = cast<T>(in.mask);
   auto common = [&](auto problem) {
     problem.modalities = s.modalities, problem.rows = s.rows, problem.d = s.d, problem.groups = s.groups;
-    problem.x = x.data(), problem.z0 = z0.empty() ? nullptr : z0.data(), problem.params = p.data();
+    problem.z0 = z0.empty() ? nullptr : z0.data(), problem.params = p.data(), problem.trace_stride = count;
     problem.tol = tol, problem.beta = s.history % 2 ? 1 : 0.9, problem.lam = 1e-6;
     problem.max_iter = s.max_iter, problem.history = s.history;
     problem.z = out.z.data(), problem.residual = out.residual.data(), problem.trace = out.trace.data();
@@ -192,11 +199,13 @@ Solution<T> solve(const KernelTable& table, const Inputs& in, double tol, int th
   };
   if (in.fuse) {
     auto problem = common(FuseProblem<T>{});
+    problem.x = x.data();
     problem.relu_last = s.variant, problem.cell_sum = sum.data(), problem.mask = mask.empty() ? nullptr : mask.data();
     of(table, T{}).solve_fuse(problem, threads, parallel);
   } else {
     auto problem = common(CellProblem<T>{});
-    problem.skip = s.variant;
+    const auto from = slices<const T>(x, s);
+    problem.skip = s.variant, problem.x = from.data();
     of(table, T{}).solve_cells(problem, threads, parallel);
   }
   return out;
@@ -220,22 +229,25 @@ Gradients<T> adjoint(const KernelTable& table, const Inputs& in, const Array<dou
   const auto x = cast<T>(in.x), z = cast<T>(at), g = cast<T>(in.g), sum = cast<T>(in.cell_sum), mask = cast<T>(in.mask);
   auto common = [&](auto problem) {
     problem.modalities = s.modalities, problem.rows = s.rows, problem.d = s.d, problem.groups = s.groups;
-    problem.g = g.data(), problem.z = z.data(), problem.x = x.data(), problem.params = p.data();
+    problem.z = z.data(), problem.params = p.data();
     problem.mode = mode, problem.tol = tol, problem.beta = 1, problem.lam = 1e-6;
     problem.max_iter = mode < 0 ? 60 : mode, problem.history = mode < 0 ? std::min(s.history, 6) : 0;
-    problem.dx = out.all[params.size()].data(), problem.residual = out.residual.data();
+    problem.residual = out.residual.data();
     problem.nfe = out.nfe.data(), problem.outcome = out.outcome.data();
     problem.dparams = want_params ? dparams.data() : nullptr;
     return problem;
   };
   if (in.fuse) {
     auto problem = common(FuseAdjointProblem<T>{});
+    problem.g = g.data(), problem.x = x.data(), problem.dx = out.all[params.size()].data();
     problem.relu_last = s.variant, problem.cell_sum = sum.data(), problem.mask = mask.empty() ? nullptr : mask.data();
     problem.dcell_sum = out.all.back().data();
     of(table, T{}).adjoint_fuse(problem, threads, parallel);
   } else {
     auto problem = common(CellAdjointProblem<T>{});
-    problem.skip = s.variant;
+    const auto cotangent = slices<const T>(g, s), from = slices<const T>(x, s);
+    const auto to = slices<T>(out.all[params.size()], s);
+    problem.skip = s.variant, problem.g = cotangent.data(), problem.x = from.data(), problem.dx = to.data();
     of(table, T{}).adjoint_cells(problem, threads, parallel);
   }
   return out;

@@ -1,0 +1,202 @@
+// Backward: the adjoint problems of kernels.h, a tile of rows per task; then the parameters' gradients over all rows.
+#pragma once
+
+#include "adjoint.h"
+#include "solve.h"
+
+namespace deqfuse {
+namespace DEQFUSE_ISA {
+
+// u for the rows of one tile, which `map` linearises on the way.
+template <class T, int NV, class Map, class P>
+void solve_tile(const P& p, Map& map, int64_t begin, int64_t end, T* u, const RowResults<T>& out, T* memory) {
+  constexpr int R = NV * kLanes<T>;
+  const int64_t d = p.d;
+  if (p.mode < 0) {
+    RowSolver<T, NV, Map>(map, d, options<T>(p), out, memory).run(begin, end);
+    return;
+  }
+  T *now = memory, *next = memory + d * R;
+  const LaneRows<R> rows = lane_rows<R>(begin, int(end - begin));
+  map.take(rows, now);
+  for (int k = 0; k < p.mode; ++k) {
+    map(now, next);
+    std::swap(now, next);
+  }
+  lanes_to_rows<T, NV>(now, nullptr, rows, u, d);
+  for (int64_t r = begin; r < end; ++r) {
+    out.residual[r] = std::numeric_limits<T>::quiet_NaN();
+    out.nfe[r] = p.mode;
+    out.outcome[r] = int8_t(Outcome::kMaxIter);
+  }
+}
+
+// What the adjoint of `blocks` blocks (cells, or the fuse step) of two matrices each needs beside its tiles: transposed
+// weights, the solutions u, and the parts of the parameters' gradients.
+template <class T, int NV>
+class AdjointMemory {
+ public:
+  static constexpr int JR = block_rows(NV), R = NV * kLanes<T>;
+
+  template <class P>
+  AdjointMemory(const P& p, int64_t blocks, int params, int sums)
+      : d_(p.d), rows_(p.rows), blocks_(blocks), params_(params), kinds_(sums), tiles_((p.rows + R - 1) / R),
+        size_(Transposed<T, JR>::size(p.d)), in_(p.params), out_(p.dparams), transposed_(2 * blocks * size_),
+        u_(blocks * p.rows * p.d), panels_(out_ ? 2 * blocks * (a_size() + b_size()) : 0),
+        sums_(out_ ? blocks * tiles_ * sums * p.d : 0) {}
+
+  int64_t tiles() const { return tiles_; }
+  T* u(int64_t block) const { return u_.get() + block * rows_ * d_; }
+  Blocked<T> transposed(int64_t block, int which) const {
+    return Transposed<T, JR>::matrix(weight(block, which), copy(block, which), d_);
+  }
+  GradientParts<T> parts(int64_t block, int64_t tile) const {
+    GradientParts<T> out;
+    for (int which = 0; which < 2; ++which) {
+      T* p = panels_.get() + (2 * block + which) * (a_size() + b_size());
+      out.input[which] = {p, rows_, R};  // first: it is read by aligned vectors
+      out.cotangent[which] = {p + b_size(), rows_, JR};
+    }
+    out.sums = sums_.get() + (block * tiles_ + tile) * kinds_ * d_;
+    return out;
+  }
+
+  void transpose_weights(int threads, ParallelFor parallel) const {
+    if (size_ == 0) return;
+    const int64_t step = round_up(64, JR), pieces = (d_ + step - 1) / step;
+    run_tasks(2 * blocks_ * pieces, threads, parallel, [&](int64_t t) {
+      const int64_t block = t / pieces / 2, begin = t % pieces * step, end = begin + step < d_ ? begin + step : d_;
+      const int which = int(t / pieces % 2);
+      Transposed<T, JR>::pack(weight(block, which), copy(block, which), d_, begin, end);
+    });
+  }
+
+  // dW = cotangent^T input over all rows, and the vectors' sums over the tiles, in order. The first bias of the fuse
+  // step enters `first_bias` times.
+  void parameter_gradients(T first_bias, int threads, ParallelFor parallel) const {
+    if (out_ == nullptr) return;
+    const int64_t columns = (d_ + R - 1) / R, jobs = 2 * columns + 1;
+    run_tasks(blocks_ * jobs, threads, parallel, [&](int64_t t) {
+      const int64_t block = t / jobs, job = t % jobs;
+      const GradientParts<T> part = parts(block, 0);
+      T* const* out = out_ + block * params_;
+      if (job < 2 * columns) {
+        const int which = int(job / columns);
+        outer_product<T, NV>(part.cotangent[which], part.input[which], d_, job % columns * R, out[2 * which]);
+        return;
+      }
+      for (int kind = 0; kind < kinds_; ++kind) {
+        T* sum = out[kind < 2 ? 2 * kind + 1 : kind + 2];
+        for (int64_t i = 0; i < d_; ++i) sum[i] = 0;
+        for (int64_t tile = 0; tile < tiles_; ++tile)
+          for (int64_t i = 0; i < d_; ++i) sum[i] += part.sums[(tile * kinds_ + kind) * d_ + i];
+        if (kind == 0)
+          for (int64_t i = 0; i < d_; ++i) sum[i] *= first_bias;
+      }
+    });
+  }
+
+ private:
+  const T* weight(int64_t block, int which) const { return in_[block * params_ + 2 * which]; }
+  T* copy(int64_t block, int which) const { return transposed_.get() + (2 * block + which) * size_; }
+  int64_t a_size() const { return round_up(Panels<T>::size(rows_, d_, JR), kLanes<T>); }
+  int64_t b_size() const { return Panels<T>::size(rows_, d_, R); }
+
+  const int64_t d_, rows_, blocks_;
+  const int params_, kinds_;
+  const int64_t tiles_, size_;
+  const T* const* in_;
+  T* const* out_;
+  Scratch<T> transposed_, u_, panels_, sums_;
+};
+
+template <class T, int NV>
+void adjoint_cells(const CellAdjointProblem<T>& p, int threads, ParallelFor parallel) {
+  constexpr int R = NV * kLanes<T>;
+  using Map = CellAdjoint<T, NV>;
+  const int64_t d = p.d;
+  const AdjointMemory<T, NV> shared(p, p.modalities, 10, Map::kSums);
+  shared.transpose_weights(threads, parallel);
+  run_tasks(p.modalities * shared.tiles(), threads, parallel, [&](int64_t t) {
+    const int64_t i = t / shared.tiles(), begin = t % shared.tiles() * R, first = i * p.rows;
+    const int64_t end = begin + R < p.rows ? begin + R : p.rows, map_tiles = Map::tiles(d, p.groups);
+    const T* const* q = p.params + 10 * i;
+    const CellAdjointWeights<T> w{{{q[0]}, {q[2]}, q[1], q[3], q[4], q[5], q[6], q[7], q[8], q[9], nullptr, p.skip},
+                                  shared.transposed(i, 0), shared.transposed(i, 1)};
+    Scratch<T> memory((map_tiles + RowSolver<T, NV, Map>::tiles(p.history)) * d * R);
+    Map map(w, p.z + first * d, p.x[i], p.g[i], d, p.groups, memory.get());
+    const RowResults<T> out{shared.u(i), p.residual + first, p.nfe + first, p.outcome + first, nullptr, 0};
+    solve_tile<T, NV>(p, map, begin, end, shared.u(i), out, memory.get() + map_tiles * d * R);
+    const GradientParts<T> parts = shared.parts(i, t % shared.tiles());
+    map.finish(shared.u(i), lane_rows<R>(begin, int(end - begin)), p.dx[i], p.dparams ? &parts : nullptr);
+  });
+  shared.parameter_gradients(T(1), threads, parallel);
+}
+
+template <class T, int NV>
+void adjoint_fuse(const FuseAdjointProblem<T>& p, int threads, ParallelFor parallel) {
+  constexpr int R = NV * kLanes<T>;
+  using Map = FuseAdjoint<T, NV>;
+  const int64_t d = p.d;
+  const AdjointMemory<T, NV> shared(p, 1, 6, Map::kSums);
+  shared.transpose_weights(threads, parallel);
+  const T* const* q = p.params;
+  const FuseAdjointWeights<T> w{{{q[0]}, {q[2]}, q[1], q[3], q[4], q[5], T(p.modalities), p.relu_last},
+                                shared.transposed(0, 0), shared.transposed(0, 1)};
+  run_tasks(shared.tiles(), threads, parallel, [&](int64_t t) {
+    const int64_t begin = t * R, end = begin + R < p.rows ? begin + R : p.rows, map_tiles = Map::tiles(d, p.groups);
+    Scratch<T> memory((map_tiles + RowSolver<T, NV, Map>::tiles(p.history)) * d * R);
+    Map map(w, p.z, p.x, p.cell_sum, p.mask, p.g, d, p.groups, memory.get());
+    const RowResults<T> out{shared.u(0), p.residual, p.nfe, p.outcome, nullptr, 0};
+    solve_tile<T, NV>(p, map, begin, end, shared.u(0), out, memory.get() + map_tiles * d * R);
+    const GradientParts<T> parts = shared.parts(0, t);
+    map.finish(shared.u(0), lane_rows<R>(begin, int(end - begin)), p.dx, p.dcell_sum, p.dparams ? &parts : nullptr);
+  });
+  shared.parameter_gradients(T(p.modalities), threads, parallel);
+}
+
+template <class T, int NV>
+void adjoint_layer(const LayerAdjointProblem<T>& p, int threads, ParallelFor parallel) {
+  CellAdjointProblem<T> c = p.cells;
+  FuseAdjointProblem<T> f = p.fuse;
+  const int64_t n = c.modalities, rows = c.rows, d = c.d, size = rows * d;
+  const FuseInputs<T> inputs(rows, d);
+  inputs.fill(n, rows, d, c.x, c.z, p.weights, p.bias, threads, parallel);
+  Scratch<T> dx_fuse(size), dcell_sum(size), g_cells(p.g_cells ? n * size : 0);
+  Scratch<const T*> g(n);
+  f.x = inputs.x.get();
+  f.cell_sum = inputs.cell_sum.get();
+  f.dx = dx_fuse.get();
+  f.dcell_sum = dcell_sum.get();
+  adjoint_fuse<T, NV>(f, threads, parallel);
+
+  for (int64_t i = 0; i < n; ++i) g.get()[i] = p.g_cells ? g_cells.get() + i * size : dcell_sum.get();
+  if (p.g_cells)
+    for_rows(n * rows, threads, parallel, [&](int64_t r) {
+      for (int64_t k = 0; k < d; ++k)
+        g_cells.get()[r * d + k] = p.g_cells[r * d + k] + dcell_sum.get()[r % rows * d + k];
+    });
+  c.g = g.get();
+  adjoint_cells<T, NV>(c, threads, parallel);
+
+  // x_i also reaches the fuse step, through its injection. `sums`: per row the terms of dweights, and of dbias.
+  Scratch<T> sums(p.dweights ? rows * (n + 1) : 0), ones(d);
+  for (int64_t k = 0; k < d; ++k) ones.get()[k] = T(1);
+  for_rows(rows, threads, parallel, [&](int64_t r) {
+    const T* from = dx_fuse.get() + r * d;
+    for (int64_t i = 0; i < n; ++i) {
+      T* to = c.dx[i] + r * d;
+      for (int64_t k = 0; k < d; ++k) to[k] += p.weights[i] * from[k];
+      if (p.dweights) sums.get()[r * (n + 1) + i] = dot(c.x[i] + r * d, from, d);
+    }
+    if (p.dbias) sums.get()[r * (n + 1) + n] = dot(ones.get(), from, d);
+  });
+  for (int64_t i = 0; i <= n; ++i) {
+    T* out = i < n && p.dweights ? p.dweights + i : i == n ? p.dbias : nullptr;
+    if (out == nullptr) continue;
+    *out = T(0);
+    for (int64_t r = 0; r < rows; ++r) *out += sums.get()[r * (n + 1) + i];
+  }
+}
+}  // namespace DEQFUSE_ISA
+}  // namespace deqfuse

@@ -1,0 +1,181 @@
+// Forward operators: unpack tensors, allocate results, call the kernels. Schemas: deqfuse/backends/native.py.
+#include "tensors.h"
+
+namespace deqfuse {
+namespace {
+
+using Solved = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+using SolvedLayer = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+// (steps, *rows), NaN where a row had stopped.
+Tensor empty_trace(Shape rows, int64_t steps, ScalarType dtype) {
+  rows.insert(rows.begin(), steps);
+  Tensor trace = empty(rows, dtype);
+  if (steps > 0) torch::stable::fill_(trace, std::numeric_limits<double>::quiet_NaN());
+  return trace;
+}
+template <class T>
+T* trace_at(const Tensor& trace, int64_t first_row) {
+  return trace.numel() > 0 ? data<T>(trace) + first_row : nullptr;
+}
+
+template <class T, class P>
+void point_size(P& p, int64_t modalities, int64_t rows, int64_t d, int64_t groups) {
+  p.modalities = modalities;
+  p.rows = rows;
+  p.d = d;
+  p.groups = groups;
+}
+
+Solved solve_cells(Tensor x, Tensors params, std::optional<Tensor> z0, int64_t groups, bool skip, double tol,
+                   int64_t max_iter, int64_t history, double beta, double lam, int64_t steps) {
+  const int64_t n = x.size(0), rows = x.size(1), d = x.size(2);
+  const ScalarType dtype = x.scalar_type();
+  expect(x, n * rows * d, dtype, "x");
+  expect(z0, n * rows * d, dtype, "z0");
+  expect_params(params, 0, n, 10, d, dtype);
+  const Statistics statistics({n, rows}, dtype);
+  const Tensor z = empty({n, rows, d}, dtype), trace = empty_trace({n, rows}, steps, dtype);
+  by_dtype(x, [&](const auto& table, auto zero) {
+    using T = decltype(zero);
+    const auto in = pointers<const T>(params), from = slices<const T>(data<T>(x), n, rows * d);
+    CellProblem<T> p{};
+    point_size<T>(p, n, rows, d, groups);
+    Options{tol, max_iter, history, beta, lam}.point(p);
+    statistics.point<T>(p);
+    p.skip = skip;
+    p.x = from.data();
+    p.z0 = data<T>(z0);
+    p.params = in.data();
+    p.z = data<T>(z);
+    p.trace = trace_at<T>(trace, 0);
+    p.trace_stride = n * rows;
+    table.solve_cells(p, threads(), parallel);
+  });
+  return {z, statistics.residual, statistics.nfe, statistics.outcome, trace};
+}
+
+Solved solve_fuse(Tensor x, Tensor cell_sum, Tensors params, std::optional<Tensor> mask, std::optional<Tensor> z0,
+                  int64_t modalities, int64_t groups, bool relu_last, double tol, int64_t max_iter, int64_t history,
+                  double beta, double lam, int64_t steps) {
+  const int64_t rows = x.size(0), d = x.size(1);
+  const ScalarType dtype = x.scalar_type();
+  expect(x, rows * d, dtype, "x_fuse");
+  expect(cell_sum, rows * d, dtype, "cell_sum");
+  expect(mask, rows * d, dtype, "mask");
+  expect(z0, rows * d, dtype, "z0");
+  expect_params(params, 0, 1, 6, d, dtype);
+  const Statistics statistics({rows}, dtype);
+  const Tensor z = empty({rows, d}, dtype), trace = empty_trace({rows}, steps, dtype);
+  by_dtype(x, [&](const auto& table, auto zero) {
+    using T = decltype(zero);
+    const auto in = pointers<const T>(params);
+    FuseProblem<T> p{};
+    point_size<T>(p, modalities, rows, d, groups);
+    Options{tol, max_iter, history, beta, lam}.point(p);
+    statistics.point<T>(p);
+    p.relu_last = relu_last;
+    p.x = data<T>(x);
+    p.cell_sum = data<T>(cell_sum);
+    p.mask = data<T>(mask);
+    p.z0 = data<T>(z0);
+    p.params = in.data();
+    p.z = data<T>(z);
+    p.trace = trace_at<T>(trace, 0);
+    p.trace_stride = rows;
+    table.solve_fuse(p, threads(), parallel);
+  });
+  return {z, statistics.residual, statistics.nfe, statistics.outcome, trace};
+}
+
+// `params`: the cells', the fuse step's, modality_weights and, if there is one, injection_bias. The results hold the
+// cells first and the fuse step last; its equilibrium comes again as a tensor of its own, for the caller to keep.
+SolvedLayer solve_layer(Tensors x, Tensors params, std::optional<Tensor> mask, std::optional<Tensor> z0_fuse,
+                        std::optional<Tensor> z0_cells, int64_t groups, bool skip, bool relu_last, double tol,
+                        int64_t max_iter, int64_t history, double beta, double lam, int64_t steps) {
+  const int64_t n = int64_t(x.size()), rows = x[0].size(0), d = x[0].size(1), weights = 10 * n + 6;
+  const ScalarType dtype = x[0].scalar_type();
+  const bool biased = int64_t(params.size()) > weights + 1;
+  for (const Tensor& t : x) expect(t, rows * d, dtype, "x");
+  expect(mask, rows * d, dtype, "mask");
+  expect(z0_fuse, rows * d, dtype, "z0_fuse");
+  expect(z0_cells, n * rows * d, dtype, "z0_cells");
+  expect_params(params, 0, n, 10, d, dtype);
+  expect_params(params, 10 * n, 1, 6, d, dtype);
+  expect(params[weights], n, dtype, "modality_weights");
+  if (biased) expect(params[weights + 1], 1, dtype, "injection_bias");
+  const Statistics statistics({n + 1, rows}, dtype);
+  const Tensor z = empty({rows, d}, dtype), states = empty({n + 1, rows, d}, dtype);
+  const Tensor trace = empty_trace({n + 1, rows}, steps, dtype);
+  by_dtype(x[0], [&](const auto& table, auto zero) {
+    using T = decltype(zero);
+    const auto in = pointers<const T>(params), from = pointers<const T>(x);
+    const Options options{tol, max_iter, history, beta, lam};
+    LayerProblem<T> p{};
+    p.rows = rows;
+    p.weights = in[weights];
+    p.bias = biased ? in[weights + 1] : nullptr;
+    point_size<T>(p.cells, n, rows, d, groups);
+    options.point(p.cells);
+    statistics.point<T>(p.cells);
+    p.cells.skip = skip;
+    p.cells.x = from.data();
+    p.cells.z0 = data<T>(z0_cells);
+    p.cells.params = in.data();
+    p.cells.z = data<T>(states);
+    p.cells.trace = trace_at<T>(trace, 0);
+    point_size<T>(p.fuse, n, rows, d, groups);
+    options.point(p.fuse);
+    statistics.point<T>(p.fuse, n * rows);
+    p.fuse.relu_last = relu_last;
+    p.fuse.mask = data<T>(mask);
+    p.fuse.z0 = data<T>(z0_fuse);
+    p.fuse.params = in.data() + 10 * n;
+    p.fuse.z = data<T>(states) + n * rows * d;
+    p.fuse.trace = trace_at<T>(trace, n * rows);
+    p.cells.trace_stride = p.fuse.trace_stride = (n + 1) * rows;
+    table.solve_layer(p, threads(), parallel);
+    std::copy_n(p.fuse.z, rows * d, data<T>(z));
+  });
+  return {z, states, statistics.residual, statistics.nfe, statistics.outcome, trace};
+}
+
+// The state of a solve lives in tensors that Python allocates; returns whether any row is active.
+bool anderson_step(Tensor fz, Tensor z, Tensor best, Tensor images, Tensor residuals, Tensor gram, Tensor best_residual,
+                   Tensor nfe, Tensor best_at, Tensor outcome, Tensor active, Tensor trace, int64_t step, double tol,
+                   int64_t max_iter, double beta, double lam) {
+  const int64_t rows = z.size(0);
+  by_dtype(z, [&](const auto& table, auto zero) {
+    using T = decltype(zero);
+    StepProblem<T> p{};
+    Options{tol, max_iter, images.size(0), beta, lam}.point(p);
+    p.rows = rows;
+    p.n = z.size(1);
+    p.step = step;
+    p.fz = data<T>(fz);
+    p.z = data<T>(z);
+    p.best = data<T>(best);
+    p.images = data<T>(images);
+    p.residuals = data<T>(residuals);
+    p.gram = data<T>(gram);
+    p.best_residual = data<T>(best_residual);
+    p.nfe = data<int32_t>(nfe);
+    p.best_at = data<int32_t>(best_at);
+    p.outcome = data<int8_t>(outcome);
+    p.active = data<bool>(active);
+    p.trace = trace_at<T>(trace, 0);
+    table.anderson_step(p, threads(), parallel);
+  });
+  const bool* flags = data<bool>(active);
+  return std::any_of(flags, flags + rows, [](bool flag) { return flag; });
+}
+
+}  // namespace
+}  // namespace deqfuse
+
+STABLE_TORCH_LIBRARY_IMPL(deqfuse, CPU, m) {
+  m.impl("cpu_solve_cells", TORCH_BOX(&deqfuse::solve_cells));
+  m.impl("cpu_solve_fuse", TORCH_BOX(&deqfuse::solve_fuse));
+  m.impl("cpu_solve_layer", TORCH_BOX(&deqfuse::solve_layer));
+  m.impl("cpu_anderson_step", TORCH_BOX(&deqfuse::anderson_step));
+}

@@ -1,0 +1,120 @@
+// Tensors as kernels want them: pointers in, results allocated, sizes checked, torch's threads.
+#pragma once
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <limits>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "isa.h"
+
+namespace deqfuse {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Tensors = std::vector<Tensor>;
+using Shape = std::vector<int64_t>;
+
+inline void parallel(int64_t count, void (*body)(int64_t, void*), void* context) {
+  torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) body(i, context);
+  });
+}
+inline int threads() { return int(torch::stable::get_num_threads()); }
+
+// Contiguous, uninitialised, on the CPU. Not through the dispatcher: a layer's backward makes dozens.
+inline Tensor empty(const Shape& sizes, ScalarType dtype) {
+  Shape strides(sizes.size(), 1);
+  for (size_t i = sizes.size(); i-- > 1;) strides[i - 1] = strides[i] * std::max<int64_t>(sizes[i], 1);
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(), int32_t(dtype),
+                                                  aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+inline Tensors empty_like(const Tensors& tensors) {
+  Tensors out;
+  out.reserve(tensors.size());
+  for (const Tensor& t : tensors) out.push_back(empty(Shape(t.sizes().begin(), t.sizes().end()), t.scalar_type()));
+  return out;
+}
+
+template <class T>
+T* data(const Tensor& t) {
+  return static_cast<T*>(t.data_ptr());
+}
+template <class T>
+const T* data(const std::optional<Tensor>& t) {
+  return t.has_value() ? data<const T>(*t) : nullptr;
+}
+template <class T>
+std::vector<T*> pointers(const Tensors& tensors) {
+  std::vector<T*> out;
+  out.reserve(tensors.size());
+  for (const Tensor& t : tensors) out.push_back(data<T>(t));
+  return out;
+}
+// One pointer for each block of `size` values.
+template <class T>
+std::vector<T*> slices(T* first, int64_t count, int64_t size) {
+  std::vector<T*> out;
+  for (int64_t i = 0; i < count; ++i) out.push_back(first + i * size);
+  return out;
+}
+
+// Kernels trust their sizes. Python has said what is wrong in better words; this is the last line.
+inline void expect(const Tensor& t, int64_t count, ScalarType dtype, const char* name) {
+  STD_TORCH_CHECK(t.numel() == count && t.scalar_type() == dtype && t.is_contiguous(), "deqfuse: ", name,
+                  ": expected ", count, " contiguous values of the compute dtype, got ", t.numel());
+}
+inline void expect(const std::optional<Tensor>& t, int64_t count, ScalarType dtype, const char* name) {
+  if (t.has_value()) expect(*t, count, dtype, name);
+}
+// Matrices and their biases first, then vectors; `blocks` times.
+inline void expect_params(const Tensors& params, int64_t begin, int64_t blocks, int64_t size, int64_t d, ScalarType dtype) {
+  STD_TORCH_CHECK(int64_t(params.size()) >= begin + blocks * size, "deqfuse: params: expected ", begin + blocks * size,
+                  " tensors, got ", params.size());
+  for (int64_t i = 0; i < blocks * size; ++i)
+    expect(params[begin + i], i % size == 0 || i % size == 2 ? d * d : d, dtype, "params");
+}
+
+template <class F>
+void by_dtype(const Tensor& x, F f) {
+  if (x.scalar_type() == ScalarType::Float) f(kernels().f32, float{});
+  else f(kernels().f64, double{});
+}
+
+// How a block is solved, in either direction.
+struct Options {
+  double tol;
+  int64_t max_iter, history;
+  double beta, lam;
+  template <class P>
+  void point(P& p) const {
+    p.tol = tol;
+    p.max_iter = int(max_iter);
+    p.history = int(history);
+    p.beta = beta;
+    p.lam = lam;
+  }
+};
+
+// Per-row statistics of blocks x rows, and where a problem of some of these blocks writes them.
+struct Statistics {
+  Tensor residual, nfe, outcome;
+  Statistics(const Shape& rows, ScalarType dtype)
+      : residual(empty(rows, dtype)), nfe(empty(rows, ScalarType::Int)), outcome(empty(rows, ScalarType::Char)) {}
+  template <class T, class P>
+  void point(P& p, int64_t first_row = 0) const {
+    p.residual = data<T>(residual) + first_row;
+    p.nfe = data<int32_t>(nfe) + first_row;
+    p.outcome = data<int8_t>(outcome) + first_row;
+  }
+};
+
+}  // namespace deqfuse

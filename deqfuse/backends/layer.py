@@ -1,0 +1,102 @@
+"""The whole layer from a backend's two blocks, for backends without a kernel for all of it.
+
+The parameters of a layer travel as one list: ten for each of the N cells, the six of the fuse step,
+``modality_weights`` (N,) and, in the released variants, ``injection_bias`` ().
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from deqfuse.backends.maps import CellParams, FuseParams, Variant
+from deqfuse.backends.problem import Solved, SolvedLayer, Statistics, compute_dtype
+from deqfuse.solvers.options import GradientOption, SolverOption
+
+
+class LayerParams(NamedTuple):
+    """The parts of the list."""
+
+    cells: list[Tensor]
+    fuse: list[Tensor]
+    weights: Tensor  # (N,)
+    bias: Tensor | None  # ()
+
+    @classmethod
+    def split(cls, flat: list[Tensor], num_modalities: int) -> LayerParams:
+        """The parts of ``flat``."""
+        cells = num_modalities * len(CellParams._fields)
+        fuse = cells + len(FuseParams._fields)
+        bias = flat[fuse + 1] if len(flat) > fuse + 1 else None
+        return cls(list(flat[:cells]), list(flat[cells:fuse]), flat[fuse], bias)
+
+
+def fuse_injection(x: Tensor, weights: Tensor, bias: Tensor | None) -> Tensor:
+    """``x_f = sum_i w_i x_i (+ bias)``: (B, d) from (N, B, d), in the compute dtype."""
+    x_fuse = (weights[:, None, None] * x.to(compute_dtype(x.dtype))).sum(0)
+    return x_fuse if bias is None else x_fuse + bias
+
+
+def solve(
+    solve_cells: Callable[..., Solved],
+    solve_fuse: Callable[..., Solved],
+    x: list[Tensor],  # N tensors (B, d)
+    flat_params: list[Tensor],
+    mask: Tensor | None,  # (B, d)
+    z0_fuse: Tensor | None,  # (B, d)
+    z0_cells: Tensor | None,  # (N, B, d)
+    num_groups: int,
+    variant: Variant,
+    solver: SolverOption,
+) -> SolvedLayer:
+    """The cells first, then the fuse step with their equilibria held fixed."""
+    stacked, params = torch.stack(list(x)), LayerParams.split(flat_params, len(x))
+    cells = solve_cells(stacked, params.cells, z0_cells, num_groups, variant, solver)
+    x_fuse = fuse_injection(stacked, params.weights, params.bias)
+    fuse = solve_fuse(
+        x_fuse, cells.z.sum(0), params.fuse, mask, z0_fuse, len(x), num_groups, variant, solver
+    )
+    return SolvedLayer(
+        fuse.z,
+        torch.cat([cells.z, fuse.z[None]]),
+        *(torch.cat([c, f[None]]) for c, f in zip(cells[1:4], fuse[1:4], strict=True)),
+        torch.cat([cells.trace, fuse.trace[:, None]], 1),
+    )
+
+
+def adjoint(
+    adjoint_cells: Callable[..., Any],
+    adjoint_fuse: Callable[..., Any],
+    grad_z: Tensor,  # (B, d)
+    grad_cells: Tensor | None,  # (N, B, d) from other uses of the cells' equilibria
+    states: Tensor,  # (N + 1, B, d)
+    x: list[Tensor],  # N tensors (B, d)
+    flat_params: list[Tensor],
+    mask: Tensor | None,  # (B, d)
+    num_groups: int,
+    variant: Variant,
+    option: GradientOption,
+    want_params: bool,
+) -> tuple[list[Tensor], list[Tensor], Statistics]:
+    """Backwards: the fuse step, then the cells, which receive what it owes them."""
+    stacked = torch.stack(list(x)).to(states.dtype)
+    params = LayerParams.split(flat_params, len(x))
+    zs, z = states[:-1], states[-1]
+    x_fuse = fuse_injection(stacked, params.weights, params.bias)
+    how = (num_groups, variant, option, want_params)
+    dx_fuse, dcell_sum, dfuse, fuse = adjoint_fuse(
+        grad_z, z, x_fuse, zs.sum(0), params.fuse, mask, len(x), *how
+    )
+    g = dcell_sum.expand_as(zs) if grad_cells is None else grad_cells + dcell_sum
+    dx, dcells, cells = adjoint_cells(g, zs, stacked, params.cells, *how)
+    dx = dx + params.weights[:, None, None] * dx_fuse
+    grads = [*dcells, *dfuse]
+    if want_params:
+        grads.append((stacked * dx_fuse).sum((1, 2)).to(params.weights.dtype))
+        if params.bias is not None:
+            grads.append(dx_fuse.sum().to(params.bias.dtype))
+    both = (torch.cat([c, f[None]]) for c, f in zip(cells, fuse, strict=True))
+    return [d.to(t.dtype) for d, t in zip(dx, x, strict=True)], grads, Statistics(*both)
