@@ -8,6 +8,8 @@ are refused with an error: the rule does not give them.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,11 +29,13 @@ def _cells_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
     ctx.mark_non_differentiable(*output[1:])
 
 
-def _cells_gradient(ctx: Any, grad_z: Tensor, want_params: bool) -> tuple[Tensor, list[Any]]:
+def _cells_gradient(
+    ctx: Any, run: Callable[..., Any], grad_z: Tensor, want_params: bool
+) -> tuple[Tensor, list[Any]]:
     z, x, *params = ctx.saved_tensors
     num_groups, variant, solver, adjoint, backend, on_failure = ctx.options
     adjoint = _in_force(adjoint, solver)
-    dx, dparams, residual, _, outcome = ops.adjoint_cells(
+    dx, dparams, residual, _, outcome = run(
         grad_z, z, x, params, num_groups, variant, adjoint, backend, want_params
     )
     _report(f"the backward solve of {reporting.CELLS}", outcome, residual, adjoint, on_failure)
@@ -39,7 +43,7 @@ def _cells_gradient(ctx: Any, grad_z: Tensor, want_params: bool) -> tuple[Tensor
 
 
 def _cells_backward(ctx: Any, grad_z: Tensor, *_: Any) -> tuple[Any, ...]:
-    dx, dparams = _cells_gradient(ctx, grad_z, any(ctx.needs_input_grad[1]))
+    dx, dparams = _cells_gradient(ctx, ops.adjoint_cells, grad_z, any(ctx.needs_input_grad[1]))
     return dx, dparams, None, *[None] * len(ctx.options)
 
 
@@ -49,11 +53,13 @@ def _fuse_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -
     ctx.mark_non_differentiable(*output[1:])
 
 
-def _fuse_gradient(ctx: Any, grad_z: Tensor, want_params: bool) -> tuple[Tensor, Tensor, list[Any]]:
+def _fuse_gradient(
+    ctx: Any, run: Callable[..., Any], grad_z: Tensor, want_params: bool
+) -> tuple[Tensor, Tensor, list[Any]]:
     z, x_fuse, cell_sum, mask, *params = ctx.saved_tensors
     n, num_groups, variant, solver, adjoint, backend, on_failure = ctx.options
     adjoint = _in_force(adjoint, solver)
-    dx, dcell_sum, dparams, residual, _, outcome = ops.adjoint_fuse(
+    dx, dcell_sum, dparams, residual, _, outcome = run(
         grad_z, z, x_fuse, cell_sum, params, mask, n,
         num_groups, variant, adjoint, backend, want_params,
     )  # fmt: skip
@@ -62,7 +68,8 @@ def _fuse_gradient(ctx: Any, grad_z: Tensor, want_params: bool) -> tuple[Tensor,
 
 
 def _fuse_backward(ctx: Any, grad_z: Tensor, *_: Any) -> tuple[Any, ...]:
-    dx, dcell_sum, dparams = _fuse_gradient(ctx, grad_z, any(ctx.needs_input_grad[2]))
+    want_params = any(ctx.needs_input_grad[2])
+    dx, dcell_sum, dparams = _fuse_gradient(ctx, ops.adjoint_fuse, grad_z, want_params)
     return dx, dcell_sum, dparams, None, None, *[None] * len(ctx.options)
 
 
@@ -76,7 +83,11 @@ def _layer_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
 
 
 def _layer_gradient(
-    ctx: Any, grad_z: Tensor | None, grad_states: Tensor | None, want_params: bool
+    ctx: Any,
+    run: Callable[..., Any],
+    grad_z: Tensor | None,
+    grad_states: Tensor | None,
+    want_params: bool,
 ) -> tuple[list[Any], list[Any]]:
     states, mask, *rest = ctx.saved_tensors
     x, params = rest[: ctx.num_modalities], rest[ctx.num_modalities :]
@@ -86,7 +97,7 @@ def _layer_gradient(
         grad_z = torch.zeros_like(states[-1])
     # Nobody is handed the fused row of `states`, so its cotangent is zero.
     grad_cells = None if grad_states is None else grad_states[:-1]
-    dx, dparams, residual, _, outcome = ops.adjoint_layer(
+    dx, dparams, residual, _, outcome = run(
         grad_z, grad_cells, states, x, params, mask,
         num_groups, variant, adjoint, backend, want_params,
     )  # fmt: skip
@@ -99,10 +110,12 @@ def _layer_gradient(
 def _layer_backward(
     ctx: Any, grad_z: Tensor | None, grad_states: Tensor | None, *_: Any
 ) -> tuple[Any, ...]:
-    dx, dparams = _layer_gradient(ctx, grad_z, grad_states, any(ctx.needs_input_grad[1]))
+    want_params = any(ctx.needs_input_grad[1])
+    dx, dparams = _layer_gradient(ctx, ops.adjoint_layer, grad_z, grad_states, want_params)
     return dx, dparams, None, None, None, *[None] * len(ctx.options)
 
 
+@functools.lru_cache(maxsize=256)
 def _in_force(adjoint: str, solver: str) -> str:
     """The gradient option as it applies behind this forward solver (never looser than it)."""
     option: GradientOption = from_code(adjoint).for_forward(from_code(solver))
@@ -127,6 +140,12 @@ torch.library.register_autograd("deqfuse::adjoint_cells", _refuse)
 torch.library.register_autograd("deqfuse::adjoint_fuse", _refuse)
 
 
+def _eager(adjoint: str) -> Callable[..., Any]:
+    """The body of an adjoint; with ``create_graph=True`` the operator, which refuses a second one."""
+    run: Callable[..., Any] = getattr(ops, adjoint if torch.is_grad_enabled() else f"run_{adjoint}")
+    return run
+
+
 class SolveCells(torch.autograd.Function):
     """``ops.solve_cells`` in eager mode: the same rule, the parameters as arguments of their own.
 
@@ -136,7 +155,7 @@ class SolveCells(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, z0: Tensor | None, options: tuple[Any, ...], *params: Tensor) -> Any:
-        return ops.solve_cells(x, params, z0, *options)
+        return ops.run_solve_cells(x, list(params), z0, *options)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -145,7 +164,8 @@ class SolveCells(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_z: Tensor, *_: Any) -> tuple[Any, ...]:
-        dx, dparams = _cells_gradient(ctx, grad_z, any(ctx.needs_input_grad[3:]))
+        run, want_params = _eager("adjoint_cells"), any(ctx.needs_input_grad[3:])
+        dx, dparams = _cells_gradient(ctx, run, grad_z, want_params)
         return dx, None, None, *dparams
 
 
@@ -161,7 +181,7 @@ class SolveFuse(torch.autograd.Function):
         options: tuple[Any, ...],
         *params: Tensor,
     ) -> Any:
-        return ops.solve_fuse(x_fuse, cell_sum, params, mask, z0, *options)
+        return ops.run_solve_fuse(x_fuse, cell_sum, list(params), mask, z0, *options)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -170,7 +190,8 @@ class SolveFuse(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_z: Tensor, *_: Any) -> tuple[Any, ...]:
-        dx, dcell_sum, dparams = _fuse_gradient(ctx, grad_z, any(ctx.needs_input_grad[5:]))
+        run, want_params = _eager("adjoint_fuse"), any(ctx.needs_input_grad[5:])
+        dx, dcell_sum, dparams = _fuse_gradient(ctx, run, grad_z, want_params)
         return dx, dcell_sum, None, None, None, *dparams
 
 
@@ -186,8 +207,8 @@ class SolveLayer(torch.autograd.Function):
         options: tuple[Any, ...],
         *tensors: Tensor,  # the injections, then the parameters
     ) -> Any:
-        x, params = tensors[:num_modalities], tensors[num_modalities:]
-        return ops.solve_layer(x, params, mask, z0_fuse, z0_cells, *options)
+        x, params = list(tensors[:num_modalities]), list(tensors[num_modalities:])
+        return ops.run_solve_layer(x, params, mask, z0_fuse, z0_cells, *options)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -199,7 +220,8 @@ class SolveLayer(torch.autograd.Function):
         ctx: Any, grad_z: Tensor | None, grad_states: Tensor | None, *_: Any
     ) -> tuple[Any, ...]:
         want_params = any(ctx.needs_input_grad[5 + ctx.num_modalities :])
-        dx, dparams = _layer_gradient(ctx, grad_z, grad_states, want_params)
+        run = _eager("adjoint_layer")
+        dx, dparams = _layer_gradient(ctx, run, grad_z, grad_states, want_params)
         return None, None, None, None, None, *dx, *dparams
 
 

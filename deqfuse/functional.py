@@ -131,8 +131,10 @@ def solve_cells(
             solved = reference.solve_cells(x, flat, _detach(z0), num_groups, variant, solver)
     else:
         options = (num_groups, variant, solver.code, adjoint.code, name, on_failure)
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        if torch.compiler.is_compiling():
             output = ops.solve_cells(x, flat, _detach(z0), *options)
+        elif not torch.is_grad_enabled():
+            output = ops.run_solve_cells(x, flat, _detach(z0), *options)
         else:
             output = rule.SolveCells.apply(x, _detach(z0), options, *flat)
         solved = Solved(*output)
@@ -188,8 +190,10 @@ def solve_fuse(
         options = (
             num_modalities, num_groups, variant, solver.code, adjoint.code, name, on_failure,
         )  # fmt: skip
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        if torch.compiler.is_compiling():
             output = ops.solve_fuse(x_fuse, cell_sum, flat, mask, start, *options)
+        elif not torch.is_grad_enabled():
+            output = ops.run_solve_fuse(x_fuse, cell_sum, flat, mask, start, *options)
         else:
             output = rule.SolveFuse.apply(x_fuse, cell_sum, mask, start, options, *flat)
         solved = Solved(*output)
@@ -218,8 +222,10 @@ def solve_layer(
     name = _choose(x[0], num_groups, solver, adjoint, backend)
     starts = mask, _detach(z0_fuse), _detach(z0_cells)
     options = (num_groups, variant, solver.code, adjoint.code, name, on_failure)
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+    if torch.compiler.is_compiling():
         output = ops.solve_layer(x, params, *starts, *options)
+    elif not torch.is_grad_enabled():
+        output = ops.run_solve_layer(x, params, *starts, *options)
     else:
         output = rule.SolveLayer.apply(len(x), *starts, options, *x, *params)
     solved = SolvedLayer(*output)

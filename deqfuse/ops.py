@@ -2,7 +2,8 @@
 
 Six operators: the forward solve and the adjoint of each block kind and of the layer. Options travel as text
 (``Option.code``), so one schema serves every solver and every backend, and ``torch.compile`` sees
-constants. The gradient rule is registered in ``autograd.py``.
+constants. The gradient rule is registered in ``autograd.py``, whose eager path calls the bodies
+(``run_*``) themselves: two trips through the dispatcher cost more than a small solve.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from deqfuse import backends
+from deqfuse.backends import native
 from deqfuse.backends.problem import compute_dtype
 from deqfuse.solvers.options import from_code
 
@@ -61,8 +63,7 @@ def full_precision(device: torch.device) -> AbstractContextManager[Any]:
     return torch.autocast(device_type=device.type, enabled=False)
 
 
-@torch.library.impl("deqfuse::solve_cells", "CompositeExplicitAutograd")
-def _solve_cells(x, params, z0, num_groups, variant, solver, adjoint, backend, on_failure):  # type: ignore[no-untyped-def]
+def run_solve_cells(x, params, z0, num_groups, variant, solver, adjoint, backend, on_failure):  # type: ignore[no-untyped-def]
     with full_precision(x.device):
         return tuple(
             backends.load(backend).solve_cells(
@@ -71,8 +72,7 @@ def _solve_cells(x, params, z0, num_groups, variant, solver, adjoint, backend, o
         )
 
 
-@torch.library.impl("deqfuse::solve_fuse", "CompositeExplicitAutograd")
-def _solve_fuse(  # type: ignore[no-untyped-def]
+def run_solve_fuse(  # type: ignore[no-untyped-def]
     x_fuse, cell_sum, params, mask, z0, num_modalities,
     num_groups, variant, solver, adjoint, backend, on_failure,
 ):  # fmt: skip
@@ -85,8 +85,7 @@ def _solve_fuse(  # type: ignore[no-untyped-def]
         )  # fmt: skip
 
 
-@torch.library.impl("deqfuse::solve_layer", "CompositeExplicitAutograd")
-def _solve_layer(  # type: ignore[no-untyped-def]
+def run_solve_layer(  # type: ignore[no-untyped-def]
     x, params, mask, z0_fuse, z0_cells, num_groups, variant, solver, adjoint, backend, on_failure
 ):
     with full_precision(x[0].device):
@@ -97,8 +96,7 @@ def _solve_layer(  # type: ignore[no-untyped-def]
         )
 
 
-@torch.library.impl("deqfuse::adjoint_cells", "CompositeExplicitAutograd")
-def _adjoint_cells(grad_z, z, x, params, num_groups, variant, adjoint, backend, want_params):  # type: ignore[no-untyped-def]
+def run_adjoint_cells(grad_z, z, x, params, num_groups, variant, adjoint, backend, want_params):  # type: ignore[no-untyped-def]
     with full_precision(z.device):
         dx, dparams, statistics = backends.load(backend).adjoint_cells(
             grad_z, z, x, params, num_groups, variant, from_code(adjoint), want_params
@@ -106,8 +104,7 @@ def _adjoint_cells(grad_z, z, x, params, num_groups, variant, adjoint, backend, 
     return dx, dparams, *statistics
 
 
-@torch.library.impl("deqfuse::adjoint_fuse", "CompositeExplicitAutograd")
-def _adjoint_fuse(  # type: ignore[no-untyped-def]
+def run_adjoint_fuse(  # type: ignore[no-untyped-def]
     grad_z, z, x_fuse, cell_sum, params, mask, num_modalities,
     num_groups, variant, adjoint, backend, want_params,
 ):  # fmt: skip
@@ -119,8 +116,7 @@ def _adjoint_fuse(  # type: ignore[no-untyped-def]
     return dx, dcell_sum, dparams, *statistics
 
 
-@torch.library.impl("deqfuse::adjoint_layer", "CompositeExplicitAutograd")
-def _adjoint_layer(  # type: ignore[no-untyped-def]
+def run_adjoint_layer(  # type: ignore[no-untyped-def]
     grad_z, grad_cells, states, x, params, mask, num_groups, variant, adjoint, backend, want_params
 ):
     with full_precision(states.device):
@@ -131,26 +127,18 @@ def _adjoint_layer(  # type: ignore[no-untyped-def]
     return dx, dparams, *statistics
 
 
+for _body in (
+    run_solve_cells, run_solve_fuse, run_solve_layer,
+    run_adjoint_cells, run_adjoint_fuse, run_adjoint_layer,
+):  # fmt: skip
+    _name = _body.__name__.removeprefix("run_")
+    torch.library.impl(f"deqfuse::{_name}", "CompositeExplicitAutograd")(_body)
+
+
 def _fake_solved(x: Tensor, solver: str) -> tuple[Tensor, ...]:
-    option, rows = from_code(solver), x.shape[:-1]
-    dtype = compute_dtype(x.dtype)
+    option = from_code(solver)
     steps = option.trace_length if option.trace else 0
-    return (
-        x.new_empty(x.shape, dtype=dtype),
-        x.new_empty(rows, dtype=dtype),
-        x.new_empty(rows, dtype=torch.int32),
-        x.new_empty(rows, dtype=torch.int8),
-        x.new_empty((steps, *rows), dtype=dtype),
-    )
-
-
-def _fake_statistics(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    rows = z.shape[:-1]
-    return (
-        z.new_empty(rows),
-        z.new_empty(rows, dtype=torch.int32),
-        z.new_empty(rows, dtype=torch.int8),
-    )
+    return native.empty_solved(x, steps, compute_dtype(x.dtype))
 
 
 def _fake_grads(params: list[Tensor], want_params: bool) -> list[Tensor]:
@@ -169,14 +157,13 @@ def _fake_solve_fuse(x_fuse, cell_sum, params, mask, z0, n, num_groups, variant,
 
 @torch.library.register_fake("deqfuse::solve_layer")
 def _fake_solve_layer(x, params, mask, z0_fuse, z0_cells, num_groups, variant, solver, *rest):  # type: ignore[no-untyped-def]
-    like = x[0].new_empty((len(x) + 1, *x[0].shape))
-    states, *statistics = _fake_solved(like, solver)
+    states, *statistics = _fake_solved(native.empty_states(x), solver)
     return states.new_empty(x[0].shape), states, *statistics
 
 
 @torch.library.register_fake("deqfuse::adjoint_cells")
 def _fake_adjoint_cells(grad_z, z, x, params, *rest):  # type: ignore[no-untyped-def]
-    return x.new_empty(x.shape), _fake_grads(params, rest[-1]), *_fake_statistics(z)
+    return x.new_empty(x.shape), _fake_grads(params, rest[-1]), *native.empty_statistics(z)
 
 
 @torch.library.register_fake("deqfuse::adjoint_fuse")
@@ -185,14 +172,14 @@ def _fake_adjoint_fuse(grad_z, z, x_fuse, cell_sum, params, mask, *rest):  # typ
         x_fuse.new_empty(x_fuse.shape),
         cell_sum.new_empty(cell_sum.shape),
         _fake_grads(params, rest[-1]),
-        *_fake_statistics(z),
+        *native.empty_statistics(z),
     )
 
 
 @torch.library.register_fake("deqfuse::adjoint_layer")
 def _fake_adjoint_layer(grad_z, grad_cells, states, x, params, mask, *rest):  # type: ignore[no-untyped-def]
     dx = [t.new_empty(t.shape) for t in x]
-    return dx, _fake_grads(params, rest[-1]), *_fake_statistics(states)
+    return dx, _fake_grads(params, rest[-1]), *native.empty_statistics(states)
 
 
 solve_cells = torch.ops.deqfuse.solve_cells.default

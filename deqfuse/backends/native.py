@@ -6,9 +6,12 @@ The kernels are called inside the public operators only, below autograd; those o
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from types import ModuleType
+from typing import Any
 
 import torch
+from torch import Tensor
 
 _SOLVE = "float tol, int max_iter, int history, float beta, float lam"
 _SCHEMAS = {
@@ -51,6 +54,65 @@ _SCHEMAS = {
 
 for _name, _schema in _SCHEMAS.items():
     torch.library.define(f"deqfuse::{_name}", _schema)
+
+
+
+def empty_solved(x: Tensor, steps: int, dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
+    """Empty results of a solve whose equilibria have the shape of ``x``."""
+    dtype, rows = dtype or x.dtype, x.shape[:-1]
+    return (
+        x.new_empty(x.shape, dtype=dtype),
+        *empty_statistics(x, dtype),
+        x.new_empty((steps, *rows), dtype=dtype),
+    )
+
+
+def empty_statistics(x: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
+    """Empty residuals, evaluations and outcomes of the rows of ``x``."""
+    rows = x.shape[:-1]
+    kinds = (dtype or x.dtype, torch.int32, torch.int8)
+    return tuple(x.new_empty(rows, dtype=kind) for kind in kinds)
+
+
+def empty_states(x: Sequence[Tensor]) -> Tensor:
+    """The equilibria of a layer with these injections."""
+    return x[0].new_empty((len(x) + 1, *x[0].shape))
+
+
+def _fake_solve_block(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    return empty_solved(x, rest[-1])
+
+
+def _fake_solve_layer(x: Sequence[Tensor], *rest: Any) -> tuple[Tensor, ...]:
+    return x[0].new_empty(x[0].shape), *empty_solved(empty_states(x), rest[-1])
+
+
+def _grads(params: Sequence[Tensor], want: bool) -> list[Tensor]:
+    return [p.new_empty(p.shape) for p in params] if want else []
+
+
+# Shapes for fake tensors that meet these kernels outside torch.compile.
+torch.library.register_fake("deqfuse::cpu_solve_cells")(_fake_solve_block)
+torch.library.register_fake("deqfuse::cpu_solve_fuse")(_fake_solve_block)
+torch.library.register_fake("deqfuse::cpu_solve_layer")(_fake_solve_layer)
+
+
+@torch.library.register_fake("deqfuse::cpu_adjoint_cells")
+def _fake_adjoint_cells(grad_z, z, x, params, want, *rest):  # type: ignore[no-untyped-def]
+    return z.new_empty(z.shape), _grads(params, want), *empty_statistics(z)
+
+
+@torch.library.register_fake("deqfuse::cpu_adjoint_fuse")
+def _fake_adjoint_fuse(grad_z, z, x_fuse, cell_sum, params, want, *rest):  # type: ignore[no-untyped-def]
+    dx, dcell_sum = z.new_empty(z.shape), z.new_empty(z.shape)
+    return dx, dcell_sum, _grads(params, want), *empty_statistics(z)
+
+
+@torch.library.register_fake("deqfuse::cpu_adjoint_layer")
+def _fake_adjoint_layer(grad_z, grad_cells, states, x, params, want, *rest):  # type: ignore[no-untyped-def]
+    dx = [t.new_empty(t.shape) for t in x]
+    return dx, _grads(params, want), *empty_statistics(states)
+
 
 module: ModuleType | None = None
 load_error = ""
