@@ -22,13 +22,15 @@ SETUP := $(VENV)/.installed
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-full lint sanitize clean check-python use-python module
+.PHONY: help demo test test-full lint bench bench-full sanitize clean check-python use-python module
 
 help:
 	@echo "make demo       train on real data, write deqfuse-report/    ARGS='--help' lists its options"
 	@echo "make test       lint, type check and tests (minutes)         ARGS='-k name' picks tests"
 	@echo "make test-full  the same with the tests marked slow"
 	@echo "make lint       ruff and mypy only"
+	@echo "make bench      speed, memory and convergence against others (5 minutes); writes README.md's table"
+	@echo "make bench-full the same for every case, regime and sweep; takes long"
 	@echo "make sanitize   the C++ kernels under ASan and UBSan (a minute)   SANITIZE=thread for others"
 	@echo "make clean      remove what builds and tools left; .venv and reports stay"
 	@echo "Options: PYTHON=..., VENV=..., TORCH=..., explained at the top of Makefile"
@@ -59,6 +61,18 @@ module: $(SETUP)
 	@echo "== C++ module: compiling what changed (at first about a minute; log: build/module.log)"
 	@mkdir -p build; $(PY) setup.py -q build_ext --inplace > build/module.log 2>&1 || { cat build/module.log; exit 1; }
 	@grep '^deqfuse:' build/module.log || true
+
+# A variant that is wrong or a bound that is missed fails the run, after the report is written.
+# BENCH='--threads 1 -k brca' is passed on; BENCH_JSON is where the run is kept besides the report.
+BENCH ?=
+BENCH_JSON ?= build/bench.json
+bench: module
+	@echo "== Benchmarks: pytest benchmarks $(BENCH)"
+	@$(PY) -m pytest benchmarks -q --benchmark-quiet --benchmark-json=$(BENCH_JSON) $(BENCH); status=$$?; \
+	  $(PY) -m benchmarks.report $(BENCH_JSON) --readme && exit $$status
+
+bench-full: BENCH += --full
+bench-full: bench
 
 sanitize:
 	@echo "== Kernels under sanitizers: tests/sanitize/run"

@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from benchmarks.tables import markdown, percent
 from deqfuse import Anderson, Broyden, DEQFusion, NewtonKrylov, Picard, SolveInfo
 from deqfuse.solvers.options import SolverOption
 
@@ -124,17 +125,6 @@ def measure_seeds(case: Case, seeds: Iterable[int]) -> Tally:
 
 
 # ---- tables --------------------------------------------------------------------------------------
-
-
-def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def percent(share: float) -> str:
-    """Never rounded up to 100%."""
-    return "100%" if share == 1 else f"{min(100 * share, 99.99):.2f}%"
 
 
 def sweep_table(

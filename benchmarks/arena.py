@@ -1,0 +1,181 @@
+"""Where variants meet: one problem, the gate, then turns until the budget is spent.
+
+``results`` measures all variants of a case the first time that one of them is asked for, so that
+the tests can be one per variant while the measurement is interleaved.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+
+from benchmarks import floor
+from benchmarks.cases import Case, Problem, build
+from benchmarks.gate import Truth, Verdict, find_truth, judge, reference_share, row_error
+from benchmarks.timing import Phases, forward_call, interleave, spread, step_call
+from benchmarks.variants import BUILDERS, OURS, Contender, available
+
+# "tolerance": every row at the case's tol. "equal-error": each variant at the loosest tolerance at
+# which its answer is within TRUE_ERROR of the float64 equilibrium. "torch-init": torch's default
+# initialisation, where rows may have no equilibrium and everybody has the same budget.
+REGIMES = ("tolerance", "equal-error", "torch-init")
+TRUE_ERROR, TRUE_GRADIENT_ERROR = 1e-5, 1e-4
+TOLERANCES = (1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 3e-5, 1e-5, 3e-6, 1e-6)
+
+
+@dataclass(frozen=True)
+class Result:
+    """Samples of one variant, or why there are none."""
+
+    samples: list[Phases]
+    verdict: Verdict
+    tol: float
+    facts: dict[str, Any]
+
+
+class Point(NamedTuple):
+    """One solve: the tolerance it was given, the worst row's true error, the median time."""
+
+    tol: float
+    error: float
+    seconds: float
+
+
+@dataclass
+class Setting:
+    """What the quantities of a case share."""
+
+    problem: Problem
+    truth: Truth | None
+    share: float
+    entrants: dict[str, tuple[Contender, Verdict, float]] = field(default_factory=dict)
+
+
+class Arena:
+    """Results by case, regime and quantity; keeps the weights of the latest case only."""
+
+    def __init__(self, budget: float, turns: tuple[int, int]) -> None:
+        self.budget, self.turns = budget, turns
+        self._results: dict[tuple[str, str, str], dict[str, Result]] = {}
+        self._accuracy: dict[str, dict[str, list[Point]]] = {}
+        self._setting: tuple[tuple[str, str, str], Setting] | None = None
+
+    def results(self, case: Case, regime: str, quantity: str) -> dict[str, Result]:
+        """Of every variant that can run here; refused ones have a reason and no samples."""
+        key = (case.name, regime, quantity)
+        if key not in self._results:
+            self._results[key] = self._measure(case, regime, quantity)
+        return self._results[key]
+
+    def contender(self, case: Case, variant: str) -> tuple[Problem, Contender]:
+        """A variant at the case's tolerance, and its problem, to do something else with."""
+        setting = self._enter(case, "tolerance", "")
+        return setting.problem, setting.entrants[variant][0]
+
+    def accuracy(self, case: Case) -> dict[str, list[Point]]:
+        """Error and time of every variant at every tolerance, all of them in turns."""
+        if case.name in self._accuracy:
+            return self._accuracy[case.name]
+        setting = self._enter(case, "tolerance", "")
+        problem, truth = setting.problem, setting.truth
+        assert truth is not None
+        calls, errors = {}, {}
+        for name in available():
+            for tol in TOLERANCES[2:]:
+                contender = BUILDERS[name](problem, tol)
+                with torch.no_grad():
+                    errors[f"{name} {tol}"] = row_error(contender.fused(problem.features), truth.z)
+                calls[f"{name} {tol}"] = forward_call(problem, contender)
+        samples = interleave(calls, 2 * self.budget, self.turns)
+        found: dict[str, list[Point]] = {name: [] for name in available()}
+        for key, taken in samples.items():
+            name, given = key.split()
+            seconds = spread([sum(sample) for sample in taken]).median
+            found[name].append(Point(float(given), errors[key], seconds))
+        self._accuracy[case.name] = found
+        return found
+
+    def _measure(self, case: Case, regime: str, quantity: str) -> dict[str, Result]:
+        setting = self._enter(case, regime, quantity)
+        right = {
+            name: contender
+            for name, (contender, verdict, _) in setting.entrants.items()
+            if verdict.reason is None and (quantity == "forward" or contender.differentiable)
+        }
+        make = forward_call if quantity == "forward" else step_call
+        calls = {name: make(setting.problem, contender) for name, contender in right.items()}
+        samples = interleave(calls, self.budget, self.turns, seed=case.seed)
+        return {
+            name: Result(
+                samples.get(name, []), verdict, tol, self._facts(setting, name, contender, regime)
+            )
+            for name, (contender, verdict, tol) in setting.entrants.items()
+            if verdict.reason is not None or name in samples
+        }
+
+    def _enter(self, case: Case, regime: str, quantity: str) -> Setting:
+        """Build the problem and send every variant through the gate."""
+        # At equal error forward and step may need different tolerances.
+        key = (case.name, regime, quantity if regime == "equal-error" else "")
+        if self._setting is not None and self._setting[0] == key:
+            return self._setting[1]
+        self._setting = None  # frees the last case's weights first
+        problem = build(case.at_torch_init() if regime == "torch-init" else case)
+        if regime == "torch-init":
+            setting = Setting(problem, None, reference_share(problem))
+        else:
+            setting = Setting(problem, find_truth(problem), 1.0)
+        for name in available():
+            if regime == "equal-error":
+                setting.entrants[name] = loosest(setting, name, quantity)
+            else:
+                contender = BUILDERS[name](problem, case.tol)
+                verdict = judge(problem, contender, setting.truth, share=setting.share)
+                setting.entrants[name] = contender, verdict, case.tol
+        self._setting = (key, setting)
+        return setting
+
+    def _facts(
+        self, setting: Setting, name: str, contender: Contender, regime: str
+    ) -> dict[str, Any]:
+        """Work counts, where they mean something."""
+        problem, case = setting.problem, setting.problem.case
+        facts: dict[str, Any] = {"case": dataclasses.asdict(case)}
+        if regime != "tolerance":
+            return facts
+        _, verdict, _ = setting.entrants[name]
+        if name in OURS:
+            with torch.no_grad():
+                answer = contender.answer(problem.features)
+            facts["flops"] = {"forward": floor.forward_flops(case, answer)}
+            facts["flops"]["backward"] = floor.backward_flops(problem, answer)
+            facts["bytes"] = floor.least_bytes(case)
+        elif name == "torchdeq":
+            facts["flops"] = {"forward": floor.joint_flops(case, verdict.nfe_fuse)}
+            facts["linear_rate"] = floor.linear_rate(case.rows, case.dim, budget=0.05)
+        return facts
+
+
+def loosest(setting: Setting, name: str, quantity: str) -> tuple[Contender, Verdict, float]:
+    """A variant at the loosest tolerance that gives the true error, and its verdict there."""
+    problem, truth = setting.problem, setting.truth
+    assert truth is not None
+    for tol in TOLERANCES:
+        contender = BUILDERS[name](problem, tol)
+        if quantity == "forward":
+            contender = dataclasses.replace(contender, differentiable=False)
+        verdict = judge(problem, contender, truth, tol=tol)
+        gradient_error = verdict.gradient_error if quantity != "forward" else 0.0
+        if (
+            verdict.error is not None
+            and verdict.error <= TRUE_ERROR
+            and gradient_error is not None
+            and gradient_error <= TRUE_GRADIENT_ERROR
+        ):
+            # Whether the residual met its own tol does not matter here: the error does.
+            return contender, dataclasses.replace(verdict, reason=None), tol
+    reason = f"error {verdict.error:.1e} at tol {tol:g}, above {TRUE_ERROR:g}"
+    return contender, dataclasses.replace(verdict, reason=reason), tol

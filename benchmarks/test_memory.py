@@ -1,0 +1,60 @@
+"""Peak memory of a training step over resting memory, each variant in a process of its own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import cases, memory
+from benchmarks.cases import CASES
+from benchmarks.variants import BUILDERS, OURS, fastest_backend, missing
+
+CASE, STEPS = "brca", (5, 10, 20, 40)
+# The allocator's own slack differs from run to run. One saved state of one block per step would be
+# 5 MB more per step here: 170 MB from the first to the last.
+SAME = 1.1
+
+
+@pytest.mark.parametrize("variant", BUILDERS)
+@pytest.mark.parametrize("name", CASES)
+def test_peak(name: str, variant: str, full: bool, record: Any) -> None:
+    if missing(variant):
+        pytest.skip(f"{variant}: {missing(variant)}")
+    if variant == "compiled":
+        pytest.skip("compiling takes more memory than the layer; its own is that of the reference")
+    if variant == "cuda-graph":
+        pytest.skip("forward only, and its memory is the graph's pool")
+    if not full and name != CASE:
+        pytest.skip("measured with --full (make bench-full)")
+    found = memory.measure(name, variant, "step", cases.DEVICE, torch.get_num_threads())
+    record(
+        [found["seconds"]],
+        group=f"memory {name}",
+        kind="memory",
+        variant=variant,
+        case={"name": name},
+        **found,
+    )
+
+
+def test_peak_does_not_grow_with_solver_steps(record: Any) -> None:
+    """The tolerance is out of reach: a row makes all evaluations, or stalls, 20 after its best."""
+    found = [
+        memory.measure(
+            CASE, fastest_backend(), "step", cases.DEVICE, torch.get_num_threads(), max_iter=k
+        )
+        for k in STEPS
+    ]
+    record(
+        [f["seconds"] for f in found],
+        group="memory steps",
+        kind="memory-steps",
+        variant=fastest_backend(),
+        case={"name": CASE},
+        steps=list(STEPS),
+        extra=[f["extra"] for f in found],
+    )
+    assert fastest_backend() in OURS
+    assert found[-1]["extra"] <= SAME * found[0]["extra"]

@@ -1,0 +1,280 @@
+"""Every way of computing the layer that is timed: the same weights, the same equations.
+
+A contender knows how to compute the fused output (timed), and how to show its full answer with the
+evaluations it took (for the gate). To add one, write a builder and list it in ``BUILDERS``.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from benchmarks import cases
+from benchmarks.cases import ADJOINT_MAX_ITER, MAX_ITER, Problem
+from benchmarks.released import attach_gradient, joint_anderson, joint_implicit
+from deqfuse import Anderson, DEQFusion, Implicit, backends, functional
+from deqfuse.backends import maps
+from deqfuse.result import BlockInfo
+from deqfuse.solvers.adjoint import solve_adjoint
+
+
+class Answer(NamedTuple):
+    """What a contender found. Evaluations are per row of a block; a joint solver has one count."""
+
+    z: Tensor  # (B, d)
+    cells: Tensor  # (N, B, d)
+    nfe_cells: Tensor  # any shape
+    nfe_fuse: Tensor  # any shape
+
+
+Features = Sequence[Tensor]  # N tensors (B, d)
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A variant on one problem at one tolerance."""
+
+    name: str
+    fused: Callable[[Features], Tensor]  # differentiable (B, d)
+    answer: Callable[[Features], Answer]  # without gradients
+    differentiable: bool = True
+
+
+def deqfuse_variant(backend: str) -> Callable[[Problem, float], Contender]:
+    """The layer itself on a named backend."""
+
+    def build(problem: Problem, tol: float) -> Contender:
+        layer = copy.copy(problem.layer)  # shares the parameters
+        layer.solver = Anderson(tol=tol, max_iter=MAX_ITER, m=problem.case.m)
+        layer.adjoint = Implicit(tol=tol, max_iter=ADJOINT_MAX_ITER)
+        layer.backend = backend
+
+        def answer(features: Features) -> Answer:
+            z, cells, info = layer(features, return_cells=True, return_info=True)
+            assert info.backend == backend
+            return Answer(z, cells, info.cells.nfe, info.fuse.nfe)
+
+        return Contender(f"deqfuse-{backend}", layer, answer)
+
+    return build
+
+
+def joint_map(layer: DEQFusion, features: Features) -> tuple[Callable[[Any, Any], Any], Any]:
+    """The map of Eq. 17 on (zs (B, N, d), z_f (B, d)), of the layer's cells, and its start."""
+    x = torch.stack(list(features))
+    x_fuse = (layer.modality_weights[:, None, None] * x).sum(0)
+
+    def step(zs: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        new = torch.stack([cell(zs[:, i], x[i]) for i, cell in enumerate(layer.cells)], dim=1)
+        assert layer.combine is not None
+        return new, layer.combine(z, zs.transpose(0, 1), x_fuse)
+
+    return step, (torch.zeros_like(x.transpose(0, 1)), torch.zeros_like(x_fuse))
+
+
+def flat_map(layer: DEQFusion, features: Features) -> tuple[Callable[[Tensor], Tensor], Tensor]:
+    """The same on one flat state (B, (N + 1) d)."""
+    step, (zs0, z0) = joint_map(layer, features)
+    n, d = layer.num_modalities, layer.dim
+
+    def f(state: Tensor) -> Tensor:
+        zs, z = state[:, : n * d].unflatten(1, (n, d)), state[:, n * d :]
+        zs, z = step(zs, z)
+        return torch.cat([zs.flatten(1), z], dim=1)
+
+    return f, torch.cat([zs0.flatten(1), z0], dim=1)
+
+
+def _split(layer: DEQFusion, state: Tensor, nfe: int) -> Answer:
+    n, d, used = layer.num_modalities, layer.dim, torch.tensor(nfe)
+    cells = state[:, : n * d].unflatten(1, (n, d)).transpose(0, 1)
+    return Answer(state[:, n * d :], cells, used, used)
+
+
+def released(problem: Problem, tol: float) -> Contender:
+    """The released code's algorithm (benchmarks/released.py)."""
+    layer = problem.layer
+
+    def solve(features: Features) -> tuple[Tensor, int]:
+        f, z0 = flat_map(layer, features)
+        return joint_implicit(f, z0, tol, MAX_ITER, ADJOINT_MAX_ITER)
+
+    return Contender(
+        "released",
+        lambda features: solve(features)[0][:, layer.num_modalities * layer.dim :],
+        lambda features: _split(layer, *solve(features)),
+    )
+
+
+def torchdeq(problem: Problem, tol: float) -> Contender:
+    """torchdeq 0.1: its Anderson on the joint state, its implicit gradient."""
+    from torchdeq import get_deq  # type: ignore[import-untyped]
+
+    layer = problem.layer
+    deq = get_deq(
+        f_solver="anderson", f_max_iter=MAX_ITER, f_tol=tol, f_stop_mode="rel",
+        b_solver="anderson", b_max_iter=ADJOINT_MAX_ITER, b_tol=tol, b_stop_mode="rel", ift=True,
+    )  # fmt: skip
+
+    def solve(features: Features) -> Any:
+        step, start = joint_map(layer, features)
+        deq.train(torch.is_grad_enabled())  # in training it evaluates f once more, for the gradient
+        (*_, (zs, z)), _ = deq(step, start)
+        return zs, z
+
+    def answer(features: Features) -> Answer:
+        step, start = joint_map(layer, features)
+        calls = []
+
+        def counted(zs: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+            calls.append(1)
+            return step(zs, z)
+
+        deq.train(torch.is_grad_enabled())
+        (*_, (zs, z)), _ = deq(counted, start)
+        nfe = torch.tensor(len(calls))  # its own count is that of the best step
+        return Answer(z, zs.transpose(0, 1), nfe, nfe)
+
+    return Contender("torchdeq", lambda features: solve(features)[1], answer)
+
+
+def compiled(problem: Problem, tol: float) -> Contender:
+    """The reference's two maps under torch.compile, solved block after block by ``DEQ``'s solver.
+
+    That is what torch.compile gives a user of this library: fused element-wise passes around the
+    products, deqfuse's own Anderson step, row-wise stopping, and the collapsed gate.
+    """
+    layer, case = problem.layer, problem.case
+    cell_map, fuse_map = _compiled_maps()
+    option = Anderson(tol=tol, max_iter=MAX_ITER, m=case.m)
+    adjoint = Implicit(tol=tol, max_iter=ADJOINT_MAX_ITER)
+
+    def equilibrium(compiled_map: Any, *operands: Any) -> tuple[Tensor, BlockInfo]:
+        """Of the map as a function of z; operands[0] gives its shape."""
+        shape, fixed = operands[0].shape, _detached(operands)
+
+        def f(z: Tensor, used: Any = operands) -> Tensor:
+            return compiled_map(z.view(shape), *used).view(z.shape)
+
+        def frozen(z: Tensor) -> Tensor:
+            # A compiled backward computes all gradients that its graph has: here the one that is
+            # wanted, or every J^T u would come with the gradients of the weights.
+            return f(z, fixed)
+
+        zero = torch.zeros_like(fixed[0]).flatten(0, -2)
+        with torch.no_grad():
+            z, info, _ = functional.fixed_point(frozen, zero, solver=option, on_failure="ignore")
+        if torch.is_grad_enabled():
+            z = attach_gradient(f, frozen, z, lambda vjp, g: solve_adjoint(vjp, g, adjoint).z)
+        return z.view(shape), info
+
+    def solve(features: Features) -> Any:
+        x = torch.stack(list(features))
+        n, groups = case.modalities, case.num_groups
+        flat = [t for cell in layer.cells for t in cell.flat()]  # type: ignore[operator]
+        cells, cells_info = equilibrium(cell_map, x, maps.CellParams.stack(flat), groups)
+        assert layer.combine is not None
+        fuse = maps.FuseParams(*layer.combine.flat())
+        x_fuse = (layer.modality_weights[:, None, None] * x).sum(0)
+        constant = maps.gate_constant(cells.sum(0), n, fuse)
+        z, info = equilibrium(fuse_map, x_fuse, constant, None, n, fuse, groups)
+        return z, cells, cells_info, info
+
+    def answer(features: Features) -> Answer:
+        z, cells, cells_info, info = solve(features)
+        return Answer(z, cells, cells_info.nfe, info.nfe)
+
+    return Contender("compiled", lambda features: solve(features)[0], answer)
+
+
+def _detached(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach()
+    if isinstance(value, tuple):
+        inner = map(_detached, value)
+        return type(value)(*inner) if hasattr(value, "_fields") else tuple(inner)
+    return value
+
+
+# One graph for all sizes takes half a minute to compile. With False every size has its own, which
+# is the faster code and takes as long per case: `make bench-full` does that.
+ONE_GRAPH = True
+_maps: list[Any] = []
+
+
+def _compiled_maps() -> Any:
+    if not _maps:
+        # VJPs run through the compiled graph many times; its buffers must outlive the first.
+        import torch._functorch.config as functorch_config
+
+        functorch_config.donated_buffer = False
+        torch._dynamo.config.force_parameter_static_shapes = False
+        torch._dynamo.config.recompile_limit = 256
+        _maps.extend(
+            torch.compile(f, dynamic=ONE_GRAPH) for f in (maps.residual_cell, maps.purify_combine)
+        )
+    return _maps
+
+
+def cuda_graph(problem: Problem, tol: float) -> Contender:
+    """The released algorithm captured once with a fixed number of evaluations: forward only."""
+    layer = problem.layer
+    static = [x.detach().clone() for x in problem.features]
+    f, z0 = flat_map(layer, static)
+    with torch.no_grad():
+        steps = joint_anderson(f, z0, tol, MAX_ITER)[1]
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            joint_anderson(*flat_map(layer, static), None, steps)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            state = joint_anderson(*flat_map(layer, static), None, steps)[0]
+
+    def replay(features: Features) -> Answer:
+        for own, given in zip(static, features, strict=True):
+            own.copy_(given)
+        graph.replay()
+        return _split(layer, state, steps)
+
+    return Contender("cuda-graph", lambda features: replay(features).z, replay, False)
+
+
+BUILDERS: dict[str, Callable[[Problem, float], Contender]] = {
+    **{f"deqfuse-{name}": deqfuse_variant(name) for name in backends.BACKENDS},
+    "released": released,
+    "torchdeq": torchdeq,
+    "compiled": compiled,
+    "cuda-graph": cuda_graph,
+}
+OURS = tuple(name for name in BUILDERS if name.startswith("deqfuse-"))
+
+
+def missing(name: str) -> str | None:
+    """Why a variant cannot run on this machine and the run's device; None if it can."""
+    only = {"deqfuse-cpu": "cpu", "deqfuse-cuda": "cuda", "cuda-graph": "cuda"}.get(name)
+    if only is not None and only != cases.DEVICE:
+        return f"it runs on {only}, this run is on {cases.DEVICE}"
+    if name in OURS:
+        status = {s.name: s for s in backends.describe()}[name.removeprefix("deqfuse-")]
+        return None if status.available else status.reason
+    if name == "torchdeq" and importlib.util.find_spec("torchdeq") is None:
+        return "torchdeq is not installed: pip install 'deqfuse[bench]'"
+    return None
+
+
+def available() -> list[str]:
+    """The variants that can run here."""
+    return [name for name in BUILDERS if missing(name) is None]
+
+
+def fastest_backend() -> str:
+    """The variant that ``backend="auto"`` would take here."""
+    return next(name for name in OURS if missing(name) is None)

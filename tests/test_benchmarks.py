@@ -1,0 +1,220 @@
+"""The benchmark suite itself: the gate refuses what is wrong, and samples are paired in turns."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.hooks import RemovableHandle
+
+from benchmarks import floor, timing
+from benchmarks.cases import CASES, Case, Problem, build
+from benchmarks.gate import Truth, find_truth, judge, reference_share
+from benchmarks.released import joint_anderson
+from benchmarks.variants import BUILDERS, Answer, Contender, deqfuse_variant, missing
+from deqfuse import Implicit, OneStep
+from deqfuse.backends.reference import adjoint_cells, adjoint_fuse
+
+CASE = Case("tiny", 8, 2, 32)
+RUNNABLE = [name for name in BUILDERS if missing(name) is None and name != "compiled"]
+
+
+@pytest.fixture(scope="module")
+def problem() -> Problem:
+    return build(CASE)
+
+
+@pytest.fixture(scope="module")
+def truth(problem: Problem) -> Truth:
+    return find_truth(problem)
+
+
+def reference(problem: Problem, tol: float = CASE.tol) -> Contender:
+    return deqfuse_variant("reference")(problem, tol)
+
+
+@pytest.mark.parametrize("name", RUNNABLE)
+def test_gate_lets_right_variants_pass(name: str, problem: Problem, truth: Truth) -> None:
+    verdict = judge(problem, BUILDERS[name](problem, CASE.tol), truth)
+    assert verdict.reason is None
+    assert verdict.solved == 1
+    assert verdict.gradient_error is not None
+
+
+@pytest.mark.slow
+def test_gate_lets_the_compiled_reference_pass(problem: Problem, truth: Truth) -> None:
+    assert judge(problem, BUILDERS["compiled"](problem, CASE.tol), truth).reason is None
+
+
+def test_gate_refuses_a_wrong_answer(problem: Problem, truth: Truth) -> None:
+    right = reference(problem)
+    wrong = dataclasses.replace(right, fused=lambda features: 1.001 * right.fused(features))
+    reason = judge(problem, wrong, truth).reason
+    assert reason is not None
+    assert reason.startswith("residual")
+
+
+def test_gate_refuses_the_fixed_point_of_another_problem(problem: Problem, truth: Truth) -> None:
+    """A solve of the right equations with the wrong input is converged by its own account."""
+    right = reference(problem)
+
+    def swap(run: Callable[[Sequence[Tensor]], Answer]) -> Callable[[Sequence[Tensor]], Answer]:
+        return lambda features: run(features[::-1])
+
+    wrong = Contender("swapped", swap(right.fused), swap(right.answer))  # type: ignore[arg-type]
+    assert judge(problem, wrong, truth).reason is not None
+
+
+def test_gate_refuses_a_variant_that_stops_early(problem: Problem, truth: Truth) -> None:
+    verdict = judge(problem, reference(problem, tol=0.1), truth)
+    assert verdict.reason is not None
+    assert verdict.reason.startswith("residual")
+    assert verdict.solved < 1
+
+
+def test_gate_refuses_nan(problem: Problem, truth: Truth) -> None:
+    right = reference(problem)
+    wrong = dataclasses.replace(right, fused=lambda features: right.fused(features) * torch.nan)
+    assert judge(problem, wrong, truth).reason is not None
+
+
+def test_gate_refuses_the_gradient_of_one_step(problem: Problem, truth: Truth) -> None:
+    """The right answer, differentiated without the linear solve."""
+    right = reference(problem)
+    layer = copy.copy(right.fused)
+    layer.adjoint = OneStep()
+    verdict = judge(problem, dataclasses.replace(right, fused=layer), truth)
+    assert verdict.reason is not None
+    assert verdict.reason.startswith("gradient")
+
+
+def test_gate_refuses_a_wrong_gradient_of_one_small_leaf(problem: Problem, truth: Truth) -> None:
+    """Half of the gradient of one bias is lost, which nobody sees in the whole."""
+    right = reference(problem)
+    bias = problem.layer.cells[0].linear1.bias
+
+    def lossy(features: Sequence[Tensor]) -> Tensor:
+        handle = bias.register_hook(lambda grad: 0.5 * grad)
+        z = right.fused(features)
+        handles.append(handle)
+        return z
+
+    handles: list[RemovableHandle] = []
+    verdict = judge(problem, dataclasses.replace(right, fused=lossy), truth)
+    for handle in handles:
+        handle.remove()
+    assert verdict.reason is not None
+    assert "gradient of cells.0.linear1.bias" in verdict.reason
+
+
+def test_gate_catches_early_stopping_where_rows_have_no_equilibrium() -> None:
+    problem = build(dataclasses.replace(CASES["small"]).at_torch_init())
+    share = reference_share(problem)
+    assert 0 < share < 1  # what the regime is about
+    assert judge(problem, reference(problem), None, share=share).reason is None
+    lazy = judge(problem, reference(problem, tol=0.5), None, share=share)
+    assert lazy.reason is not None
+    assert lazy.reason.startswith("stopped early")
+
+
+def test_every_variant_solves_the_same_weights(problem: Problem) -> None:
+    again = build(CASE)
+    for name, leaf in again.leaves().items():
+        assert torch.equal(leaf, problem.leaves()[name])
+    assert build(dataclasses.replace(CASE, seed=1)).cotangent.ne(problem.cotangent).all()
+
+
+def test_released_anderson_on_a_known_fixed_point() -> None:
+    torch.manual_seed(0)
+    a = torch.randn(12, 12, dtype=torch.float64)
+    a = 0.8 * a / torch.linalg.matrix_norm(a, 2)
+    b = torch.randn(3, 12, dtype=torch.float64)
+    exact = torch.linalg.solve(torch.eye(12, dtype=torch.float64) - a, b.T).T
+    z, nfe = joint_anderson(lambda z: z @ a.T + b, torch.zeros_like(b), 1e-6, 200)
+    assert float((z - exact).norm() / exact.norm()) < 1e-5
+    fixed, steps = joint_anderson(lambda z: z @ a.T + b, torch.zeros_like(b), None, nfe)
+    assert steps == nfe
+    assert torch.allclose(fixed, z)
+
+
+# ---- time ----------------------------------------------------------------------------------------
+
+
+def sleeping(seconds: float, log: list[str], name: str) -> timing.Call:
+    def call() -> timing.Phases:
+        log.append(name)
+        start = time.perf_counter()
+        time.sleep(seconds)
+        return (time.perf_counter() - start,)
+
+    return call
+
+
+def test_variants_take_turns() -> None:
+    log: list[str] = []
+    calls = {name: sleeping(0.006, log, name) for name in "abc"}
+    samples = timing.interleave(calls, budget=0.0, turns=(6, 6))
+    turns = log[6:]  # after two warm-up calls of each
+    assert [sorted(turns[i : i + 3]) for i in range(0, len(turns), 3)] == [["a", "b", "c"]] * 6
+    assert len({tuple(turns[i : i + 3]) for i in range(0, len(turns), 3)}) > 1  # order changes
+    assert {name: len(taken) for name, taken in samples.items()} == dict.fromkeys("abc", 6)
+
+
+def test_short_calls_are_repeated_within_a_visit() -> None:
+    log: list[str] = []
+    samples = timing.interleave({"a": sleeping(0.0005, log, "a")}, budget=0.0, turns=(5, 5))
+    assert len(samples["a"]) == 5
+    assert len(log) >= 2 + 5 * 3
+    assert all(0.0005 <= seconds < 0.005 for (seconds,) in samples["a"])
+
+
+def test_ratios_pair_samples_of_a_turn() -> None:
+    """Both variants slow down together: the ratio does not move, as that of medians would."""
+    fast, slow = [1.0, 10.0, 1.0, 10.0, 1.0], [3.0, 30.0, 3.0, 30.0, 3.0]
+    assert timing.paired_ratio(slow, fast) == (3.0, 3.0, 3.0)
+    with pytest.raises(ValueError, match=r"shorter|longer"):
+        timing.paired_ratio(slow, fast[:-1])
+
+
+def test_spread_is_median_and_quartiles() -> None:
+    assert timing.spread([5.0, 1.0, 2.0, 3.0, 4.0]) == (3.0, 2.0, 4.0)
+    assert timing.spread([7.0]) == (7.0, 7.0, 7.0)
+
+
+# ---- floor ---------------------------------------------------------------------------------------
+
+
+def test_forward_floor_counts_the_products_that_are_made() -> None:
+    """Two rows, one cell: evaluations 4 and 2 of the cell, 3 and 1 of the fuse map."""
+    case = Case("counted", 2, 1, 10, num_groups=2)
+    zero = torch.zeros(0)
+    answer = Answer(zero, zero, torch.tensor([[4, 2]]), torch.tensor([3, 1]))
+    products = 2 * ((4 - 1) + (2 - 1) + (3 - 1) + (1 - 1)) + 2  # and the gate's constant per row
+    assert floor.forward_flops(case, answer) == products * 2 * case.dim**2
+    assert floor.joint_flops(case, 5) == 5 * 2 * (2 + 1 + 1) * 2 * case.dim**2
+
+
+def test_backward_floor_is_below_what_the_reference_multiplies(problem: Problem) -> None:
+    """Counted by torch in the reference's own backward, which also orthogonalises."""
+    layer = problem.layer
+    with torch.no_grad():
+        answer = reference(problem).answer(problem.features)
+        x = torch.stack(problem.features)
+        x_fuse = x.sum(0)  # the weights of the modalities are one at initialisation
+        flat = [t for cell in layer.cells for t in cell.flat()]
+        common = (CASE.num_groups, "paper", Implicit(tol=CASE.tol), True)
+        with FlopCounterMode(display=False) as counter:
+            fuse = layer.combine.flat()
+            _, d_sum, _, _ = adjoint_fuse(
+                problem.cotangent, answer.z, x_fuse, answer.cells.sum(0), fuse, None, 2, *common
+            )
+            d_cells = d_sum.expand_as(answer.cells).contiguous()
+            adjoint_cells(d_cells, answer.cells, x, flat, *common)
+    total = counter.get_total_flops()
+    assert 0.7 * total < floor.backward_flops(problem, answer) <= total
