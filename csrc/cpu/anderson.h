@@ -25,6 +25,9 @@ struct SolveOptions {
   T beta, lam;
 };
 
+// Tiles that the state of a solve takes: z, starts, saved answers; images and residuals.
+constexpr int64_t solver_tiles(int history) { return 3 + 2 * (history > 0 ? history : 1); }
+
 // Where the answers of row r go. `trace` (steps, rows_total) may be null.
 template <class T>
 struct RowResults {
@@ -48,7 +51,7 @@ class RowSolver {
   static constexpr int W = kLanes<T>, R = NV * W;
 
   // Tiles of d * R values that `memory` must hold.
-  static int64_t tiles(int history) { return 3 + 2 * (history > 0 ? history : 1); }
+  static int64_t tiles(int history) { return solver_tiles(history); }
 
   RowSolver(Map& map, int64_t d, const SolveOptions<T>& options, const RowResults<T>& results, T* memory)
       : map_(map), d_(d), n_(d * R), opt_(options), out_(results), m_(options.history > 0 ? options.history : 1) {

@@ -24,12 +24,11 @@ py::dict build_info() {
 py::dict plan(int64_t rows, int64_t dim, int64_t itemsize, int64_t history) {
   if (rows < 0 || dim < 1 || (itemsize != 4 && itemsize != 8) || history < 0 || history > 8)
     throw std::invalid_argument("plan: expected rows >= 0, dim >= 1, itemsize 4 or 8, history 0 to 8");
-  const int64_t lanes = deqfuse::kernels().bytes / itemsize;
-  const int64_t tile = lanes * (rows >= 4 * lanes ? 2 : 1);  // `wide` in kernels.inc
+  const deqfuse::Plan cut = deqfuse::kernels().plan(rows, itemsize, int(history));
   py::dict plan;
-  plan["rows_per_tile"] = tile;
-  plan["tiles"] = (rows + tile - 1) / tile;
-  plan["tile_bytes"] = (2 + 2 * (history > 0 ? history : 1)) * dim * tile * itemsize;  // RowSolver::tiles
+  plan["rows_per_tile"] = cut.rows_per_tile;
+  plan["tiles"] = (rows + cut.rows_per_tile - 1) / cut.rows_per_tile;
+  plan["tile_bytes"] = cut.tiles_of_state * dim * cut.rows_per_tile * itemsize;
   return plan;
 }
 

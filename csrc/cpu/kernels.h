@@ -113,9 +113,15 @@ struct Kernels {
   void (*anderson_step)(const StepProblem<T>&, int threads, ParallelFor);
 };
 
+// How a problem is cut: rows that iterate together, and the tiles (rows x d values) of their solver's state.
+struct Plan {
+  int64_t rows_per_tile, tiles_of_state;
+};
+
 struct KernelTable {
   const char* name;
   int bytes;
+  Plan (*plan)(int64_t rows, int64_t itemsize, int history);
   Kernels<float> f32;
   Kernels<double> f64;
 };

@@ -28,7 +28,7 @@
 
 const deqfuse::KernelTable& deqfuse::kernels_avx2() {
   using namespace avx2;
-  static const KernelTable table{"avx2", kBytes, kKernels<float>, kKernels<double>};
+  static const KernelTable table{"avx2", kBytes, plan, kKernels<float>, kKernels<double>};
   return table;
 }
 

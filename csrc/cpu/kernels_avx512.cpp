@@ -28,7 +28,7 @@
 
 const deqfuse::KernelTable& deqfuse::kernels_avx512() {
   using namespace avx512;
-  static const KernelTable table{"avx512", kBytes, kKernels<float>, kKernels<double>};
+  static const KernelTable table{"avx512", kBytes, plan, kKernels<float>, kKernels<double>};
   return table;
 }
 

@@ -15,6 +15,6 @@
 
 const deqfuse::KernelTable& deqfuse::kernels_base() {
   using namespace base;
-  static const KernelTable table{"base", kBytes, kKernels<float>, kKernels<double>};
+  static const KernelTable table{"base", kBytes, plan, kKernels<float>, kKernels<double>};
   return table;
 }
