@@ -141,7 +141,7 @@ torch.library.register_autograd("deqfuse::adjoint_fuse", _refuse)
 
 
 def _eager(adjoint: str) -> Callable[..., Any]:
-    """The body of an adjoint; with ``create_graph=True`` the operator, which refuses a second one."""
+    """The body of an adjoint; with ``create_graph=True`` the operator, which refuses another."""
     run: Callable[..., Any] = getattr(ops, adjoint if torch.is_grad_enabled() else f"run_{adjoint}")
     return run
 

@@ -1,9 +1,10 @@
 """Operator schemas and shape rules. torch only; the named backend is loaded when a call runs.
 
-Six operators: the forward solve and the adjoint of each block kind and of the layer. Options travel as text
-(``Option.code``), so one schema serves every solver and every backend, and ``torch.compile`` sees
-constants. The gradient rule is registered in ``autograd.py``, whose eager path calls the bodies
-(``run_*``) themselves: two trips through the dispatcher cost more than a small solve.
+Six operators: the forward solve and the adjoint of each block kind and of the layer. Options travel
+as text (``Option.code``), so one schema serves every solver and every backend, and
+``torch.compile`` sees constants. The gradient rule is registered in ``autograd.py``, whose eager
+path calls the bodies (``run_*``) themselves: two trips through the dispatcher cost more than a
+small solve.
 """
 
 from __future__ import annotations

@@ -83,7 +83,7 @@ def report_layer(
     flush()
     if on_failure == "ignore" or (outcome.device.type == "cpu" and not outcome.any()):
         return
-    blocks = [(CELLS, slice(None, -1)), (FUSE, -1)]
+    blocks: list[tuple[str, Any]] = [(CELLS, slice(None, -1)), (FUSE, -1)]
     for name, at in reversed(blocks) if backward else blocks:
         what = f"the backward solve of {name}" if backward else name
         report(what, outcome[at], residual[at], option, on_failure)

@@ -59,12 +59,11 @@ def solve(
     fuse = solve_fuse(
         x_fuse, cells.z.sum(0), params.fuse, mask, z0_fuse, len(x), num_groups, variant, solver
     )
-    return SolvedLayer(
-        fuse.z,
-        torch.cat([cells.z, fuse.z[None]]),
-        *(torch.cat([c, f[None]]) for c, f in zip(cells[1:4], fuse[1:4], strict=True)),
-        torch.cat([cells.trace, fuse.trace[:, None]], 1),
+    states, residual, nfe, outcome = (
+        torch.cat([c, f[None]]) for c, f in zip(cells[:4], fuse[:4], strict=True)
     )
+    trace = torch.cat([cells.trace, fuse.trace[:, None]], 1)
+    return SolvedLayer(fuse.z, states, residual, nfe, outcome, trace)
 
 
 def adjoint(

@@ -56,7 +56,6 @@ for _name, _schema in _SCHEMAS.items():
     torch.library.define(f"deqfuse::{_name}", _schema)
 
 
-
 def empty_solved(x: Tensor, steps: int, dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
     """Empty results of a solve whose equilibria have the shape of ``x``."""
     dtype, rows = dtype or x.dtype, x.shape[:-1]

@@ -243,11 +243,14 @@ class DEQFusion(nn.Module):
 
         def info() -> SolveInfo:
             x, states = torch.stack(xs), solved.states.detach()
-            trace = solved.trace if self.solver.trace else None
-            statistics = (solved.residual, solved.nfe, solved.outcome)
+
+            def block(at: Any) -> BlockInfo:
+                trace = solved.trace[:, at] if self.solver.trace else None
+                return BlockInfo(solved.residual[at], solved.nfe[at], solved.outcome[at], trace)
+
             return SolveInfo(
-                BlockInfo(*(t[-1] for t in statistics), None if trace is None else trace[:, -1]),
-                BlockInfo(*(t[:-1] for t in statistics), None if trace is None else trace[:, :-1]),
+                block(-1),
+                block(slice(None, -1)),
                 backend,
                 (
                     lambda: (self._cells_map(x, cells), states[:-1]),
