@@ -149,18 +149,18 @@ def _eager(adjoint: str) -> Callable[..., Any]:
 class SolveCells(torch.autograd.Function):
     """``ops.solve_cells`` in eager mode: the same rule, the parameters as arguments of their own.
 
-    The registered rule packs and unpacks the parameter list at every call, which costs more than
-    a small solve.
+    The registered rule packs and unpacks the parameter list at every call, and a separate
+    ``setup_context`` inspects the signature: either costs as much as a small solve.
     """
 
     @staticmethod
-    def forward(x: Tensor, z0: Tensor | None, options: tuple[Any, ...], *params: Tensor) -> Any:
-        return ops.run_solve_cells(x, list(params), z0, *options)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x, z0, options, *params = inputs
-        _cells_setup(ctx, (x, params, z0, *options), output)
+    def forward(
+        ctx: Any, x: Tensor, z0: Tensor | None, options: tuple[Any, ...], *params: Tensor
+    ) -> Any:
+        inputs = (x, list(params), z0, *options)
+        output = ops.run_solve_cells(*inputs)
+        _cells_setup(ctx, inputs, output)
+        return output
 
     @staticmethod
     def backward(ctx: Any, grad_z: Tensor, *_: Any) -> tuple[Any, ...]:
@@ -174,6 +174,7 @@ class SolveFuse(torch.autograd.Function):
 
     @staticmethod
     def forward(
+        ctx: Any,
         x_fuse: Tensor,
         cell_sum: Tensor,
         mask: Tensor | None,
@@ -181,12 +182,10 @@ class SolveFuse(torch.autograd.Function):
         options: tuple[Any, ...],
         *params: Tensor,
     ) -> Any:
-        return ops.run_solve_fuse(x_fuse, cell_sum, list(params), mask, z0, *options)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x_fuse, cell_sum, mask, z0, options, *params = inputs
-        _fuse_setup(ctx, (x_fuse, cell_sum, params, mask, z0, *options), output)
+        inputs = (x_fuse, cell_sum, list(params), mask, z0, *options)
+        output = ops.run_solve_fuse(*inputs)
+        _fuse_setup(ctx, inputs, output)
+        return output
 
     @staticmethod
     def backward(ctx: Any, grad_z: Tensor, *_: Any) -> tuple[Any, ...]:
@@ -200,6 +199,7 @@ class SolveLayer(torch.autograd.Function):
 
     @staticmethod
     def forward(
+        ctx: Any,
         num_modalities: int,
         mask: Tensor | None,
         z0_fuse: Tensor | None,
@@ -208,12 +208,10 @@ class SolveLayer(torch.autograd.Function):
         *tensors: Tensor,  # the injections, then the parameters
     ) -> Any:
         x, params = list(tensors[:num_modalities]), list(tensors[num_modalities:])
-        return ops.run_solve_layer(x, params, mask, z0_fuse, z0_cells, *options)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        n, mask, z0_fuse, z0_cells, options, *tensors = inputs
-        _layer_setup(ctx, (tensors[:n], tensors[n:], mask, z0_fuse, z0_cells, *options), output)
+        inputs = (x, params, mask, z0_fuse, z0_cells, *options)
+        output = ops.run_solve_layer(*inputs)
+        _layer_setup(ctx, inputs, output)
+        return output
 
     @staticmethod
     def backward(
