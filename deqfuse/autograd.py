@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from deqfuse import ops, reporting
+from deqfuse.backends.maps import CellParams
 from deqfuse.errors import DoubleBackwardError
 from deqfuse.solvers.adjoint import solve_adjoint
 from deqfuse.solvers.options import GradientOption, from_code
@@ -93,10 +94,20 @@ def _layer_gradient(
     x, params = rest[: ctx.num_modalities], rest[ctx.num_modalities :]
     num_groups, variant, solver, adjoint, backend, on_failure = ctx.options
     adjoint = _in_force(adjoint, solver)
-    if grad_z is None:  # only the cells were used
-        grad_z = torch.zeros_like(states[-1])
     # Nobody is handed the fused row of `states`, so its cotangent is zero.
     grad_cells = None if grad_states is None else grad_states[:-1]
+    if grad_z is None and grad_cells is None:
+        return [None] * len(x), [None] * len(params)
+    if grad_z is None:  # only the cells were used: the fuse step, failed or not, has no part in it
+        own = ctx.num_modalities * len(CellParams._fields)
+        run_cells = ops.adjoint_cells if run is ops.adjoint_layer else ops.run_adjoint_cells
+        dx, dcells, residual, _, outcome = run_cells(
+            grad_cells, states[:-1], torch.stack(x), params[:own],
+            num_groups, variant, adjoint, backend, want_params,
+        )  # fmt: skip
+        what = f"the backward solve of {reporting.CELLS}"
+        _report(what, outcome, residual, adjoint, on_failure)
+        return list(dx.unbind()), [*(dcells or [None] * own), *[None] * (len(params) - own)]
     dx, dparams, residual, _, outcome = run(
         grad_z, grad_cells, states, x, params, mask,
         num_groups, variant, adjoint, backend, want_params,

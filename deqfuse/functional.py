@@ -216,7 +216,9 @@ def solve_layer(
 ) -> tuple[SolvedLayer, str]:
     """Equilibria of a whole layer in one operator, and the name of the backend that ran.
 
-    For :class:`deqfuse.DEQFusion`, which has looked at the tensors already. Not for ``Unrolled()``.
+    For :class:`deqfuse.DEQFusion`, which has looked at the features already. Parameters are looked
+    at when a backend could not use them: checking dozens takes as long as a small solve. Not for
+    ``Unrolled()``.
     """
     checks.options(solver, adjoint, on_failure)
     name = _choose(x[0], num_groups, solver, adjoint, backend)
@@ -224,10 +226,17 @@ def solve_layer(
     options = (num_groups, variant, solver.code, adjoint.code, name, on_failure)
     if torch.compiler.is_compiling():
         output = ops.solve_layer(x, params, *starts, *options)
-    elif not torch.is_grad_enabled():
-        output = ops.run_solve_layer(x, params, *starts, *options)
     else:
-        output = rule.SolveLayer.apply(len(x), *starts, options, *x, *params)
+        try:
+            if torch.is_grad_enabled():
+                output = rule.SolveLayer.apply(len(x), *starts, options, *x, *params)
+            else:
+                output = ops.run_solve_layer(x, params, *starts, *options)
+        except (RuntimeError, TypeError, AttributeError):
+            cells = len(x) * len(CellParams._fields)
+            checks.parameters(params[:cells], x[0], 2, 6)
+            checks.parameters(params[cells : cells + len(FuseParams._fields)], x[0], 2, 2)
+            raise
     solved = SolvedLayer(*output)
     reporting.report_layer(solved.outcome, solved.residual, solver, on_failure)
     return solved, name

@@ -142,10 +142,6 @@ def _fake_solved(x: Tensor, solver: str) -> tuple[Tensor, ...]:
     return native.empty_solved(x, steps, compute_dtype(x.dtype))
 
 
-def _fake_grads(params: list[Tensor], want_params: bool) -> list[Tensor]:
-    return [p.new_empty(p.shape) for p in params] if want_params else []
-
-
 @torch.library.register_fake("deqfuse::solve_cells")
 def _fake_solve_cells(x, params, z0, num_groups, variant, solver, *rest):  # type: ignore[no-untyped-def]
     return _fake_solved(x, solver)
@@ -164,7 +160,7 @@ def _fake_solve_layer(x, params, mask, z0_fuse, z0_cells, num_groups, variant, s
 
 @torch.library.register_fake("deqfuse::adjoint_cells")
 def _fake_adjoint_cells(grad_z, z, x, params, *rest):  # type: ignore[no-untyped-def]
-    return x.new_empty(x.shape), _fake_grads(params, rest[-1]), *native.empty_statistics(z)
+    return x.new_empty(x.shape), native.empty_grads(params, rest[-1]), *native.empty_statistics(z)
 
 
 @torch.library.register_fake("deqfuse::adjoint_fuse")
@@ -172,7 +168,7 @@ def _fake_adjoint_fuse(grad_z, z, x_fuse, cell_sum, params, mask, *rest):  # typ
     return (
         x_fuse.new_empty(x_fuse.shape),
         cell_sum.new_empty(cell_sum.shape),
-        _fake_grads(params, rest[-1]),
+        native.empty_grads(params, rest[-1]),
         *native.empty_statistics(z),
     )
 
@@ -180,7 +176,7 @@ def _fake_adjoint_fuse(grad_z, z, x_fuse, cell_sum, params, mask, *rest):  # typ
 @torch.library.register_fake("deqfuse::adjoint_layer")
 def _fake_adjoint_layer(grad_z, grad_cells, states, x, params, mask, *rest):  # type: ignore[no-untyped-def]
     dx = [t.new_empty(t.shape) for t in x]
-    return dx, _fake_grads(params, rest[-1]), *native.empty_statistics(states)
+    return dx, native.empty_grads(params, rest[-1]), *native.empty_statistics(states)
 
 
 solve_cells = torch.ops.deqfuse.solve_cells.default

@@ -274,7 +274,7 @@ def test_build_info_and_plan():
         assert plan["rows_per_tile"] % (info["vector_bytes"] // itemsize) == 0
         assert (plan["tiles"] - 1) * plan["rows_per_tile"] < max(rows, 1)
         assert plan["tiles"] * plan["rows_per_tile"] >= rows
-        assert plan["tile_bytes"] > 2 * 5 * dim * plan["rows_per_tile"] * itemsize
+        assert plan["tile_bytes"] == (3 + 2 * 5) * dim * plan["rows_per_tile"] * itemsize
 
 
 # ---- refusals ------------------------------------------------------------------------------------

@@ -194,7 +194,8 @@ def test_source_distribution_can_build_and_test(source_copy: Path, tmp_path: Pat
     needed = {
         *("setup.py", "pyproject.toml", "constraints-dev.txt", "Makefile", "LICENSE", ".ci/run"),
         *("triton_kernels/__init__.py", "deqfuse/py.typed", "deqfuse/data/numerals.npz"),
-        *("csrc/README.md", "csrc/common/outcome.h", "csrc/cpu/kernels.inc", "csrc/cpu/ops_forward.cpp"),
+        *("csrc/README.md", "csrc/common/outcome.h", "csrc/cpu/kernels.inc"),
+        *("csrc/cpu/ops_forward.cpp", "csrc/cpu/ops_backward.cpp", "csrc/cpu/tensors.h"),
         *("tests/sanitize/run", "tests/sanitize/check_kernels.cpp"),
         *(f"tests/{test.name}" for test in (ROOT / "tests").glob("*.py")),
     }

@@ -40,6 +40,8 @@ struct RowResults {
 };
 
 // Map: the problem.
+//   tiles()                of d * R values that it needs
+//   first_is_free()        whether rows start with their first evaluation
 //   take(rows, start)      rows' injections into their lanes, and where they start: f(0) if first_is_free(), else z0
 //   operator()(z, f)       evaluate, whole tile
 //   scale(v, norm)         what the residuals of vector v are divided by, given the norms of f(z)

@@ -18,8 +18,9 @@ void anderson_row(const StepProblem<T>& p, int64_t row) {
   const int m = p.history, slot = int(p.step % m), count = int(p.step + 1 < m ? p.step + 1 : m);
   T* z = p.z + row * n;
   const T* fz = p.fz + row * n;
-  auto image = [&](int age) { return p.images + (int64_t((slot - age + m) % m) * p.rows + row) * n; };
-  auto residual_of = [&](int age) { return p.residuals + (int64_t((slot - age + m) % m) * p.rows + row) * n; };
+  auto at = [&](int age) { return (slot - age + m) % m; };  // the slot of an age
+  auto image = [&](int age) { return p.images + (int64_t(at(age)) * p.rows + row) * n; };
+  auto residual_of = [&](int age) { return p.residuals + (int64_t(at(age)) * p.rows + row) * n; };
   T *f = image(0), *g = residual_of(0);
   for (int64_t i = 0; i < n; ++i) {
     f[i] = fz[i];
@@ -27,7 +28,7 @@ void anderson_row(const StepProblem<T>& p, int64_t row) {
   }
   T* gram = p.gram + row * m * m;  // by slot
   for (int a = 0; a < count; ++a) {
-    const int other = (slot - a + m) % m;
+    const int other = at(a);
     gram[slot * m + other] = gram[other * m + slot] = dot(g, residual_of(a), n);
   }
   const T residual = std::sqrt(gram[slot * m + slot]) / (std::sqrt(dot(f, f, n)) + T(1e-5));
@@ -50,7 +51,7 @@ void anderson_row(const StepProblem<T>& p, int64_t row) {
     with_history(count, [&](auto m) {
       Vec<T> by_age[m()][m()], weights[m()];
       for (int a = 0; a < m(); ++a)
-        for (int b = 0; b <= a; ++b) by_age[a][b] = splat(gram[(slot - a + p.history) % p.history * p.history + (slot - b + p.history) % p.history]);
+        for (int b = 0; b <= a; ++b) by_age[a][b] = splat(gram[at(a) * p.history + at(b)]);
       mixing_weights<T, m()>(by_age, splat(T(m())), T(p.lam), weights);
       for (int a = 0; a < m(); ++a) alpha[a] = weights[a];
     });

@@ -127,7 +127,8 @@ void adjoint_cells(const CellAdjointProblem<T>& p, int threads, ParallelFor para
     Map map(w, p.z + first * d, p.x[i], p.g[i], d, p.groups, memory.get());
     const RowResults<T> out{shared.u(i), p.residual + first, p.nfe + first, p.outcome + first, nullptr, 0};
     solve_tile<T, NV>(p, map, begin, end, shared.u(i), out, memory.get() + map_tiles * d * R);
-    const GradientParts<T> parts = shared.parts(i, t % shared.tiles());
+    GradientParts<T> parts;
+    if (p.dparams) parts = shared.parts(i, t % shared.tiles());
     map.finish(shared.u(i), lane_rows<R>(begin, int(end - begin)), p.dx[i], p.dparams ? &parts : nullptr);
   });
   shared.parameter_gradients(T(1), threads, parallel);
@@ -149,7 +150,8 @@ void adjoint_fuse(const FuseAdjointProblem<T>& p, int threads, ParallelFor paral
     Map map(w, p.z, p.x, p.cell_sum, p.mask, p.g, d, p.groups, memory.get());
     const RowResults<T> out{shared.u(0), p.residual, p.nfe, p.outcome, nullptr, 0};
     solve_tile<T, NV>(p, map, begin, end, shared.u(0), out, memory.get() + map_tiles * d * R);
-    const GradientParts<T> parts = shared.parts(0, t);
+    GradientParts<T> parts;
+    if (p.dparams) parts = shared.parts(0, t);
     map.finish(shared.u(0), lane_rows<R>(begin, int(end - begin)), p.dx, p.dcell_sum, p.dparams ? &parts : nullptr);
   });
   shared.parameter_gradients(T(p.modalities), threads, parallel);
@@ -180,8 +182,7 @@ void adjoint_layer(const LayerAdjointProblem<T>& p, int threads, ParallelFor par
   adjoint_cells<T, NV>(c, threads, parallel);
 
   // x_i also reaches the fuse step, through its injection. `sums`: per row the terms of dweights, and of dbias.
-  Scratch<T> sums(p.dweights ? rows * (n + 1) : 0), ones(d);
-  for (int64_t k = 0; k < d; ++k) ones.get()[k] = T(1);
+  Scratch<T> sums(p.dweights ? rows * (n + 1) : 0);
   for_rows(rows, threads, parallel, [&](int64_t r) {
     const T* from = dx_fuse.get() + r * d;
     for (int64_t i = 0; i < n; ++i) {
@@ -189,7 +190,9 @@ void adjoint_layer(const LayerAdjointProblem<T>& p, int threads, ParallelFor par
       for (int64_t k = 0; k < d; ++k) to[k] += p.weights[i] * from[k];
       if (p.dweights) sums.get()[r * (n + 1) + i] = dot(c.x[i] + r * d, from, d);
     }
-    if (p.dbias) sums.get()[r * (n + 1) + n] = dot(ones.get(), from, d);
+    if (p.dbias == nullptr) return;
+    T& sum = sums.get()[r * (n + 1) + n] = T(0);
+    for (int64_t k = 0; k < d; ++k) sum += from[k];
   });
   for (int64_t i = 0; i <= n; ++i) {
     T* out = i < n && p.dweights ? p.dweights + i : i == n ? p.dbias : nullptr;

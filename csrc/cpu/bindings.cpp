@@ -1,4 +1,4 @@
-// The Python module: what is not a tensor. Importing it also registers the operators (ops.cpp).
+// The Python module: what is not a tensor. Importing it also registers the operators (ops_*.cpp).
 #include <pybind11/pybind11.h>
 
 #include <stdexcept>

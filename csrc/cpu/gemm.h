@@ -91,8 +91,8 @@ void product(const Matrix& a, const T* __restrict z, const T* __restrict bias, c
   }
 }
 
-// A transposed. A small matrix is walked where it lies: a block of A^T is JR neighbours in each row of A. In a large one
-// these are a page apart, so it is copied into blocks, padded with zeros.
+// A transposed. A small matrix is walked where it lies: a block of A^T is JR neighbours in each row of A. In a large
+// one these are a page apart, so it is copied into blocks, padded with zeros.
 template <class T, int JR>
 struct Transposed {
   static bool in_place(int64_t d) { return d <= 128 && d % JR == 0; }
@@ -113,8 +113,9 @@ struct Transposed {
   }
 };
 
-// The rows of a batch, `width` features per panel: element (row, i) at p[(i / width) * rows * width + row * width + i % width].
-// A product over the rows then reads both its factors from front to back.
+// The rows of a batch, `width` features per panel: element (row, i) at
+// p[(i / width) * rows * width + row * width + i % width]. A product over the rows then reads both its factors from
+// front to back.
 template <class T>
 struct Panels {
   T* p;

@@ -95,7 +95,8 @@ void rows_to_lanes(const T* matrix, const LaneRows<NV * kLanes<T>>& rows, T* til
   }
 }
 
-// write(lane, i, values, count): `count` features from i on of every lane that has a row; tile - minus where that is given.
+// write(lane, i, values, count): `count` features from i on of every lane that has a row; tile - minus where that is
+// given.
 template <class T, int NV, class Write>
 DEQFUSE_INLINE void for_rows_of_lanes(const T* tile, const T* minus, const LaneRows<NV * kLanes<T>>& rows, int64_t d,
                                       Write write) {

@@ -17,7 +17,8 @@ struct CellWeights {
   bool skip;
 };
 
-// CellWeights::at_zero, by the code of every other row: a tile of one vector, all its lanes alike. `memory`: 2 such tiles.
+// CellWeights::at_zero, by the code of every other row: a tile of one vector, all its lanes alike. `memory`: 2 such
+// tiles.
 template <class T>
 void cell_at_zero(const CellWeights<T>& w, int64_t d, int64_t groups, T* memory, T* out) {
   constexpr int W = kLanes<T>;

@@ -21,6 +21,9 @@ CellGradients adjoint_cells(Tensor g, Tensor z, Tensor x, Tensors params, bool w
                             int64_t mode, double tol, int64_t max_iter, int64_t history, double beta, double lam) {
   const int64_t n = z.size(0), rows = z.size(1), d = z.size(2);
   const ScalarType dtype = z.scalar_type();
+  const Options options{tol, max_iter, history, beta, lam};
+  options.expect();
+  expect_sizes(dtype, d, groups);
   expect(g, n * rows * d, dtype, "grad_z");
   expect(x, n * rows * d, dtype, "x");
   expect_params(params, 0, n, 10, d, dtype);
@@ -33,7 +36,7 @@ CellGradients adjoint_cells(Tensor g, Tensor z, Tensor x, Tensors params, bool w
     const auto out = pointers<T>(dparams), to = slices<T>(data<T>(dx), n, rows * d);
     const auto from = slices<const T>(data<T>(x), n, rows * d), cotangent = slices<const T>(data<T>(g), n, rows * d);
     CellAdjointProblem<T> p{};
-    point_adjoint(p, n, rows, d, groups, mode, {tol, max_iter, history, beta, lam});
+    point_adjoint(p, n, rows, d, groups, mode, options);
     statistics.point<T>(p);
     p.skip = skip;
     p.z = data<T>(z);
@@ -54,6 +57,9 @@ FuseGradients adjoint_fuse(Tensor g, Tensor z, Tensor x, Tensor cell_sum, Tensor
                            double tol, int64_t max_iter, int64_t history, double beta, double lam) {
   const int64_t rows = z.size(0), d = z.size(1);
   const ScalarType dtype = z.scalar_type();
+  const Options options{tol, max_iter, history, beta, lam};
+  options.expect();
+  expect_sizes(dtype, d, groups);
   expect(g, rows * d, dtype, "grad_z");
   expect(x, rows * d, dtype, "x_fuse");
   expect(cell_sum, rows * d, dtype, "cell_sum");
@@ -67,7 +73,7 @@ FuseGradients adjoint_fuse(Tensor g, Tensor z, Tensor x, Tensor cell_sum, Tensor
     const auto in = pointers<const T>(params);
     const auto out = pointers<T>(dparams);
     FuseAdjointProblem<T> p{};
-    point_adjoint(p, modalities, rows, d, groups, mode, {tol, max_iter, history, beta, lam});
+    point_adjoint(p, modalities, rows, d, groups, mode, options);
     statistics.point<T>(p);
     p.relu_last = relu_last;
     p.z = data<T>(z);
@@ -94,22 +100,21 @@ LayerGradients adjoint_layer(Tensor grad_z, std::optional<Tensor> grad_cells, Te
   const int64_t n = int64_t(x.size()), rows = states.size(1), d = states.size(2), weights = 10 * n + 6;
   const ScalarType dtype = states.scalar_type();
   const bool biased = int64_t(params.size()) > weights + 1;
+  const Options options{tol, max_iter, history, beta, lam};
+  options.expect();
+  expect_sizes(dtype, d, groups);
   expect(states, (n + 1) * rows * d, dtype, "states");
   expect(grad_z, rows * d, dtype, "grad_z");
   expect(grad_cells, n * rows * d, dtype, "grad_cells");
   for (const Tensor& t : x) expect(t, rows * d, dtype, "x");
   expect(mask, rows * d, dtype, "mask");
-  expect_params(params, 0, n, 10, d, dtype);
-  expect_params(params, 10 * n, 1, 6, d, dtype);
-  expect(params[weights], n, dtype, "modality_weights");
-  if (biased) expect(params[weights + 1], 1, dtype, "injection_bias");
+  expect_layer_params(params, n, d, dtype);
   const Statistics statistics({n + 1, rows}, dtype);
   const Tensors dx = empty_like(x), dparams = want_params ? empty_like(params) : Tensors();
   by_dtype(states, [&](const auto& table, auto zero) {
     using T = decltype(zero);
     const auto in = pointers<const T>(params), from = pointers<const T>(x);
     const auto out = pointers<T>(dparams), to = pointers<T>(dx);
-    const Options options{tol, max_iter, history, beta, lam};
     LayerAdjointProblem<T> p{};
     p.rows = rows;
     p.weights = in[weights];

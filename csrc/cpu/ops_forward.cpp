@@ -31,6 +31,9 @@ Solved solve_cells(Tensor x, Tensors params, std::optional<Tensor> z0, int64_t g
                    int64_t max_iter, int64_t history, double beta, double lam, int64_t steps) {
   const int64_t n = x.size(0), rows = x.size(1), d = x.size(2);
   const ScalarType dtype = x.scalar_type();
+  const Options options{tol, max_iter, history, beta, lam};
+  options.expect(steps);
+  expect_sizes(dtype, d, groups);
   expect(x, n * rows * d, dtype, "x");
   expect(z0, n * rows * d, dtype, "z0");
   expect_params(params, 0, n, 10, d, dtype);
@@ -41,7 +44,7 @@ Solved solve_cells(Tensor x, Tensors params, std::optional<Tensor> z0, int64_t g
     const auto in = pointers<const T>(params), from = slices<const T>(data<T>(x), n, rows * d);
     CellProblem<T> p{};
     point_size<T>(p, n, rows, d, groups);
-    Options{tol, max_iter, history, beta, lam}.point(p);
+    options.point(p);
     statistics.point<T>(p);
     p.skip = skip;
     p.x = from.data();
@@ -60,6 +63,9 @@ Solved solve_fuse(Tensor x, Tensor cell_sum, Tensors params, std::optional<Tenso
                   double beta, double lam, int64_t steps) {
   const int64_t rows = x.size(0), d = x.size(1);
   const ScalarType dtype = x.scalar_type();
+  const Options options{tol, max_iter, history, beta, lam};
+  options.expect(steps);
+  expect_sizes(dtype, d, groups);
   expect(x, rows * d, dtype, "x_fuse");
   expect(cell_sum, rows * d, dtype, "cell_sum");
   expect(mask, rows * d, dtype, "mask");
@@ -72,7 +78,7 @@ Solved solve_fuse(Tensor x, Tensor cell_sum, Tensors params, std::optional<Tenso
     const auto in = pointers<const T>(params);
     FuseProblem<T> p{};
     point_size<T>(p, modalities, rows, d, groups);
-    Options{tol, max_iter, history, beta, lam}.point(p);
+    options.point(p);
     statistics.point<T>(p);
     p.relu_last = relu_last;
     p.x = data<T>(x);
@@ -93,24 +99,24 @@ Solved solve_fuse(Tensor x, Tensor cell_sum, Tensors params, std::optional<Tenso
 SolvedLayer solve_layer(Tensors x, Tensors params, std::optional<Tensor> mask, std::optional<Tensor> z0_fuse,
                         std::optional<Tensor> z0_cells, int64_t groups, bool skip, bool relu_last, double tol,
                         int64_t max_iter, int64_t history, double beta, double lam, int64_t steps) {
+  STD_TORCH_CHECK(!x.empty(), "deqfuse: x: expected at least one tensor");
   const int64_t n = int64_t(x.size()), rows = x[0].size(0), d = x[0].size(1), weights = 10 * n + 6;
   const ScalarType dtype = x[0].scalar_type();
   const bool biased = int64_t(params.size()) > weights + 1;
+  const Options options{tol, max_iter, history, beta, lam};
+  options.expect(steps);
+  expect_sizes(dtype, d, groups);
   for (const Tensor& t : x) expect(t, rows * d, dtype, "x");
   expect(mask, rows * d, dtype, "mask");
   expect(z0_fuse, rows * d, dtype, "z0_fuse");
   expect(z0_cells, n * rows * d, dtype, "z0_cells");
-  expect_params(params, 0, n, 10, d, dtype);
-  expect_params(params, 10 * n, 1, 6, d, dtype);
-  expect(params[weights], n, dtype, "modality_weights");
-  if (biased) expect(params[weights + 1], 1, dtype, "injection_bias");
+  expect_layer_params(params, n, d, dtype);
   const Statistics statistics({n + 1, rows}, dtype);
   const Tensor z = empty({rows, d}, dtype), states = empty({n + 1, rows, d}, dtype);
   const Tensor trace = empty_trace({n + 1, rows}, steps, dtype);
   by_dtype(x[0], [&](const auto& table, auto zero) {
     using T = decltype(zero);
     const auto in = pointers<const T>(params), from = pointers<const T>(x);
-    const Options options{tol, max_iter, history, beta, lam};
     LayerProblem<T> p{};
     p.rows = rows;
     p.weights = in[weights];
@@ -144,13 +150,26 @@ SolvedLayer solve_layer(Tensors x, Tensors params, std::optional<Tensor> mask, s
 bool anderson_step(Tensor fz, Tensor z, Tensor best, Tensor images, Tensor residuals, Tensor gram, Tensor best_residual,
                    Tensor nfe, Tensor best_at, Tensor outcome, Tensor active, Tensor trace, int64_t step, double tol,
                    int64_t max_iter, double beta, double lam) {
-  const int64_t rows = z.size(0);
+  const int64_t rows = z.size(0), n = z.size(1), m = images.size(0), state = rows * n;
+  const ScalarType dtype = z.scalar_type();
+  const Options options{tol, max_iter, m, beta, lam};
+  options.expect(trace.size(0));
+  expect_sizes(dtype, 1, 1);
+  STD_TORCH_CHECK(m > 0 && step >= 0, "deqfuse: expected a history and step >= 0");
+  for (const Tensor* t : {&fz, &z, &best}) expect(*t, state, dtype, "fz, z, best");
+  for (const Tensor* t : {&images, &residuals}) expect(*t, m * state, dtype, "images, residuals");
+  expect(gram, rows * m * m, dtype, "gram");
+  expect(best_residual, rows, dtype, "best_residual");
+  expect(trace, trace.size(0) * rows, dtype, "trace");
+  for (const Tensor* t : {&nfe, &best_at}) expect(*t, rows, ScalarType::Int, "nfe, best_at");
+  expect(outcome, rows, ScalarType::Char, "outcome");
+  expect(active, rows, ScalarType::Bool, "active");
   by_dtype(z, [&](const auto& table, auto zero) {
     using T = decltype(zero);
     StepProblem<T> p{};
-    Options{tol, max_iter, images.size(0), beta, lam}.point(p);
+    options.point(p);
     p.rows = rows;
-    p.n = z.size(1);
+    p.n = n;
     p.step = step;
     p.fz = data<T>(fz);
     p.z = data<T>(z);

@@ -1,4 +1,5 @@
-// Arithmetic along the features of each sample of a tile: GroupNorm forward and backward.
+// Arithmetic along the features of each sample of a tile: GroupNorm forward and backward, dots; sums over
+// the rows of a tile.
 #pragma once
 
 #include <cmath>

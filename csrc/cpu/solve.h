@@ -20,7 +20,8 @@ void solve_cells(const CellProblem<T>& p, int threads, ParallelFor parallel) {
   Scratch<T> at_zero(p.modalities * d);
   auto cell = [&](int64_t i) {
     const T* const* q = p.params + 10 * i;
-    return CellWeights<T>{{q[0]}, {q[2]}, q[1], q[3], q[4], q[5], q[6], q[7], q[8], q[9], at_zero.get() + i * d, p.skip};
+    const T* zero = at_zero.get() + i * d;
+    return CellWeights<T>{{q[0]}, {q[2]}, q[1], q[3], q[4], q[5], q[6], q[7], q[8], q[9], zero, p.skip};
   };
   if (p.z0 == nullptr)
     run_tasks(p.modalities, threads, parallel, [&](int64_t i) {

@@ -16,6 +16,7 @@ class Scratch {
   }
   ~Scratch() { std::free(p_); }
   Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
   T* get() const { return p_; }
 
  private:

@@ -76,11 +76,31 @@ inline void expect(const std::optional<Tensor>& t, int64_t count, ScalarType dty
   if (t.has_value()) expect(*t, count, dtype, name);
 }
 // Matrices and their biases first, then vectors; `blocks` times.
-inline void expect_params(const Tensors& params, int64_t begin, int64_t blocks, int64_t size, int64_t d, ScalarType dtype) {
+inline void expect_params(const Tensors& params, int64_t begin, int64_t blocks, int64_t size, int64_t d,
+                          ScalarType dtype) {
   STD_TORCH_CHECK(int64_t(params.size()) >= begin + blocks * size, "deqfuse: params: expected ", begin + blocks * size,
                   " tensors, got ", params.size());
-  for (int64_t i = 0; i < blocks * size; ++i)
-    expect(params[begin + i], i % size == 0 || i % size == 2 ? d * d : d, dtype, "params");
+  for (int64_t i = 0; i < blocks * size; ++i) {
+    const Tensor& t = params[begin + i];
+    const bool matrix = i % size == 0 || i % size == 2;
+    expect(t, matrix ? d * d : d, dtype, "params");
+    STD_TORCH_CHECK(t.dim() == (matrix ? 2 : 1) && t.size(0) == d, "deqfuse: params: expected shape (d, d) or (d,)");
+  }
+}
+// All parameters of a layer: the cells', the fuse step's, modality_weights and, if there is one, injection_bias.
+inline void expect_layer_params(const Tensors& params, int64_t n, int64_t d, ScalarType dtype) {
+  const int64_t count = int64_t(params.size()), weights = 10 * n + 6;
+  STD_TORCH_CHECK(count == weights + 1 || count == weights + 2, "deqfuse: params: expected ", weights + 1, " or ",
+                  weights + 2, " tensors, got ", count);
+  expect_params(params, 0, n, 10, d, dtype);
+  expect_params(params, 10 * n, 1, 6, d, dtype);
+  expect(params[weights], n, dtype, "modality_weights");
+  if (count > weights + 1) expect(params[weights + 1], 1, dtype, "injection_bias");
+}
+inline void expect_sizes(ScalarType dtype, int64_t d, int64_t groups) {
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double, "deqfuse: expected float32 or float64");
+  STD_TORCH_CHECK(d > 0 && groups > 0 && d % groups == 0, "deqfuse: num_groups: expected a divisor of ", d, ", got ",
+                  groups);
 }
 
 template <class F>
@@ -94,10 +114,17 @@ struct Options {
   double tol;
   int64_t max_iter, history;
   double beta, lam;
+
+  // `steps`: how many a trace can hold; 0: there is none.
+  void expect(int64_t steps = 0) const {
+    STD_TORCH_CHECK(history >= 0 && history <= 8, "deqfuse: history: expected 0 to 8, got ", history);
+    STD_TORCH_CHECK(max_iter >= 0 && (steps == 0 || steps >= max_iter),
+                    "deqfuse: max_iter: expected at least 0 and at most the length of the trace, got ", max_iter);
+  }
   template <class P>
   void point(P& p) const {
     p.tol = tol;
-    p.max_iter = int(max_iter);
+    p.max_iter = int(std::min<int64_t>(max_iter, std::numeric_limits<int32_t>::max()));
     p.history = int(history);
     p.beta = beta;
     p.lam = lam;

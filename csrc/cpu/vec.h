@@ -93,6 +93,7 @@ template <class V>
 DEQFUSE_INLINE V relu(V x) {
   return x < V{} ? V{} : x;
 }
+// Keeps a NaN in `a`, not one in `b`.
 template <class V>
 DEQFUSE_INLINE V maximum(V a, V b) {
   return a < b ? b : a;

@@ -25,7 +25,7 @@ from deqfuse.solvers.options import (
 from deqfuse.solvers.rows import Solution
 from deqfuse.solvers.solve import rescue
 
-MAX_HISTORY = 8  # csrc/cpu/anderson.h
+MAX_HISTORY = 8  # csrc/cpu/mixing.h
 ADJOINT_HISTORY = 6
 ADJOINT_SOLVERS = ("auto", "anderson", "neumann")
 

@@ -98,4 +98,5 @@ def adjoint(
         if params.bias is not None:
             grads.append(dx_fuse.sum().to(params.bias.dtype))
     both = (torch.cat([c, f[None]]) for c, f in zip(cells, fuse, strict=True))
-    return [d.to(t.dtype) for d, t in zip(dx, x, strict=True)], grads, Statistics(*both)
+    own = [d.to(t.dtype, copy=True) for d, t in zip(dx, x, strict=True)]  # results do not alias
+    return own, grads, Statistics(*both)

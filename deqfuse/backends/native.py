@@ -86,7 +86,8 @@ def _fake_solve_layer(x: Sequence[Tensor], *rest: Any) -> tuple[Tensor, ...]:
     return x[0].new_empty(x[0].shape), *empty_solved(empty_states(x), rest[-1])
 
 
-def _grads(params: Sequence[Tensor], want: bool) -> list[Tensor]:
+def empty_grads(params: Sequence[Tensor], want: bool) -> list[Tensor]:
+    """Empty gradients of parameters, or none."""
     return [p.new_empty(p.shape) for p in params] if want else []
 
 
@@ -98,19 +99,19 @@ torch.library.register_fake("deqfuse::cpu_solve_layer")(_fake_solve_layer)
 
 @torch.library.register_fake("deqfuse::cpu_adjoint_cells")
 def _fake_adjoint_cells(grad_z, z, x, params, want, *rest):  # type: ignore[no-untyped-def]
-    return z.new_empty(z.shape), _grads(params, want), *empty_statistics(z)
+    return z.new_empty(z.shape), empty_grads(params, want), *empty_statistics(z)
 
 
 @torch.library.register_fake("deqfuse::cpu_adjoint_fuse")
 def _fake_adjoint_fuse(grad_z, z, x_fuse, cell_sum, params, want, *rest):  # type: ignore[no-untyped-def]
     dx, dcell_sum = z.new_empty(z.shape), z.new_empty(z.shape)
-    return dx, dcell_sum, _grads(params, want), *empty_statistics(z)
+    return dx, dcell_sum, empty_grads(params, want), *empty_statistics(z)
 
 
 @torch.library.register_fake("deqfuse::cpu_adjoint_layer")
 def _fake_adjoint_layer(grad_z, grad_cells, states, x, params, want, *rest):  # type: ignore[no-untyped-def]
     dx = [t.new_empty(t.shape) for t in x]
-    return dx, _grads(params, want), *empty_statistics(states)
+    return dx, empty_grads(params, want), *empty_statistics(states)
 
 
 module: ModuleType | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
@@ -201,6 +202,9 @@ class DEQFusion(nn.Module):
         if self.projections is not None:
             features = [p(f) for p, f in zip(self.projections, features, strict=True)]
         xs = [f if f.dim() == 2 else f.reshape(-1, self.dim) for f in features]
+        if any(x.dtype != xs[0].dtype for x in xs):  # under autocast
+            dtype = functools.reduce(torch.promote_types, (x.dtype for x in xs))
+            xs = [x.to(dtype) for x in xs]
         if self.injection_norm:
             xs = [F.layer_norm(x, (self.dim,)) for x in xs]
         return xs, lead
@@ -233,9 +237,8 @@ class DEQFusion(nn.Module):
     ) -> _Found:
         cells = self._cell_parameters()
         fuse = self.combine.flat()  # type: ignore[union-attr]
-        params = [*cells, *fuse, self.modality_weights]
-        if self.injection_bias is not None:
-            params.append(self.injection_bias)
+        weights, bias = self.modality_weights, self.injection_bias
+        params = [*cells, *fuse, weights] if bias is None else [*cells, *fuse, weights, bias]
         mask = self._mask(xs[0])
         solved, backend = functional.solve_layer(
             xs, params, mask, start_fuse, start_cells, **self._options()
@@ -254,8 +257,10 @@ class DEQFusion(nn.Module):
                 backend,
                 (
                     lambda: (self._cells_map(x, cells), states[:-1]),
-                    lambda: (
-                        self._fuse_map(self._x_fuse(x), states[:-1].sum(0), fuse, mask),
+                    lambda: (  # with the tensors of this call: functional_call lends its own
+                        self._fuse_map(
+                            fuse_injection(x, weights, bias), states[:-1].sum(0), fuse, mask
+                        ),
                         states[-1],
                     ),
                 ),
