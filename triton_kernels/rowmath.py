@@ -1,0 +1,230 @@
+"""What the kernels share: tile columns, products, GroupNorm and its Jacobian. No kernels here.
+
+Compile-time names: ``D`` features, ``C`` channels per group, ``C2`` their columns, ``GT`` groups in
+the tile, ``BM`` rows, ``T`` the compute type. Columns beyond a group's channels are masked wherever
+they would count; weights and affine parameters read as 0 there. Tensors of 16 bits are cast right
+after the load: the interpreter computes with the bits of a bfloat16 otherwise.
+"""
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from deqfuse.triton_kernels.tiles import Tile
+
+EPS = tl.constexpr(1e-5)  # GroupNorm's
+
+TYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
+
+
+def precision(dtype: torch.dtype) -> str:
+    """Of float32 products: torch's own switch decides between TF32 and IEEE arithmetic."""
+    if dtype != torch.float64 and torch.backends.cuda.matmul.allow_tf32:
+        return "tf32"
+    return "ieee"
+
+
+def constants(dim: int, num_groups: int, dtype: torch.dtype, tile: Tile) -> dict[str, Any]:
+    """What every kernel is compiled for."""
+    return {
+        "D": dim,
+        "C": dim // num_groups,
+        "GT": tile.groups,
+        "C2": tile.padded,
+        "BM": tile.rows,
+        "BK": tile.inner,
+        "T": TYPES[dtype],
+        "PREC": precision(dtype),
+        "num_warps": tile.warps,
+        "num_stages": tile.stages,
+    }
+
+
+@triton.jit
+def relu(y):
+    """Unlike the default maximum, NaN stays NaN."""
+    return tl.maximum(y, 0.0, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def tile_columns(first_group, D: tl.constexpr, C: tl.constexpr, GT: tl.constexpr, C2: tl.constexpr):
+    """Feature of each column of a tile that starts at ``first_group``; whether there is one."""
+    j = tl.arange(0, GT * C2)
+    if C == C2:
+        cols = first_group * C + j
+        real = cols < D
+    else:
+        k = j % C2
+        cols = (first_group + j // C2) * C + k
+        real = (k < C) & (cols < D)
+    return cols, real
+
+
+@triton.jit
+def tile_rows(tile, rows, BM: tl.constexpr):
+    """Rows of a tile as int64 (offsets of large batches exceed 31 bits); which of them exist."""
+    r = tile.to(tl.int64) * BM + tl.arange(0, BM)
+    return r, r < rows
+
+
+@triton.jit
+def load_tile(ptr, row_offset, real_row, cols, real, D: tl.constexpr, T: tl.constexpr):
+    """(BM, columns) of a row-major (rows, D) tensor, zeros where there is nothing."""
+    at = ptr + row_offset[:, None] * D + cols[None, :]
+    return tl.load(at, mask=real_row[:, None] & real[None, :], other=0.0).to(T)
+
+
+@triton.jit
+def store_tile(ptr, row_offset, real_row, cols, real, value, D: tl.constexpr):
+    at = ptr + row_offset[:, None] * D + cols[None, :]
+    tl.store(at, value, mask=real_row[:, None] & real[None, :])
+
+
+@triton.jit
+def load_vector(ptr, cols, real, T: tl.constexpr):
+    """(1, columns) of a parameter."""
+    return tl.load(ptr + cols, mask=real, other=0.0).to(T)[None, :]
+
+
+@triton.jit
+def load_square(ptr, cols, real, D: tl.constexpr, T: tl.constexpr):
+    """A whole weight transposed, (inputs, outputs), both in the order of a tile's columns."""
+    at = ptr + cols[None, :] * D + cols[:, None]
+    return tl.load(at, mask=real[:, None] & real[None, :], other=0.0).to(T)
+
+
+@triton.jit
+def store_groups(
+    ptr,
+    row_offset,
+    real_row,
+    first_group,
+    value,
+    D: tl.constexpr,
+    C: tl.constexpr,
+    GT: tl.constexpr,
+):
+    """(BM, GT) of a row-major (rows, D / C) tensor."""
+    g = first_group + tl.arange(0, GT)
+    at = ptr + row_offset[:, None] * (D // C) + g[None, :]
+    tl.store(at, value, mask=real_row[:, None] & (g < D // C)[None, :])
+
+
+@triton.jit
+def load_groups(
+    ptr,
+    row_offset,
+    real_row,
+    first_group,
+    D: tl.constexpr,
+    C: tl.constexpr,
+    GT: tl.constexpr,
+    T: tl.constexpr,
+):
+    g = first_group + tl.arange(0, GT)
+    at = ptr + row_offset[:, None] * (D // C) + g[None, :]
+    return tl.load(at, mask=real_row[:, None] & (g < D // C)[None, :], other=0.0).to(T)
+
+
+@triton.jit
+def store_sum(ptr, terms, cols, real):
+    """The sum over a tile's rows."""
+    tl.store(ptr + cols, tl.sum(terms, 0), mask=real)
+
+
+@triton.jit
+def dot(a, b, T: tl.constexpr, PREC: tl.constexpr):
+    return tl.dot(a, b, input_precision=PREC, out_dtype=T)
+
+
+@triton.jit
+def product(
+    a_ptr,
+    row_offset,
+    real_row,
+    w_ptr,
+    cols,
+    real,
+    TRANSPOSE: tl.constexpr,
+    D: tl.constexpr,
+    BM: tl.constexpr,
+    N: tl.constexpr,
+    BK: tl.constexpr,
+    T: tl.constexpr,
+    PREC: tl.constexpr,
+):
+    """Columns ``cols`` of ``a W^T`` (``TRANSPOSE``) or ``a W``, the inner dimension in blocks."""
+    total = tl.zeros((BM, N), T)
+    for k0 in range(0, D, BK):
+        k = k0 + tl.arange(0, BK)
+        inside = k < D
+        a = load_tile(a_ptr, row_offset, real_row, k, inside, D, T)
+        at = k[:, None] + cols[None, :] * D if TRANSPOSE else k[:, None] * D + cols[None, :]
+        w = tl.load(w_ptr + at, mask=inside[:, None] & real[None, :], other=0.0).to(T)
+        total = tl.dot(a, w, total, input_precision=PREC, out_dtype=T)
+    return total
+
+
+@triton.jit
+def normalize(
+    y,
+    real,
+    C: tl.constexpr,
+    GT: tl.constexpr,
+    C2: tl.constexpr,
+    BM: tl.constexpr,
+):
+    """``x_hat`` (BM, GT * C2) and ``rstd`` (BM, GT). Two passes, so that no digits cancel."""
+    y = tl.reshape(y, (BM, GT, C2))
+    centred = y - (tl.sum(y, 2) * (1.0 / C))[:, :, None]
+    if C != C2:
+        centred = tl.where(tl.reshape(real, (1, GT, C2)), centred, 0.0)
+    rstd = tl.rsqrt(tl.sum(centred * centred, 2) * (1.0 / C) + EPS)
+    return tl.reshape(centred * rstd[:, :, None], (BM, GT * C2)), rstd
+
+
+@triton.jit
+def group_norm(
+    y,
+    gamma,
+    beta,
+    real,
+    C: tl.constexpr,
+    GT: tl.constexpr,
+    C2: tl.constexpr,
+    BM: tl.constexpr,
+):
+    x_hat, _ = normalize(y, real, C, GT, C2, BM)
+    return x_hat * gamma + beta
+
+
+@triton.jit
+def symmetric(
+    t,
+    x_hat,
+    rstd,
+    C: tl.constexpr,
+    GT: tl.constexpr,
+    C2: tl.constexpr,
+    BM: tl.constexpr,
+):
+    """``rstd (t - mean(t) - x_hat mean(t x_hat))`` per group: GroupNorm's Jacobian less gamma.
+
+    ``t`` must be 0 in columns without a feature; the result is not.
+    """
+    t = tl.reshape(t, (BM, GT, C2))
+    x = tl.reshape(x_hat, (BM, GT, C2))
+    mean = tl.sum(t, 2) * (1.0 / C)
+    along = tl.sum(t * x, 2) * (1.0 / C)
+    out = rstd[:, :, None] * (t - mean[:, :, None] - x * along[:, :, None])
+    return tl.reshape(out, (BM, GT * C2))
+
+
+@triton.jit
+def any_active(active_ptr, row_offset, real_row):
+    """Whether the solver still wants any row of the tile."""
+    flags = tl.load(active_ptr + row_offset, mask=real_row, other=0).to(tl.int32)
+    return tl.max(flags, 0) != 0

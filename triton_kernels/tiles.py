@@ -1,0 +1,96 @@
+"""How a problem is cut into tiles: tables, no kernels. Nothing here depends on the batch.
+
+A tile is a few rows by whole groups of features, so that GroupNorm never leaves it. Triton's blocks
+are powers of two: each group is padded to one in registers (75 channels take 128 columns), never in
+memory, and the products' inner dimension is not padded beyond a block.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+FUSED_WIDTH = 128  # widest tile, in columns, that holds all features of a row and two weights
+MAX_HISTORY = 5  # residuals that the whole-solve kernel keeps in registers
+MAX_STEP_HISTORY = 8  # and that the Anderson step combines
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two >= n."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Features as tile columns: ``groups`` groups of ``width`` channels, padded to ``padded``."""
+
+    groups: int
+    width: int
+
+    @property
+    def padded(self) -> int:
+        return power_of_two(self.width)
+
+    @property
+    def whole(self) -> int:
+        """Columns of a tile that holds every group; at least 16, which tensor cores ask for."""
+        return max(power_of_two(self.groups) * self.padded, 16)
+
+
+def columns(dim: int, num_groups: int) -> Columns:
+    return Columns(num_groups, dim // num_groups)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One program's share: ``rows`` rows by ``groups`` groups, inner dimension in blocks."""
+
+    rows: int
+    groups: int
+    padded: int  # columns of a group
+    inner: int
+    warps: int
+    stages: int
+
+    @property
+    def columns(self) -> int:
+        return self.groups * self.padded
+
+
+def whole_tile(cols: Columns, dtype: torch.dtype) -> Tile:
+    """All features of a row in one program, so that a step is one launch."""
+    warps = 8 if cols.whole > 32 else 4
+    return Tile(16, cols.whole // cols.padded, cols.padded, 32, warps, 2)
+
+
+def product_tile(cols: Columns, dtype: torch.dtype) -> Tile:
+    """Whole groups side by side up to 128 columns (64 in float64), or one wider group."""
+    double = dtype == torch.float64
+    groups = min(power_of_two(cols.groups), max((64 if double else 128) // cols.padded, 1))
+    groups = max(groups, -(-16 // cols.padded))
+    width = groups * cols.padded
+    rows = 32 if width <= 128 and not double else 16
+    # The weights' blocks in flight stay below 100 KB of shared memory.
+    inner = 32 if width * (2 if double else 1) <= 256 else 16
+    stages = 3 if width * (2 if double else 1) <= 512 else 2
+    warps = 4 if width <= 64 else 8 if width <= 512 else 16
+    return Tile(rows, groups, cols.padded, inner, warps, stages)
+
+
+def fits_whole(dim: int, num_groups: int) -> bool:
+    """Whether a program takes whole rows, or one launch per product is better."""
+    return columns(dim, num_groups).whole <= FUSED_WIDTH
+
+
+def step_tile(dim: int, num_groups: int, dtype: torch.dtype) -> Tile:
+    """The tile of a step kernel."""
+    cols = columns(dim, num_groups)
+    return (whole_tile if fits_whole(dim, num_groups) else product_tile)(cols, dtype)
+
+
+def stages_of(count: int, dim: int, num_groups: int) -> list[tuple[int, int]]:
+    """First and last stage of each launch of a kernel with ``count`` stages."""
+    if fits_whole(dim, num_groups):
+        return [(1, count)]
+    return [(stage, stage) for stage in range(1, count + 1)]
