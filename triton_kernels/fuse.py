@@ -273,7 +273,7 @@ def purify_combine_vjp(
     relu_last: bool,
     want_params: bool = True,
 ) -> FuseGradients:
-    """Cotangents of one step: one launch, or four, after the gate's input; the weights' products."""
+    """Cotangents of one step: one launch, or four, and torch's products for the weights."""
     rows, d = z.shape
     wa, ba, wf, bf, gamma, beta = params
     tile = step_tile(d, num_groups, z.dtype)

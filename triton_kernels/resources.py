@@ -2,12 +2,16 @@
 
 The launchers themselves are run, but each launch is compiled instead, for the named target. So what
 is measured is what a solve would launch. ``python -m deqfuse.triton_kernels.resources`` prints the
-table of docs/kernels-gpu.md.
+table of docs/kernels-gpu.md; it must not run under TRITON_INTERPRET.
 """
 
 from __future__ import annotations
 
+import argparse
+import concurrent.futures
 import dataclasses
+import json
+import multiprocessing
 import os
 import re
 import subprocess
@@ -24,6 +28,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from deqfuse.triton_kernels import anderson, cell, fuse
 from deqfuse.triton_kernels.launch import Launch, intercept
 
 TARGETS = {
@@ -110,3 +115,99 @@ def measure(run: Callable[[], Any], targets: Iterable[str]) -> list[Resources]:
     with intercept(calls.append):
         run()
     return [compile_launch(call, target) for call in calls for target in targets]
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """What the kernels are compiled for. ``released`` has skip, relu_last and a dropout mask."""
+
+    kind: str  # "step" or "anderson"
+    dim: int
+    groups: int = 4
+    dtype: str = "float32"
+    precision: str = "ieee"
+    m: int = 5
+    released: bool = True
+
+    def run(self) -> None:
+        """Launch all kernels of the kind, on one tile of zeros."""
+        torch.backends.cuda.matmul.allow_tf32 = self.precision == "tf32"
+        dtype, d, g = getattr(torch, self.dtype), self.dim, self.groups
+        state = torch.float64 if dtype == torch.float64 else torch.float32
+        z, x = torch.zeros(2, 16, d, dtype=state), torch.zeros(2, 16, d, dtype=dtype)
+        if self.kind == "anderson":
+            rows = anderson.AndersonState(z[0], self.m, steps=3)
+            options = {"tol": 1e-4, "max_iter": 50, "beta": 0.5 if self.released else 1.0}
+            anderson.anderson_step(z[0], rows, 0, lam=1e-6, **options)
+            return
+        packed = x.new_zeros(2 * cell.packed_size(d))
+        square, vector = x.new_zeros(d, d), x.new_zeros(d)
+        params = [square, vector, square, vector, vector, vector]
+        active = torch.ones(2, 16, dtype=torch.bool)
+        mask = x[0] if self.released else None
+        cell.residual_cell(z, x, packed, g, self.released, active=active)
+        cell.residual_cell_vjp(z, z, x, packed, g, self.released)
+        constant = fuse.gate_constant(z[0], 2, params, g, state)
+        fused = (2, params, g, self.released)
+        fuse.purify_combine(z[0], x[0], constant, mask, *fused, active=active[0])
+        fuse.purify_combine_vjp(z[0], z[0], x[0], z[0], mask, *fused)
+
+
+GROUPS = {32: 4, 50: 2, 64: 4, 128: 4, 256: 4, 300: 4, 500: 4, 512: 4, 768: 4, 1000: 4, 1024: 4}
+SMALL = [
+    *(Problem("step", d, GROUPS[d], precision=p) for d, p in ((128, "tf32"), (300, "ieee"))),
+    Problem("anderson", 128),
+]
+FULL = [
+    *(
+        Problem("step", d, g, precision=p, released=r)
+        for d, g in GROUPS.items()
+        for p in ("tf32", "ieee")
+        for r in (False, True)
+    ),
+    *(Problem("step", d, g, "float64") for d, g in GROUPS.items()),
+    *(Problem("step", d, GROUPS[d], "bfloat16", "tf32") for d in (50, 128, 300, 512)),
+    *(
+        Problem("anderson", d, dtype=t, m=m, released=r)
+        for d in (50, 512, 4000)
+        for t in ("float32", "float64")
+        for m in range(1, 9)
+        for r in (False, True)
+    ),
+]
+
+
+def _measure(problem: Problem, targets: list[str]) -> list[Resources]:
+    return measure(problem.run, targets)
+
+
+def measure_all(
+    problems: list[Problem], targets: list[str], jobs: int
+) -> list[tuple[Problem, Resources]]:
+    """Compile in ``jobs`` processes."""
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(jobs, mp_context=context) as pool:
+        found = pool.map(_measure, problems, [targets] * len(problems))
+        return [(p, r) for p, results in zip(problems, found, strict=True) for r in results]
+
+
+def main() -> None:
+    """Compile a set of problems; print JSON, one kernel a line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--set", choices=("small", "full"), default="small")
+    parser.add_argument("--targets", default="sm_80,sm_90", help=f"of {', '.join(TARGETS)}")
+    parser.add_argument("--kind", help="only problems of this kind")
+    parser.add_argument("--dim", type=int, help="only problems of this width")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    args = parser.parse_args()
+    problems = [
+        p
+        for p in (SMALL if args.set == "small" else FULL)
+        if args.kind in (None, p.kind) and args.dim in (None, p.dim)
+    ]
+    for problem, resources in measure_all(problems, args.targets.split(","), args.jobs):
+        print(json.dumps({**dataclasses.asdict(problem), **dataclasses.asdict(resources)}))
+
+
+if __name__ == "__main__":
+    main()

@@ -70,11 +70,12 @@ def product_tile(cols: Columns, dtype: torch.dtype) -> Tile:
     groups = min(power_of_two(cols.groups), max((64 if double else 128) // cols.padded, 1))
     groups = max(groups, -(-16 // cols.padded))
     width = groups * cols.padded
-    rows = 32 if width <= 128 and not double else 16
+    # Ragged groups are loaded one number at a time, whose addresses take registers.
+    rows = 32 if width <= 128 and cols.width == cols.padded and not double else 16
     # The weights' blocks in flight stay below 100 KB of shared memory.
     inner = 32 if width * (2 if double else 1) <= 256 else 16
     stages = 3 if width * (2 if double else 1) <= 512 else 2
-    warps = 4 if width <= 64 else 8 if width <= 512 else 16
+    warps = 4 if rows * width <= 2048 else 8 if width <= 512 else 16
     return Tile(rows, groups, cols.padded, inner, warps, stages)
 
 

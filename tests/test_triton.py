@@ -1,0 +1,51 @@
+"""Triton's kernels without a GPU: the interpreter's tests in a process of their own, and imports.
+
+Triton decides when it is imported whether kernels are compiled or interpreted, so one process
+cannot do both. ``TRITON_INTERPRET=1 pytest tests/test_triton_steps.py`` runs a file directly.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+INTERPRETED = ("test_triton_steps.py", "test_triton_anderson.py")
+interpreted_already = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@pytest.mark.triton
+@pytest.mark.skipif(interpreted_already, reason="this process is under the interpreter already")
+@pytest.mark.parametrize("file", INTERPRETED)
+def test_under_the_interpreter(file: str, request: pytest.FixtureRequest) -> None:
+    marks = request.config.getoption("markexpr") or "not slow"
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-m", marks, "--tb=short", HERE / file],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        cwd=HERE.parent,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
+    assert " passed" in run.stdout
+
+
+def test_every_interpreted_file_is_run() -> None:
+    files = {
+        p.name for p in HERE.glob("test_triton*.py") if "from test_triton_cases" in p.read_text()
+    }
+    assert files == set(INTERPRETED) | {Path(__file__).name}
+
+
+def test_importing_deqfuse_does_not_import_triton() -> None:
+    program = (
+        "import sys, deqfuse, deqfuse.triton_kernels, deqfuse.triton_kernels.tiles;"
+        "import deqfuse.triton_kernels.launch, deqfuse.backends.cuda;"
+        "deqfuse.backends.cuda.unavailable();"
+        "sys.exit('triton' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", program]).returncode == 0
