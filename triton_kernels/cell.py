@@ -92,11 +92,15 @@ def _residual_cell_kernel(
     PREC: tl.constexpr,
 ):
     modality = tl.program_id(2).to(tl.int64)
-    r, real_row = tile_rows(tl.program_id(0), rows, BM)
-    r += modality * rows
+    first, r, real_row = tile_rows(tl.program_id(0), rows, BM)
+    first += modality * rows
     if active_ptr is not None:  # noqa: SIM102 - known when compiling
-        if not any_active(active_ptr, r, real_row):
+        if not any_active(active_ptr + first, r, real_row):
             return
+    z_ptr += first * D
+    x_ptr += first * D
+    h_ptr += first * D
+    out_ptr += first * D
     p_ptr += modality * (2 * D * D + 8 * D)
     cols, real = tile_columns(tl.program_id(1) * GT, D, C, GT, C2)
     vectors = cell_vectors(p_ptr, cols, real, D, T)
@@ -169,8 +173,17 @@ def _residual_cell_vjp_kernel(
     PREC: tl.constexpr,
 ):
     modality = tl.program_id(2).to(tl.int64)
-    r, real_row = tile_rows(tl.program_id(0), rows, BM)
-    r += modality * rows
+    first, r, real_row = tile_rows(tl.program_id(0), rows, BM)
+    first += modality * rows
+    u_ptr += first * D
+    z_ptr += first * D
+    x_ptr += first * D
+    h_ptr += first * D
+    x_hat_ptr += first * D
+    rstd_ptr += first * (D // C)
+    dy1_ptr += first * D
+    dx_ptr += first * D
+    dz_ptr += first * D
     p_ptr += modality * (2 * D * D + 8 * D)
     w2_ptr = second_weight(p_ptr, D)
     group = tl.program_id(1) * GT

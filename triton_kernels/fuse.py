@@ -50,7 +50,9 @@ def _gate_constant_kernel(
     T: tl.constexpr,
     PREC: tl.constexpr,
 ):
-    r, real_row = tile_rows(tl.program_id(0), rows, BM)
+    first, r, real_row = tile_rows(tl.program_id(0), rows, BM)
+    sum_ptr += first * D
+    out_ptr += first * D
     cols, real = tile_columns(tl.program_id(1) * GT, D, C, GT, C2)
     y = product(sum_ptr, r, real_row, wa_ptr, cols, real, True, D, BM, GT * C2, BK, T, PREC)
     y += modalities.to(T) * load_vector(ba_ptr, cols, real, T)
@@ -104,10 +106,17 @@ def _purify_combine_kernel(
     T: tl.constexpr,
     PREC: tl.constexpr,
 ):
-    r, real_row = tile_rows(tl.program_id(0), rows, BM)
+    first, r, real_row = tile_rows(tl.program_id(0), rows, BM)
     if active_ptr is not None:  # noqa: SIM102 - known when compiling
-        if not any_active(active_ptr, r, real_row):
+        if not any_active(active_ptr + first, r, real_row):
             return
+    z_ptr += first * D
+    x_ptr += first * D
+    constant_ptr += first * D
+    if mask_ptr is not None:
+        mask_ptr += first * D
+    q_ptr += first * D
+    out_ptr += first * D
     cols, real = tile_columns(tl.program_id(1) * GT, D, C, GT, C2)
     if FIRST == 1:
         y = product(z_ptr, r, real_row, wa_ptr, cols, real, True, D, BM, GT * C2, BK, T, PREC)
@@ -196,7 +205,20 @@ def _purify_combine_vjp_kernel(
     T: tl.constexpr,
     PREC: tl.constexpr,
 ):
-    r, real_row = tile_rows(tl.program_id(0), rows, BM)
+    first, r, real_row = tile_rows(tl.program_id(0), rows, BM)
+    u_ptr += first * D
+    z_ptr += first * D
+    x_ptr += first * D
+    s_ptr += first * D
+    if mask_ptr is not None:
+        mask_ptr += first * D
+    gate_ptr += first * D
+    q_ptr += first * D
+    dx_ptr += first * D
+    dy_ptr += first * D
+    dgate_ptr += first * D
+    dsum_ptr += first * D
+    dz_ptr += first * D
     cols, real = tile_columns(tl.program_id(1) * GT, D, C, GT, C2)
     if sums_ptr is not None:
         sums_ptr += tl.program_id(0).to(tl.int64) * (4 * D)

@@ -53,9 +53,9 @@ def relu(y):
 def tile_columns(first_group, D: tl.constexpr, C: tl.constexpr, GT: tl.constexpr, C2: tl.constexpr):
     """Feature of each column of a tile that starts at ``first_group``; whether there is one."""
     j = tl.arange(0, GT * C2)
-    if C == C2:
+    if (C == C2) & (D % (GT * C) == 0):
         cols = first_group * C + j
-        real = cols < D
+        real = tl.full((GT * C2,), 1, tl.int1)  # known when compiling: no mask is kept
     else:
         k = j % C2
         cols = (first_group + j // C2) * C + k
@@ -65,21 +65,26 @@ def tile_columns(first_group, D: tl.constexpr, C: tl.constexpr, GT: tl.constexpr
 
 @triton.jit
 def tile_rows(tile, rows, BM: tl.constexpr):
-    """Rows of a tile as int64 (offsets of large batches exceed 31 bits); which of them exist."""
-    r = tile.to(tl.int64) * BM + tl.arange(0, BM)
-    return r, r < rows
+    """First row of a tile, the rows from there on, and which of them exist.
+
+    Offsets of large batches exceed 31 bits. Kernels move their pointers to the first row, one
+    number of 64 bits, so that the offsets within a tile take half the registers.
+    """
+    first = tile.to(tl.int64) * BM
+    r = tl.arange(0, BM)
+    return first, r, r < rows - first
 
 
 @triton.jit
-def load_tile(ptr, row_offset, real_row, cols, real, D: tl.constexpr, T: tl.constexpr):
+def load_tile(ptr, r, real_row, cols, real, D: tl.constexpr, T: tl.constexpr):
     """(BM, columns) of a row-major (rows, D) tensor, zeros where there is nothing."""
-    at = ptr + row_offset[:, None] * D + cols[None, :]
+    at = ptr + r[:, None] * D + cols[None, :]
     return tl.load(at, mask=real_row[:, None] & real[None, :], other=0.0).to(T)
 
 
 @triton.jit
-def store_tile(ptr, row_offset, real_row, cols, real, value, D: tl.constexpr):
-    at = ptr + row_offset[:, None] * D + cols[None, :]
+def store_tile(ptr, r, real_row, cols, real, value, D: tl.constexpr):
+    at = ptr + r[:, None] * D + cols[None, :]
     tl.store(at, value, mask=real_row[:, None] & real[None, :])
 
 
@@ -99,7 +104,7 @@ def load_square(ptr, cols, real, D: tl.constexpr, T: tl.constexpr):
 @triton.jit
 def store_groups(
     ptr,
-    row_offset,
+    r,
     real_row,
     first_group,
     value,
@@ -109,14 +114,14 @@ def store_groups(
 ):
     """(BM, GT) of a row-major (rows, D / C) tensor."""
     g = first_group + tl.arange(0, GT)
-    at = ptr + row_offset[:, None] * (D // C) + g[None, :]
+    at = ptr + r[:, None] * (D // C) + g[None, :]
     tl.store(at, value, mask=real_row[:, None] & (g < D // C)[None, :])
 
 
 @triton.jit
 def load_groups(
     ptr,
-    row_offset,
+    r,
     real_row,
     first_group,
     D: tl.constexpr,
@@ -125,7 +130,7 @@ def load_groups(
     T: tl.constexpr,
 ):
     g = first_group + tl.arange(0, GT)
-    at = ptr + row_offset[:, None] * (D // C) + g[None, :]
+    at = ptr + r[:, None] * (D // C) + g[None, :]
     return tl.load(at, mask=real_row[:, None] & (g < D // C)[None, :], other=0.0).to(T)
 
 
@@ -143,7 +148,7 @@ def dot(a, b, T: tl.constexpr, PREC: tl.constexpr):
 @triton.jit
 def product(
     a_ptr,
-    row_offset,
+    r,
     real_row,
     w_ptr,
     cols,
@@ -161,7 +166,7 @@ def product(
     for k0 in range(0, D, BK):
         k = k0 + tl.arange(0, BK)
         inside = k < D
-        a = load_tile(a_ptr, row_offset, real_row, k, inside, D, T)
+        a = load_tile(a_ptr, r, real_row, k, inside, D, T)
         at = k[:, None] + cols[None, :] * D if TRANSPOSE else k[:, None] * D + cols[None, :]
         w = tl.load(w_ptr + at, mask=inside[:, None] & real[None, :], other=0.0).to(T)
         total = tl.dot(a, w, total, input_precision=PREC, out_dtype=T)
@@ -224,7 +229,7 @@ def symmetric(
 
 
 @triton.jit
-def any_active(active_ptr, row_offset, real_row):
+def any_active(active_ptr, r, real_row):
     """Whether the solver still wants any row of the tile."""
-    flags = tl.load(active_ptr + row_offset, mask=real_row, other=0).to(tl.int32)
+    flags = tl.load(active_ptr + r, mask=real_row, other=0).to(tl.int32)
     return tl.max(flags, 0) != 0

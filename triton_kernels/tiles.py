@@ -64,6 +64,12 @@ def whole_tile(cols: Columns, dtype: torch.dtype) -> Tile:
     return Tile(16, cols.whole // cols.padded, cols.padded, 32, warps, 2)
 
 
+def solve_tile(cols: Columns) -> Tile:
+    """A whole solve: rows, both weights and the history stay with one program."""
+    warps = 8 if cols.whole > 32 else 4
+    return Tile(16, cols.whole // cols.padded, cols.padded, 32, warps, 1)
+
+
 def product_tile(cols: Columns, dtype: torch.dtype) -> Tile:
     """Whole groups side by side up to 128 columns (64 in float64), or one wider group."""
     double = dtype == torch.float64
@@ -82,6 +88,11 @@ def product_tile(cols: Columns, dtype: torch.dtype) -> Tile:
 def fits_whole(dim: int, num_groups: int) -> bool:
     """Whether a program takes whole rows, or one launch per product is better."""
     return columns(dim, num_groups).whole <= FUSED_WIDTH
+
+
+def fits_solve(dim: int, num_groups: int, dtype: torch.dtype, m: int) -> bool:
+    """Whether the whole-solve kernels take the problem."""
+    return dtype != torch.float64 and m <= MAX_HISTORY and fits_whole(dim, num_groups)
 
 
 def step_tile(dim: int, num_groups: int, dtype: torch.dtype) -> Tile:
