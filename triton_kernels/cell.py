@@ -265,7 +265,7 @@ def residual_cell_vjp(
 ) -> CellGradients:
     """Cotangents of one step of N cells: one launch, or four, and the weights' two products."""
     n, rows, d = z.shape
-    tile = step_tile(d, num_groups, z.dtype)
+    tile = step_tile(d, num_groups, z.dtype, vjp=True)
     tiles = triton.cdiv(rows, tile.rows)
     h, x_hat, dy1, dx, dz = (torch.empty_like(z) for _ in range(5))
     rstd = z.new_empty(n, rows, num_groups)

@@ -28,7 +28,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from deqfuse.triton_kernels import anderson, cell, fuse
+from deqfuse.triton_kernels import anderson, cell, fuse, solve
 from deqfuse.triton_kernels.launch import Launch, intercept
 
 TARGETS = {
@@ -83,6 +83,8 @@ def compile_launch(call: Launch, target: str) -> Resources:
         signature[parameter.name] = _type_of(value, parameter.annotation_type)
         if isinstance(value, Tensor) and value.data_ptr() % 16 == 0:
             attributes[(i,)] = [["tt.divisibility", 16]]
+    if TARGETS[target].backend == "hip":
+        options.pop("maxnreg", None)  # ptxas's
     source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
     compiled = triton.compile(source, target=TARGETS[target], options=options)
     registers, spilled = _usage(compiled)
@@ -121,7 +123,7 @@ def measure(run: Callable[[], Any], targets: Iterable[str]) -> list[Resources]:
 class Problem:
     """What the kernels are compiled for. ``released`` has skip, relu_last and a dropout mask."""
 
-    kind: str  # "step" or "anderson"
+    kind: str  # "step", "anderson" or "solve"
     dim: int
     groups: int = 4
     dtype: str = "float32"
@@ -145,6 +147,13 @@ class Problem:
         params = [square, vector, square, vector, vector, vector]
         active = torch.ones(2, 16, dtype=torch.bool)
         mask = x[0] if self.released else None
+        if self.kind == "solve":
+            knobs = solve.Knobs(1e-4, 50, self.m, 0.5 if self.released else 1.0, 1e-6)
+            z0 = z if self.released else None
+            solve.solve_cells(x, packed, z0, g, self.released, knobs)
+            start = None if z0 is None else z0[0]
+            solve.solve_fuse(x[0], z[0], params, mask, start, 2, g, self.released, knobs)
+            return
         cell.residual_cell(z, x, packed, g, self.released, active=active)
         cell.residual_cell_vjp(z, z, x, packed, g, self.released)
         constant = fuse.gate_constant(z[0], 2, params, g, state)
@@ -156,6 +165,7 @@ class Problem:
 GROUPS = {32: 4, 50: 2, 64: 4, 128: 4, 256: 4, 300: 4, 500: 4, 512: 4, 768: 4, 1000: 4, 1024: 4}
 SMALL = [
     *(Problem("step", d, GROUPS[d], precision=p) for d, p in ((128, "tf32"), (300, "ieee"))),
+    *(Problem("solve", d, GROUPS[d], precision=p) for d in (50, 128) for p in ("tf32", "ieee")),
     Problem("anderson", 128),
 ]
 FULL = [
@@ -165,6 +175,14 @@ FULL = [
         for p in ("tf32", "ieee")
         for r in (False, True)
     ),
+    *(
+        Problem("solve", d, GROUPS[d], precision=p, m=m, released=r)
+        for d in (32, 50, 64, 128)
+        for p in ("tf32", "ieee")
+        for m in range(1, 6)
+        for r in (False, True)
+    ),
+    *(Problem("solve", d, GROUPS[d], "bfloat16", p) for d in (50, 128) for p in ("tf32", "ieee")),
     *(Problem("step", d, g, "float64") for d, g in GROUPS.items()),
     *(Problem("step", d, GROUPS[d], "bfloat16", "tf32") for d in (50, 128, 300, 512)),
     *(

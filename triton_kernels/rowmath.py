@@ -29,7 +29,9 @@ def precision(dtype: torch.dtype) -> str:
 
 def constants(dim: int, num_groups: int, dtype: torch.dtype, tile: Tile) -> dict[str, Any]:
     """What every kernel is compiled for."""
+    limit = {"maxnreg": tile.registers} if tile.registers else {}
     return {
+        **limit,
         "D": dim,
         "C": dim // num_groups,
         "GT": tile.groups,

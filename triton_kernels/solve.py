@@ -35,6 +35,7 @@ from deqfuse.triton_kernels.rowmath import (
     load_square,
     load_tile,
     load_vector,
+    precision,
     product,
     relu,
     store_tile,
@@ -343,7 +344,8 @@ def solve_fuse(
 
 def _prepare(x: Tensor, num_groups: int, knobs: Knobs) -> tuple[Answer, dict[str, Any]]:
     """Where the answers go, and what the kernel is compiled for."""
-    tile = solve_tile(columns(x.shape[-1], num_groups))
+    tensor_cores = precision(torch.float32) == "tf32"
+    tile = solve_tile(columns(x.shape[-1], num_groups), tensor_cores)
     common = constants(x.shape[-1], num_groups, torch.float32, tile)
     common |= {"M": knobs.m, "DAMPED": knobs.beta != 1}
     return empty_answer(x, torch.float32), common

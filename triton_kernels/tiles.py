@@ -52,25 +52,31 @@ class Tile:
     inner: int
     warps: int
     stages: int
+    registers: int | None = None  # per thread; without a limit ptxas may spill for occupancy
 
     @property
     def columns(self) -> int:
         return self.groups * self.padded
 
 
-def whole_tile(cols: Columns, dtype: torch.dtype) -> Tile:
+def whole_tile(cols: Columns) -> Tile:
     """All features of a row in one program, so that a step is one launch."""
     warps = 8 if cols.whole > 32 else 4
     return Tile(16, cols.whole // cols.padded, cols.padded, 32, warps, 2)
 
 
-def solve_tile(cols: Columns) -> Tile:
-    """A whole solve: rows, both weights and the history stay with one program."""
+def solve_tile(cols: Columns, tensor_cores: bool) -> Tile:
+    """A whole solve: rows, both weights and the history stay with one program.
+
+    Without tensor cores a thread holds numbers of more rows, whose small solves take registers.
+    """
     warps = 8 if cols.whole > 32 else 4
-    return Tile(16, cols.whole // cols.padded, cols.padded, 32, warps, 1)
+    rows = 16 if tensor_cores else 8
+    registers = 128 if cols.whole <= 32 else 168 if cols.whole <= 64 else None
+    return Tile(rows, cols.whole // cols.padded, cols.padded, 32, warps, 1, registers)
 
 
-def product_tile(cols: Columns, dtype: torch.dtype) -> Tile:
+def product_tile(cols: Columns, dtype: torch.dtype, vjp: bool) -> Tile:
     """Whole groups side by side up to 128 columns (64 in float64), or one wider group."""
     double = dtype == torch.float64
     groups = min(power_of_two(cols.groups), max((64 if double else 128) // cols.padded, 1))
@@ -81,7 +87,8 @@ def product_tile(cols: Columns, dtype: torch.dtype) -> Tile:
     # The weights' blocks in flight stay below 100 KB of shared memory.
     inner = 32 if width * (2 if double else 1) <= 256 else 16
     stages = 3 if width * (2 if double else 1) <= 512 else 2
-    warps = 4 if rows * width <= 2048 else 8 if width <= 512 else 16
+    light = rows * width <= (1024 if vjp or double else 2048)
+    warps = 4 if light else 8 if width <= 512 else 16
     return Tile(rows, groups, cols.padded, inner, warps, stages)
 
 
@@ -95,10 +102,10 @@ def fits_solve(dim: int, num_groups: int, dtype: torch.dtype, m: int) -> bool:
     return dtype != torch.float64 and m <= MAX_HISTORY and fits_whole(dim, num_groups)
 
 
-def step_tile(dim: int, num_groups: int, dtype: torch.dtype) -> Tile:
-    """The tile of a step kernel."""
+def step_tile(dim: int, num_groups: int, dtype: torch.dtype, vjp: bool = False) -> Tile:
+    """The tile of a step kernel, or of its VJP, which holds more at once."""
     cols = columns(dim, num_groups)
-    return (whole_tile if fits_whole(dim, num_groups) else product_tile)(cols, dtype)
+    return whole_tile(cols) if fits_whole(dim, num_groups) else product_tile(cols, dtype, vjp)
 
 
 def stages_of(count: int, dim: int, num_groups: int) -> list[tuple[int, int]]:
