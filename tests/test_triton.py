@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-INTERPRETED = ("test_triton_steps.py", "test_triton_anderson.py")
+INTERPRETED = ("test_triton_steps.py", "test_triton_anderson.py", "test_triton_solve.py")
 interpreted_already = os.environ.get("TRITON_INTERPRET") == "1"
 
 

@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.triton, pytest.mark.usefixtures("poison")]
 each_dtype = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["f64", "f32"])
 
 
-def rows_map(n: int, dtype: torch.dtype, count: int = 7):
+def rows_map(n: int, dtype: torch.dtype, count: int = 5):
     """Rows with gains from 0 to beyond 1: they end in every way."""
     gen = torch.Generator().manual_seed(n)
     gain = torch.linspace(0, 1.6, count, dtype=torch.float64).to(dtype)[:, None]
@@ -68,9 +68,9 @@ OPTIONS = [
 
 @pytest.mark.parametrize("option", OPTIONS, ids=repr)
 def test_the_step_is_that_of_the_reference(option: Anderson) -> None:
-    """Rows that wander amplify rounding: over 15 steps 1e-16 stays below 1e-9."""
+    """Rows that wander amplify rounding: over 10 steps 1e-16 stays below 1e-9."""
     option = Anderson(
-        tol=1e-6, max_iter=15, m=option.m, beta=option.beta, lam=option.lam, trace=True
+        tol=1e-6, max_iter=10, m=option.m, beta=option.beta, lam=option.lam, trace=True
     )
     f, z0 = rows_map(30, torch.float64)
     expected = reference.anderson(f, z0, option)
@@ -108,19 +108,19 @@ def test_a_row_that_finds_nothing_better_has_stalled() -> None:
 @pytest.mark.parametrize("value", [torch.nan, torch.inf], ids=str)
 def test_a_row_that_becomes_non_finite_stays_alone(value: float, when: int) -> None:
     f, z0 = rows_map(6, torch.float64)
-    option = Anderson(tol=1e-8, max_iter=8, trace=True)
+    option = Anderson(tol=1e-8, max_iter=6, trace=True)
 
     def poisoned():
         steps, late = iter(range(1000)), torch.zeros_like(z0)
-        late[5, 2] = value
+        late[3, 2] = value
         return lambda z: f(z) + late if next(steps) >= when else f(z)
 
     given, expected = solve(poisoned(), z0, option), reference.anderson(poisoned(), z0, option)
-    assert given.outcome[5] == expected.outcome[5] == Outcome.NON_FINITE
+    assert given.outcome[3] == expected.outcome[3] == Outcome.NON_FINITE
     assert_same(given, expected, rtol=1e-6)
-    assert bool(given.z[5].isfinite().all()) == (when > 0), "the best finite iterate, if any"
+    assert bool(given.z[3].isfinite().all()) == (when > 0), "the best finite iterate, if any"
     clean = solve(f, z0, option)
-    others = [0, 1, 2, 3, 4, 6]
+    others = [0, 1, 2, 4]
     assert torch.equal(given.z[others], clean.z[others])
 
 
@@ -128,12 +128,12 @@ def test_a_row_does_not_depend_on_its_neighbours() -> None:
     f, z0 = rows_map(9, torch.float32)
     option = Anderson(tol=1e-5, max_iter=12)
     together = solve(f, z0, option)
-    state = AndersonState(z0[4:5], option.m, 0)
-    state.z.copy_(z0[4:5])
-    for step in range(int(together.nfe[4])):
-        image = f(state.z.expand(7, 9))[4:5]
+    state = AndersonState(z0[2:3], option.m, 0)
+    state.z.copy_(z0[2:3])
+    for step in range(int(together.nfe[2])):
+        image = f(state.z.expand(5, 9))[2:3]
         anderson_step(image, state, step, tol=1e-5, max_iter=12, beta=1.0, lam=option.lam)
-    assert torch.equal(state.best[0], together.z[4])
+    assert torch.equal(state.best[0], together.z[2])
     assert not state.active.any()
 
 

@@ -48,7 +48,7 @@ class Case:
 
     def __str__(self) -> str:
         fields = dataclasses.asdict(self).items()
-        default = dataclasses.asdict(Case())
+        default = dataclasses.asdict(type(self)())
         return ",".join(f"{k}={v}" for k, v in fields if v != default[k]) or "default"
 
     def draw(self, *shape: int, stored: bool = True) -> Tensor:

@@ -37,8 +37,6 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-# Shared memory that one block may have, in bytes (CUDA C++ programming guide; CDNA3's LDS).
-SHARED_LIMIT = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
 _POINTERS = {
     torch.float32: "*fp32",
     torch.float64: "*fp64",

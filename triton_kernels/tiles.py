@@ -13,6 +13,7 @@ import torch
 
 FUSED_WIDTH = 128  # widest tile, in columns, that holds all features of a row and two weights
 MAX_HISTORY = 5  # residuals that the whole-solve kernel keeps in registers
+MAX_GROUP = 1024  # channels of a group, which one tile must hold
 MAX_STEP_HISTORY = 8  # and that the Anderson step combines
 
 
@@ -72,7 +73,7 @@ def solve_tile(cols: Columns, tensor_cores: bool) -> Tile:
     """
     warps = 8 if cols.whole > 32 else 4
     rows = 16 if tensor_cores else 8
-    registers = 128 if cols.whole <= 32 else 168 if cols.whole <= 64 else None
+    registers = 128 if cols.whole <= 32 else 168 if cols.whole <= 64 else 255
     return Tile(rows, cols.whole // cols.padded, cols.padded, 32, warps, 1, registers)
 
 

@@ -1,20 +1,223 @@
-"""Triton forward and C++/CUDA adjoint on NVIDIA GPUs."""
+"""Triton kernels on NVIDIA GPUs: whole solves in one launch, or fused steps.
+
+Which kernel runs which problem:
+
+    float32 or 16-bit storage, at most 128 tile columns, m <= 5, no trace     one launch a solve
+    everything else that is not refused                                       fused steps
+
+Adjoints run on the reference path. Triton is imported when the first kernel is launched.
+"""
 
 from __future__ import annotations
 
+import importlib.util
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deqfuse.backends import reference
+from deqfuse.backends.maps import Variant
 from deqfuse.backends.problem import Problem
+from deqfuse.backends.reference import Solved, compute_dtype
+from deqfuse.solvers.newton_krylov import Linearize, Map
+from deqfuse.solvers.options import Anderson, Picard, SolverOption, Unrolled
+from deqfuse.solvers.rows import Solution
+from deqfuse.solvers.solve import rescue
+from deqfuse.triton_kernels import tiles
+
+MIN_CAPABILITY = (8, 0)
+TF32_TOL = 1e-4  # what products of TF32 operands reach; docs/kernels-gpu.md
+
+adjoint_cells = reference.adjoint_cells
+adjoint_fuse = reference.adjoint_fuse
 
 
 def unavailable() -> tuple[str, str] | None:
     """Why this backend cannot run here, and what would change that."""
-    return (
-        "this version of deqfuse has no GPU kernels yet",
-        "none in this version: solves on CUDA tensors run on the reference backend",
-    )
+    if torch.version.hip:
+        return "its launches have been written for NVIDIA GPUs only", "none in this version"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed", "pip install 'deqfuse[triton]'"
+    if not torch.cuda.is_available():
+        built = "sees no GPU" if torch.version.cuda else "is built without CUDA"
+        return f"torch {torch.__version__} {built}", "a CUDA build of torch and an NVIDIA GPU"
+    return None
 
 
 def refuses(problem: Problem) -> str | None:
     """Why this backend cannot take the problem."""
-    return (
-        None if problem.device.type == "cuda" else f"it runs on CUDA tensors, not {problem.device}"
+    if problem.device.type != "cuda":
+        return f"it runs on CUDA tensors, not {problem.device}"
+    capability = torch.cuda.get_device_capability(problem.device)
+    if capability < MIN_CAPABILITY:
+        return f"it needs compute capability 8.0 or later, not {'.'.join(map(str, capability))}"
+    return refuses_problem(problem)
+
+
+def refuses_problem(problem: Problem) -> str | None:
+    """As :func:`refuses`, whatever the device."""
+    solver = problem.solver
+    if not isinstance(solver, (Anderson, Picard)):
+        return f"it solves with Anderson or Picard, not {type(solver).__name__}"
+    if isinstance(solver, Anderson) and solver.m > tiles.MAX_STEP_HISTORY:
+        return f"it keeps at most {tiles.MAX_STEP_HISTORY} residuals, not Anderson(m={solver.m})"
+    if isinstance(problem.adjoint, Unrolled):
+        return "it does not differentiate through its steps, as Unrolled asks"
+    width = problem.dim // problem.num_groups
+    if width > tiles.MAX_GROUP:
+        return f"it takes groups of at most {tiles.MAX_GROUP} channels, not {width}"
+    tf32 = torch.backends.cuda.matmul.allow_tf32 and problem.dtype != torch.float64
+    if tf32 and solver.tol < TF32_TOL:
+        return (
+            f"products in TF32 do not reach tol={solver.tol:g}, only {TF32_TOL:g}; "
+            "set torch.backends.cuda.matmul.allow_tf32 = False or a larger tol"
+        )
+    return None
+
+
+def one_launch(dim: int, num_groups: int, dtype: torch.dtype, solver: SolverOption) -> bool:
+    """Whether a solve is one launch, or steps."""
+    return not solver.trace and tiles.fits_solve(dim, num_groups, dtype, _knobs(solver)[2])
+
+
+def solve_cells(
+    x: Tensor,  # (N, B, d)
+    flat_params: list[Tensor],
+    z0: Tensor | None,  # (N, B, d)
+    num_groups: int,
+    variant: Variant,
+    solver: SolverOption,
+) -> Solved:
+    """Equilibria of all N residual cells."""
+    from deqfuse.triton_kernels import cell, solve, stepped
+
+    dtype, knobs, skip = compute_dtype(x.dtype), solve.Knobs(*_knobs(solver)), variant != "paper"
+    x, z0 = x.contiguous(), _contiguous(z0)
+    with _on(x):
+        packed = cell.pack_cells(flat_params)
+        if one_launch(x.shape[-1], num_groups, x.dtype, solver):
+            found = solve.solve_cells(x, packed, z0, num_groups, skip, knobs), None
+        else:
+            rest = (num_groups, skip, dtype, knobs, solver.trace)
+            found = stepped.solve_cells(x, packed, z0, *rest)
+    solved = _solved(*found, solver)
+    if not (isinstance(solver, Anderson) and solver.rescue):
+        return solved
+    params = [p.to(dtype) for p in flat_params]
+    step, linearize = reference.cells_problem(x.to(dtype), params, num_groups, variant)
+    return _rescued(solved, step, z0, solver, linearize)
+
+
+def solve_fuse(
+    x_fuse: Tensor,  # (B, d)
+    cell_sum: Tensor,  # (B, d)
+    flat_params: list[Tensor],
+    mask: Tensor | None,  # (B, d)
+    z0: Tensor | None,  # (B, d)
+    num_modalities: int,
+    num_groups: int,
+    variant: Variant,
+    solver: SolverOption,
+) -> Solved:
+    """Equilibrium of the purify-then-combine step, the cells' equilibria held fixed."""
+    from deqfuse.triton_kernels import solve, stepped
+
+    dtype, knobs = compute_dtype(x_fuse.dtype), solve.Knobs(*_knobs(solver))
+    x, cell_sum = x_fuse.contiguous(), cell_sum.contiguous()
+    mask, z0, params = _contiguous(mask), _contiguous(z0), [p.contiguous() for p in flat_params]
+    shape = (num_modalities, num_groups, variant == "released-mmimdb")
+    with _on(x):
+        if one_launch(x.shape[-1], num_groups, x.dtype, solver):
+            found = solve.solve_fuse(x, cell_sum, params, mask, z0, *shape, knobs), None
+        else:
+            rest = (*shape, dtype, knobs, solver.trace)
+            found = stepped.solve_fuse(x, cell_sum, params, mask, z0, *rest)
+    solved = _solved(*found, solver)
+    if not (isinstance(solver, Anderson) and solver.rescue):
+        return solved
+    x, cell_sum, *params = (t.to(dtype) for t in (x, cell_sum, *params))
+    mask = None if mask is None else mask.to(dtype)
+    step, linearize = reference.fuse_problem(
+        x, cell_sum, params, mask, num_modalities, num_groups, variant
     )
+    return _rescued(solved, step, z0, solver, linearize)
+
+
+def anderson(f: Map, z0: Tensor, option: Anderson) -> Solution:
+    """Anderson mixing on rows (R, n) of any map, one launch per evaluation.
+
+    The map runs in Python, so the host has to ask after every evaluation whether to go on.
+    """
+    from deqfuse.triton_kernels.anderson import AndersonState, anderson_step
+
+    state = AndersonState(z0, option.m, option.max_iter if option.trace else 0)
+    state.z.copy_(z0)
+    state.best.copy_(z0)  # of no rows
+    if state.trace is not None:
+        state.trace.fill_(torch.nan)
+    step = 0
+    with _on(z0):
+        while step == 0 or bool(state.active.any()):
+            anderson_step(
+                f(state.z).contiguous(), state, step,
+                tol=option.tol, max_iter=option.max_iter, beta=option.beta, lam=option.lam,
+            )  # fmt: skip
+            step += 1
+    trace = None if state.trace is None else state.trace[:step]
+    return Solution(state.best, state.best_residual, state.nfe, state.outcome, trace)
+
+
+def takes_rows(z0: Tensor, solver: SolverOption) -> bool:
+    """Whether :func:`anderson` can run this solve."""
+    return (
+        unavailable() is None
+        and z0.is_cuda
+        and z0.dtype in (torch.float32, torch.float64)
+        and isinstance(solver, Anderson)
+        and solver.m <= tiles.MAX_STEP_HISTORY
+        and torch.cuda.get_device_capability(z0.device) >= MIN_CAPABILITY
+    )
+
+
+def _knobs(solver: SolverOption) -> tuple[float, int, int, float, float]:
+    """tol, max_iter, m, beta, lam."""
+    if isinstance(solver, Anderson):
+        return solver.tol, solver.max_iter, solver.m, solver.beta, solver.lam
+    assert isinstance(solver, Picard)
+    return solver.tol, solver.max_iter, 1, solver.beta, 0.0
+
+
+def _on(x: Tensor) -> AbstractContextManager[Any]:
+    """The device of ``x`` as the current one: Triton launches there."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+def _contiguous(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.contiguous()
+
+
+def _solved(answer: Any, trace: Tensor | None, solver: SolverOption) -> Solved:
+    """An answer of the kernels as an operator's output, whose trace has a fixed length."""
+    steps, rows = solver.trace_length if solver.trace else 0, answer.residual.shape
+    if trace is None or len(trace) < steps:  # the rescue writes behind the solve
+        longer = answer.residual.new_full((steps, *rows), torch.nan) if steps else None
+        if longer is not None and trace is not None:
+            longer[: len(trace)] = trace
+        trace = answer.residual.new_empty((0, *rows)) if longer is None else longer
+    return Solved(*answer, trace)
+
+
+def _rescued(
+    left: Solved, step: Map, z0: Tensor | None, solver: Anderson, linearize: Linearize
+) -> Solved:
+    """Newton-Krylov on the reference path for the rows that the kernels left behind."""
+    trace = None
+    if solver.trace and left.nfe.numel():
+        trace = left.trace[: int(left.nfe.max())].flatten(1)
+    statistics = (left.residual.flatten(), left.nfe.flatten(), left.outcome.flatten())
+    start = torch.zeros_like(left.z) if z0 is None else z0.to(left.z.dtype)
+    flat = Solution(left.z.flatten(0, -2), *statistics, trace)
+    found = rescue(step, start.flatten(0, -2), solver, flat, linearize)
+    return reference.solved(found, left.z.shape, solver)

@@ -1,0 +1,371 @@
+"""The whole and the stepped solves behind the cuda backend; under Triton's interpreter."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import re
+
+import pytest
+import torch
+from test_triton_cases import Case as Operands
+from test_triton_cases import poison  # noqa: F401 - a fixture
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from deqfuse import Anderson, Broyden, DEQFusion, Implicit, Outcome, Picard, Unrolled
+from deqfuse.backends import Problem, cuda, reference
+from deqfuse.triton_kernels import tiles
+from deqfuse.triton_kernels.launch import Launch, counted, intercept
+
+pytestmark = [pytest.mark.triton, pytest.mark.usefixtures("poison")]
+
+
+@dataclasses.dataclass(frozen=True)
+class Case(Operands):
+    init: str = "contractive"
+    start: bool = False
+
+    def layer(self) -> DEQFusion:
+        """Every parameter is away from its initial zeros and ones."""
+        torch.manual_seed(1000 * self.dim + self.n)
+        given = {"num_groups": self.groups, "variant": self.variant, "init": self.init}
+        layer = DEQFusion(self.dim, self.n, **given).requires_grad_(False)
+        for part in layer.modules():
+            if isinstance(part, torch.nn.GroupNorm):
+                part.weight.uniform_(0.6, 1.4)
+                part.bias.uniform_(-0.3, 0.3)
+        if self.variant != "paper":
+            for cell in layer.cells:
+                cell.norm3.weight.mul_(0.1)
+        return layer.to(self.draw(1).dtype)
+
+    def solves(self, backend) -> list[functools.partial]:
+        """Both solves, as functions of the solver."""
+        layer = self.layer()
+        x, cell_sum = self.draw(self.n), self.draw(stored=False)
+        z0 = self.draw(self.n) if self.start else None
+        flat = [t for part in layer.cells for t in part.flat()]
+        rest = (self.groups, self.variant)
+        z0_fuse = None if z0 is None else z0[0]
+        fuse = (x.sum(0), cell_sum, layer.combine.flat(), self.drop(), z0_fuse, self.n)
+        return [
+            functools.partial(backend.solve_cells, x, flat, z0, *rest),
+            functools.partial(backend.solve_fuse, *fuse, *rest),
+        ]
+
+
+def both(case: Case, solver) -> list[tuple]:
+    pairs = zip(case.solves(cuda), case.solves(reference), strict=True)
+    return [(mine(solver), wanted(solver)) for mine, wanted in pairs]
+
+
+def assert_same(given, expected, solver, steps: int = 1) -> None:
+    """Each answer lies within a few of its own residuals of the equilibrium.
+
+    ``|z_a - z_b| <= L / (1 - L) (r_a + r_b) |z|``; the contraction factors L met here are below
+    0.8. Rounding may move the end of a row by ``steps`` evaluations.
+    """
+    for mine, wanted in zip(given, expected, strict=True):
+        assert (mine.shape, mine.dtype) == (wanted.shape, wanted.dtype)
+    assert (expected.outcome == Outcome.CONVERGED).all()
+    assert (given.outcome == Outcome.CONVERGED).all()
+    assert (given.residual <= solver.tol).all()
+    assert (given.nfe - expected.nfe).abs().max() <= steps
+    limit = 4 * (given.residual + expected.residual)
+    assert ((given.z - expected.z).norm(dim=-1) <= limit * expected.z.norm(dim=-1)).all()
+
+
+WHOLE = [
+    *(Case(dtype="f32", rows=r, n=n) for r, n in ((1, 1), (8, 2), (17, 3))),
+    *(
+        Case(dtype="f32", rows=5, dim=d, groups=g)
+        for d, g in ((20, 5), (50, 2), (64, 1), (96, 4), (128, 4))
+    ),
+    *(Case(dtype=t, variant=v) for t in ("bf16", "f16") for v in ("paper", "released")),
+    Case(dtype="f32", variant="released", mask=True, start=True),
+    Case(dtype="f32", variant="released-mmimdb", mask=True, start=True),
+]
+STEPPED = [
+    Case(rows=2, dim=160, groups=10, dtype="bf16", mask=True, start=True),
+    Case(rows=3, variant="released", start=True),
+    Case(rows=3, variant="released-mmimdb", mask=True),
+    pytest.param(Case(rows=3, dim=300, groups=4, dtype="f32"), marks=pytest.mark.slow),
+    pytest.param(Case(rows=35), marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize("case", WHOLE, ids=str)
+def test_whole_solves(case: Case) -> None:
+    solver = Anderson(tol=1e-5)
+    assert cuda.one_launch(case.dim, case.groups, case.draw().dtype, solver)
+    for given, expected in both(case, solver):
+        assert_same(given, expected, solver)
+
+
+@pytest.mark.parametrize("case", STEPPED, ids=str)
+def test_stepped_solves(case: Case) -> None:
+    solver = Anderson(tol=1e-8 if case.dtype == "f64" else 1e-5, max_iter=40)
+    assert not cuda.one_launch(case.dim, case.groups, case.draw().dtype, solver)
+    for given, expected in both(case, solver):
+        assert_same(given, expected, solver)
+
+
+SOLVERS = [
+    *(Anderson(m=m, tol=1e-5) for m in (1, 2, 3, 4)),
+    Anderson(beta=0.6, tol=1e-5),
+    Anderson(lam=1e-3, tol=1e-5),
+    Picard(tol=1e-5),
+    Picard(beta=0.7, tol=1e-5),
+]
+
+
+@pytest.mark.parametrize("solver", SOLVERS, ids=repr)
+def test_whole_solvers(solver) -> None:
+    for given, expected in both(Case(dtype="f32", rows=9), solver):
+        assert_same(given, expected, solver)
+
+
+@pytest.mark.parametrize("dtype", ["f32", "f64"], ids=["whole", "stepped"])
+@pytest.mark.parametrize(
+    "solver", [Anderson(max_iter=8), Anderson(max_iter=1), Picard(max_iter=6)], ids=repr
+)
+def test_statistics_are_those_of_the_reference(solver, dtype) -> None:
+    """At torch's init rows end in several ways. Over 8 steps rounding stays small."""
+    rtol = 1e-6 if dtype == "f64" else 1e-2
+    rows = 20 if dtype == "f32" else 6
+    case = Case(rows=rows, dim=20, groups=5, dtype=dtype, init="torch")
+    for given, expected in both(case, solver):
+        steady = torch.isclose(given.residual, expected.residual, rtol=rtol, atol=0)
+        assert steady.double().mean() >= 0.9
+        assert torch.equal(given.nfe[steady], expected.nfe[steady])
+        assert torch.equal(given.outcome[steady], expected.outcome[steady])
+        near = (given.z - expected.z).norm(dim=-1) <= rtol * expected.z.norm(dim=-1)
+        assert near[steady].all()
+
+
+def test_traces_are_those_of_the_reference() -> None:
+    solver = Anderson(max_iter=8, trace=True)
+    for given, expected in both(Case(rows=5, dim=20, groups=5, init="torch"), solver):
+        assert torch.equal(given.trace.isfinite().sum(0), given.nfe)
+        torch.testing.assert_close(
+            given.trace, expected.trace, rtol=1e-6, atol=1e-9, equal_nan=True
+        )
+
+
+def test_a_row_that_finds_nothing_better_has_stalled() -> None:
+    solver, case = Picard(max_iter=60), Case(rows=24, dtype="f32", init="torch")
+    given, expected = both(case, solver)[1]
+    stalled = expected.outcome == Outcome.STALLED
+    assert stalled.any()
+    agree = (given.outcome == Outcome.STALLED) == stalled
+    assert agree.double().mean() >= 0.9, "rounding decides a few"
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # numpy's
+@pytest.mark.parametrize("dtype", ["f32", "f64"], ids=["whole", "stepped"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf], ids=str)
+def test_a_poisoned_row_stays_alone(value, dtype) -> None:
+    solver = Anderson(tol=1e-5, max_iter=6)
+    for clean, mine, wanted in zip(
+        Case(rows=5, dtype=dtype, n=1).solves(cuda),
+        Case(rows=5, dtype=dtype, n=1).solves(cuda),
+        Case(rows=5, dtype=dtype, n=1).solves(reference),
+        strict=True,
+    ):
+        mine.args[0][..., 3, 1] = wanted.args[0][..., 3, 1] = value
+        given, expected, healthy = mine(solver), wanted(solver), clean(solver)
+        assert (given.outcome[..., 3] == Outcome.NON_FINITE).all()
+        assert torch.equal(given.outcome, expected.outcome)
+        assert torch.equal(given.nfe[..., 3], expected.nfe[..., 3])
+        assert given.z[..., 3, :].isnan().any()
+        assert torch.equal(given.z.isnan(), expected.z.isnan())
+        others = [0, 1, 2, 4]
+        assert torch.equal(given.z[..., others, :], healthy.z[..., others, :])
+
+
+@pytest.mark.parametrize("dim", [20, 160], ids=["whole", "stepped"])
+def test_a_row_does_not_depend_on_its_batch(dim: int) -> None:
+    case = Case(rows=21, dim=dim, groups=5, dtype="f32", n=1)
+    solver = Anderson(max_iter=8 if dim == 20 else 2)
+    for solve in case.solves(cuda):
+        together = solve(solver)
+        for part in (slice(0, 1), slice(15, 18)):
+            pick = [
+                t[..., part, :] if isinstance(t, torch.Tensor) and t.shape[-2] == 21 else t
+                for t in solve.args
+            ]
+            alone = solve.func(*pick, solver)
+            assert torch.equal(alone.z, together.z[..., part, :])
+            assert torch.equal(alone.nfe, together.nfe[..., part])
+
+
+@pytest.mark.parametrize("dtype", ["f32", "f64"], ids=["whole", "stepped"])
+def test_rescue_takes_over_what_is_left(dtype) -> None:
+    case = Case(rows=6, dtype=dtype, init="torch")
+    solver = Anderson(max_iter=5, rescue=True, trace=dtype == "f64")
+    for solve in case.solves(cuda):
+        before, after = solve(dataclasses.replace(solver, rescue=False)), solve(solver)
+        failed = before.outcome != Outcome.CONVERGED
+        assert failed.any()
+        assert (after.outcome != Outcome.CONVERGED).sum() < failed.sum()
+        assert torch.equal(after.z[~failed], before.z[~failed])
+        assert len(after.trace) == (solver.trace_length if solver.trace else 0)
+
+
+def test_strides_do_not_matter() -> None:
+    case, solver = Case(dtype="f32", mask=True, start=True), Anderson()
+    for solve in case.solves(cuda):
+
+        def strange(t):
+            if isinstance(t, list):
+                return [strange(p) for p in t]
+            if not isinstance(t, torch.Tensor) or t.dim() < 2:
+                return t
+            return torch.stack([t.mT, t.mT], dim=-1)[..., 1].mT
+
+        plain, other = solve(solver), solve.func(*map(strange, solve.args), solver)
+        assert torch.equal(other.z, plain.z)
+
+
+@pytest.mark.parametrize("dtype", ["f32", "f64"], ids=["whole", "stepped"])
+def test_no_rows(dtype) -> None:
+    for solve in Case(rows=0, dtype=dtype).solves(cuda):
+        with counted() as names:
+            solved = solve(Anderson())
+        assert names == []
+        assert solved.z.shape[-2] == 0
+        assert solved.outcome.shape == solved.z.shape[:-1]
+
+
+# ---- launches ------------------------------------------------------------------------------------
+
+
+class Operations(TorchDispatchMode):
+    """Names of PyTorch's operations that would launch something on a device."""
+
+    FREE = ("empty", "view", "reshape", "alias", "expand", "select", "detach", "slice", "t")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if not any(free in name.split("_") for free in self.FREE):
+            self.names.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_forward_is_two_launches_and_one_for_packing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+    cells, fuse = Case(rows=5, dtype="f32", n=3).solves(cuda)
+    launches: list[Launch] = []  # not run: the interpreter itself is made of operations
+    with intercept(launches.append), Operations() as operations:
+        cells(Anderson())
+        fuse(Anderson())
+    assert [call.name for call in launches] == ["_solve_cells_kernel", "_solve_fuse_kernel"]
+    assert operations.names == ["cat"], "packing the cells' parameters"
+
+
+def test_launches_of_a_stepped_solve() -> None:
+    case, steps = Case(rows=2, dim=160, groups=10, dtype="f32"), 4
+    cells, fuse = case.solves(cuda)
+    solver = Anderson(max_iter=steps)
+    with counted() as names:
+        cells(solver)
+    assert names == [*["_residual_cell_kernel"] * 2, "_anderson_step_kernel"] * steps
+    with counted() as names:
+        fuse(solver)
+    each = [*["_purify_combine_kernel"] * 2, "_anderson_step_kernel"]
+    assert names == ["_gate_constant_kernel", *each * steps]
+
+
+# ---- choices -------------------------------------------------------------------------------------
+
+
+def problem(**changes) -> Problem:
+    fields = {
+        "device": torch.device("cuda"),
+        "dtype": torch.float32,
+        "dim": 64,
+        "num_groups": 4,
+        "solver": Anderson(),
+        "adjoint": Implicit(),
+    }
+    return Problem(**{**fields, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"solver": Broyden()}, "not Broyden"),
+        ({"solver": Anderson(m=9)}, r"at most 8 residuals, not Anderson\(m=9\)"),
+        ({"adjoint": Unrolled()}, "as Unrolled asks"),
+        ({"dim": 4096, "num_groups": 2}, "at most 1024 channels, not 2048"),
+    ],
+    ids=repr,
+)
+def test_what_it_cannot_do_is_refused_by_name(changes, reason) -> None:
+    assert cuda.refuses_problem(problem()) is None
+    assert re.search(reason, cuda.refuses_problem(problem(**changes)))
+
+
+@pytest.fixture
+def tf32():
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = before
+
+
+@pytest.mark.usefixtures("tf32")
+def test_tf32_refuses_tolerances_beyond_its_reach() -> None:
+    assert cuda.refuses_problem(problem(solver=Anderson(tol=1e-4))) is None
+    refusal = cuda.refuses_problem(problem(solver=Anderson(tol=1e-5)))
+    assert "TF32 do not reach tol=1e-05" in refusal
+    assert "allow_tf32 = False" in refusal
+    double = problem(solver=Anderson(tol=1e-9), dtype=torch.float64)
+    assert cuda.refuses_problem(double) is None
+
+
+@pytest.mark.parametrize(
+    ("dim", "groups", "dtype", "solver", "whole"),
+    [
+        (128, 4, torch.float32, Anderson(), True),
+        (128, 4, torch.bfloat16, Picard(), True),
+        (50, 2, torch.float32, Anderson(m=1), True),
+        (100, 20, torch.float32, Anderson(), False),  # 20 groups of 5 take 32 times 8 columns
+        (256, 4, torch.float32, Anderson(), False),
+        (64, 4, torch.float64, Anderson(), False),
+        (64, 4, torch.float32, Anderson(m=6), False),
+        (64, 4, torch.float32, Anderson(trace=True), False),
+    ],
+)
+def test_which_kernel_runs_which_problem(dim, groups, dtype, solver, whole) -> None:
+    assert cuda.one_launch(dim, groups, dtype, solver) is whole
+
+
+@pytest.mark.parametrize("dim", [4, 12, 50, 75, 300, 500, 512, 768, 1000, 1024])
+def test_tiles_cover_every_group_in_powers_of_two(dim) -> None:
+    dtypes = (torch.float32, torch.float64)
+    for groups, dtype, vjp in itertools.product((1, 2, 4, 5, 10, 64), dtypes, (False, True)):
+        if dim % groups:
+            continue
+        tile = tiles.step_tile(dim, groups, dtype, vjp)
+        assert tile.padded >= dim // groups
+        for number in (tile.rows, tile.groups, tile.padded, tile.inner, tile.warps):
+            assert number == tiles.power_of_two(number)
+        assert tile.columns >= 16
+        if tiles.fits_whole(dim, groups):
+            assert tile.groups >= groups
+
+
+def test_anderson_on_rows_of_any_map() -> None:
+    x = torch.randn(5, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    option = Anderson(tol=1e-9, trace=True)
+    given = cuda.anderson(lambda z: 0.5 * z.cos() + x, torch.zeros_like(x), option)
+    expected = reference.solve(lambda z: 0.5 * z.cos() + x, torch.zeros_like(x), option)
+    torch.testing.assert_close(given.z, expected.z, rtol=1e-9, atol=1e-9)
+    assert torch.equal(given.nfe, expected.nfe)
+    torch.testing.assert_close(given.trace, expected.trace, rtol=1e-6, atol=1e-12, equal_nan=True)

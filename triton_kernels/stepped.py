@@ -1,0 +1,208 @@
+"""Solves for rows too wide for one program: the step kernels, launched ``max_iter`` times blindly.
+
+Nothing is read back: a kernel whose rows have all ended returns at once. On a CUDA device the
+second solve of a kind is captured as a CUDA graph and later ones replay it, one launch from the
+host. Under a capture of the caller's it is not, nor where kernels are long enough to hide the host.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+
+import torch
+from torch import Tensor
+
+from deqfuse.triton_kernels.anderson import AndersonState, anderson_step
+from deqfuse.triton_kernels.cell import residual_cell
+from deqfuse.triton_kernels.fuse import gate_constant, purify_combine
+from deqfuse.triton_kernels.rowmath import precision
+from deqfuse.triton_kernels.solve import Answer, Knobs
+
+GRAPH_BYTES = 256 << 20  # of one problem's tensors, beyond which no graph is kept
+GRAPHS = 8  # problems whose graphs are kept
+
+# z, operands, active, where f(z) goes, scratch
+Evaluate = Callable[[Tensor, Sequence["Tensor | None"], "Tensor | None", Tensor, Tensor], None]
+
+
+class _Solve:
+    """One problem's operands (injections first), its state, and its steps."""
+
+    def __init__(
+        self,
+        operands: Sequence[Tensor | None],
+        dtype: torch.dtype,
+        knobs: Knobs,
+        trace: bool,
+        evaluate: Evaluate,
+    ) -> None:
+        x = operands[0]
+        assert x is not None
+        self.operands, self.knobs, self.evaluate = operands, knobs, evaluate
+        start = x.new_empty((x.numel() // x.shape[-1], x.shape[-1]), dtype=dtype)
+        self.shape, self.rows = x.shape, x.shape[:-1]
+        self.state = AndersonState(start, knobs.m, knobs.max_iter if trace else 0)
+        self.image, self.scratch = torch.empty_like(start), torch.empty_like(start)
+
+    def start(self, z0: Tensor | None) -> None:
+        state = self.state
+        state.z.zero_() if z0 is None else state.z.copy_(z0.reshape(state.z.shape))
+        if state.trace is not None:
+            state.trace.fill_(torch.nan)  # steps of rows that have ended are not written
+
+    def steps(self) -> None:
+        state, knobs = self.state, self.knobs
+        z, image, scratch = (t.view(self.shape) for t in (state.z, self.image, self.scratch))
+        active = state.active.view(self.rows)
+        for step in range(knobs.max_iter):
+            self.evaluate(z, self.operands, active if step else None, image, scratch)
+            anderson_step(
+                self.image, state, step,
+                tol=knobs.tol, max_iter=knobs.max_iter, beta=knobs.beta, lam=knobs.lam,
+            )  # fmt: skip
+
+    def answer(self) -> tuple[Answer, Tensor | None]:
+        state, rows = self.state, self.rows
+        statistics = (state.best_residual, state.nfe, state.outcome)
+        answer = Answer(state.best.view(self.shape), *(t.view(rows) for t in statistics))
+        return answer, None if state.trace is None else state.trace.view(len(state.trace), *rows)
+
+
+class _Kept(_Solve):
+    """A solve that is used again: it owns its operands, so that a graph may refer to them."""
+
+    graph: torch.cuda.CUDAGraph | None = None
+    compiled = False
+
+    def run(self, operands: Sequence[Tensor | None], z0: Tensor | None) -> None:
+        for mine, given in zip(self.operands, operands, strict=True):
+            if mine is not None and given is not None:
+                mine.copy_(given)
+        self.start(z0)
+        if self.graph is None and self.compiled:
+            self.graph = _captured(self.steps)
+        self.steps() if self.graph is None else self.graph.replay()
+        self.compiled = True  # by the steps of the first run; a capture may not compile
+
+    def answer(self) -> tuple[Answer, Tensor | None]:
+        answer, trace = super().answer()
+        copies = Answer(*(t.clone() for t in answer))
+        return copies, None if trace is None else trace.clone()
+
+
+def _captured(steps: Callable[[], None]) -> torch.cuda.CUDAGraph:
+    """``torch.cuda.graph`` would synchronise the device; nothing is allocated here, so no need."""
+    graph, current, side = torch.cuda.CUDAGraph(), torch.cuda.current_stream(), torch.cuda.Stream()
+    side.wait_stream(current)
+    with torch.cuda.stream(side):
+        graph.capture_begin(capture_error_mode="thread_local")
+        try:
+            steps()
+        finally:
+            graph.capture_end()
+    current.wait_stream(side)
+    return graph
+
+
+_kept: OrderedDict[Hashable, _Kept] = OrderedDict()
+_lock = threading.Lock()  # from loading a kept solve's operands to reading its answer
+
+
+def _solve(
+    name: Hashable,
+    operands: Sequence[Tensor | None],
+    z0: Tensor | None,
+    dtype: torch.dtype,
+    knobs: Knobs,
+    trace: bool,
+    evaluate: Evaluate,
+) -> tuple[Answer, Tensor | None]:
+    """Run the steps, as a kept graph where that is possible and worth its memory."""
+    x = operands[0]
+    assert x is not None
+    size = (2 * knobs.m + 4) * x.numel() * dtype.itemsize
+    size += sum(t.numel() * t.element_size() for t in operands if t is not None)
+    if not x.is_cuda or size > GRAPH_BYTES or torch.cuda.is_current_stream_capturing():
+        solve = _Solve(operands, dtype, knobs, trace, evaluate)
+        solve.start(z0)
+        solve.steps()
+        return solve.answer()
+    shapes = tuple(None if t is None else (t.shape, t.dtype) for t in operands)
+    stream = torch.cuda.current_stream(x.device).cuda_stream
+    key = (name, x.device, stream, shapes, dtype, knobs, trace, precision(dtype))
+    with _lock:
+        kept = _kept.pop(key, None)
+        if kept is None:
+            own = [None if t is None else torch.empty_like(t) for t in operands]
+            kept = _Kept(own, dtype, knobs, trace, evaluate)
+        _kept[key] = kept
+        while len(_kept) > GRAPHS:
+            _kept.popitem(last=False)
+        kept.run(operands, z0)
+        return kept.answer()
+
+
+def solve_cells(
+    x: Tensor,  # (N, B, d)
+    packed: Tensor,  # (N * packed_size(d),)
+    z0: Tensor | None,  # (N, B, d)
+    num_groups: int,
+    skip: bool,
+    dtype: torch.dtype,
+    knobs: Knobs,
+    trace: bool,
+) -> tuple[Answer, Tensor | None]:
+    """Equilibria of all N residual cells, and the trace (max_iter, N, B)."""
+
+    def evaluate(
+        z: Tensor,
+        operands: Sequence[Tensor | None],
+        active: Tensor | None,
+        image: Tensor,
+        scratch: Tensor,
+    ) -> None:
+        x, packed = operands
+        assert x is not None
+        assert packed is not None
+        residual_cell(z, x, packed, num_groups, skip, active=active, out=image, hidden=scratch)
+
+    name = ("cells", num_groups, skip)
+    return _solve(name, (x, packed), z0, dtype, knobs, trace, evaluate)
+
+
+def solve_fuse(
+    x_fuse: Tensor,  # (B, d)
+    cell_sum: Tensor,  # (B, d)
+    params: Sequence[Tensor],  # FuseParams
+    mask: Tensor | None,  # (B, d)
+    z0: Tensor | None,  # (B, d)
+    num_modalities: int,
+    num_groups: int,
+    relu_last: bool,
+    dtype: torch.dtype,
+    knobs: Knobs,
+    trace: bool,
+) -> tuple[Answer, Tensor | None]:
+    """Equilibrium of the purify-then-combine step, and the trace (max_iter, B)."""
+
+    def evaluate(
+        z: Tensor,
+        operands: Sequence[Tensor | None],
+        active: Tensor | None,
+        image: Tensor,
+        scratch: Tensor,
+    ) -> None:
+        x, constant, mask, *rest = operands
+        assert x is not None
+        assert constant is not None
+        weights = [t for t in rest if t is not None]
+        purify_combine(
+            z, x, constant, mask, num_modalities, weights, num_groups, relu_last,
+            active=active, out=image, gated=scratch,
+        )  # fmt: skip
+
+    constant = gate_constant(cell_sum, num_modalities, params, num_groups, dtype)
+    name = ("fuse", num_modalities, num_groups, relu_last)
+    return _solve(name, (x_fuse, constant, mask, *params), z0, dtype, knobs, trace, evaluate)
