@@ -3,7 +3,7 @@
 Residual, new row of the Gram matrix, small solve, mix, best iterate, outcome: one program per row,
 which returns at once if its row has ended. The contract is that of ``deqfuse.solvers.anderson``.
 """
-# mypy: allow-untyped-defs, allow-incomplete-defs
+# mypy: allow-untyped-defs, allow-incomplete-defs, disable-error-code="assignment,misc,name-defined"
 # ruff: noqa: F821 - "fp64" is Triton's type of a scalar argument; a float would arrive as float32
 
 import torch

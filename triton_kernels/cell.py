@@ -9,7 +9,7 @@ them all and features pass between stages through the program's own rows of a sc
 problems launch each stage, so that more programs share a weight's columns. Parameters travel
 packed: per modality the ten tensors of ``CellParams``, one after the other.
 """
-# mypy: allow-untyped-defs, allow-incomplete-defs
+# mypy: allow-untyped-defs, allow-incomplete-defs, disable-error-code="assignment"
 
 from collections.abc import Sequence
 from typing import NamedTuple

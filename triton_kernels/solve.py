@@ -9,7 +9,7 @@ Two rules keep the weights in shared memory. The compiler moves their way into r
 loop, and back in only where the loop stores nothing and the weight has no other use: otherwise
 kilobytes are spilled. So there is no trace here, and the best iterate waits in registers.
 """
-# mypy: allow-untyped-defs, allow-incomplete-defs
+# mypy: allow-untyped-defs, allow-incomplete-defs, disable-error-code="assignment,name-defined"
 # ruff: noqa: F821 - "fp64" is Triton's type of a scalar argument; a float would arrive as float32
 
 from collections.abc import Sequence
@@ -97,11 +97,12 @@ def judge(f, square, step, best, best_at, nfe, outcome, tol, max_iter):
 def mix(images, residuals, gram, count, beta, lam, DAMPED: tl.constexpr, M: tl.constexpr):
     """The next iterate."""
     alpha = mixing_weights(gram, count, lam, M)
+    z = tl.zeros_like(images[0])
     for i in tl.static_range(M):
         image = images[i]
         if DAMPED:
             image -= (1.0 - beta) * residuals[i]
-        z = alpha[i][:, None] * image if i == 0 else z + alpha[i][:, None] * image
+        z += alpha[i][:, None] * image
     return z
 
 

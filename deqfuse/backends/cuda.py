@@ -198,15 +198,17 @@ def _contiguous(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.contiguous()
 
 
-def _solved(answer: Any, trace: Tensor | None, solver: SolverOption) -> Solved:
+def _solved(
+    answer: tuple[Tensor, Tensor, Tensor, Tensor], trace: Tensor | None, solver: SolverOption
+) -> Solved:
     """An answer of the kernels as an operator's output, whose trace has a fixed length."""
-    steps, rows = solver.trace_length if solver.trace else 0, answer.residual.shape
-    if trace is None or len(trace) < steps:  # the rescue writes behind the solve
-        longer = answer.residual.new_full((steps, *rows), torch.nan) if steps else None
-        if longer is not None and trace is not None:
-            longer[: len(trace)] = trace
-        trace = answer.residual.new_empty((0, *rows)) if longer is None else longer
-    return Solved(*answer, trace)
+    z, residual, nfe, outcome = answer
+    if trace is None:
+        trace = residual.new_empty((0, *residual.shape))
+    elif len(trace) < solver.trace_length:  # the rescue writes behind the solve
+        missing = solver.trace_length - len(trace)
+        trace = torch.cat([trace, residual.new_full((missing, *residual.shape), torch.nan)])
+    return Solved(z, residual, nfe, outcome, trace)
 
 
 def _rescued(

@@ -1,0 +1,66 @@
+"""What residual products of rounded operands can reach, emulated in PyTorch; no GPU, no Triton.
+
+The interpreter computes products exactly whatever precision is asked for, so this is the proof
+behind the tolerance that the cuda backend refuses to go below in TF32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from deqfuse import Anderson, DEQFusion, Outcome
+from deqfuse.backends import cuda, maps, reference
+
+
+def tf32(t: Tensor) -> Tensor:
+    """The leading 10 of 23 bits, cut off as tensor cores do with what they are given."""
+    return (t.view(torch.int32) & ~0x1FFF).view(torch.float32)
+
+
+def bf16(t: Tensor) -> Tensor:
+    return t.bfloat16().float()
+
+
+def solve_rounded(
+    round_: Callable[[Tensor], Tensor], solver: Anderson, monkeypatch: pytest.MonkeyPatch
+) -> list[reference.Solved]:
+    """Both solves of a layer at its default initialisation, every product's operands rounded."""
+    torch.manual_seed(0)
+    layer = DEQFusion(128, 3).requires_grad_(False)
+    x = torch.randn(3, 256, 128)
+    linear, addmm = maps.linear, torch.addmm
+    with monkeypatch.context() as patch:
+        patch.setattr(maps, "linear", lambda a, w, b: linear(round_(a), round_(w), b))
+        patch.setattr(
+            torch, "addmm", lambda c, a, w, **k: addmm(c, round_(a), round_(w.mT).mT, **k)
+        )
+        flat = [t for cell in layer.cells for t in cell.flat()]
+        cells = reference.solve_cells(x, flat, None, 4, "paper", solver)
+        parameters = layer.combine.flat()
+        fuse = reference.solve_fuse(
+            x.sum(0), cells.z.sum(0), parameters, None, None, 3, 4, "paper", solver
+        )
+    return [cells, fuse]
+
+
+def test_tf32_reaches_the_tolerance_that_is_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
+    exact = solve_rounded(lambda t: t, Anderson(tol=cuda.TF32_TOL), monkeypatch)
+    rounded = solve_rounded(tf32, Anderson(tol=cuda.TF32_TOL), monkeypatch)
+    for given, wanted in zip(rounded, exact, strict=True):
+        assert (given.outcome == Outcome.CONVERGED).all()
+        assert (given.nfe - wanted.nfe).abs().max() <= 4
+
+
+@pytest.mark.parametrize(("round_", "reach"), [(tf32, 1e-6), (bf16, 1e-5)], ids=["tf32", "bf16"])
+def test_rounded_operands_do_not_reach_float32s_residuals(
+    round_: Callable[[Tensor], Tensor], reach: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The map of rounded operands is a staircase: below its steps a solve only wanders."""
+    solver = Anderson(tol=reach)
+    exact, rounded = (solve_rounded(r, solver, monkeypatch) for r in (lambda t: t, round_))
+    assert all((block.outcome == Outcome.CONVERGED).all() for block in exact)
+    assert any((block.outcome != Outcome.CONVERGED).any() for block in rounded)
