@@ -207,11 +207,37 @@ def measure_all(
         return [(p, r) for p, results in zip(problems, found, strict=True) for r in results]
 
 
+def markdown(entries: list[dict[str, Any]], targets: list[str]) -> str:
+    """One line per kernel and width: the most that any variant and stage takes."""
+    lines: dict[tuple[Any, ...], dict[str, dict[str, int]]] = {}
+    for e in entries:
+        history = f", m = {e['m']}" if e["kind"] == "solve" else ""
+        where = f"{e['dim']} in {e['groups']}" if e["kind"] != "anderson" else f"m = {e['m']}"
+        kernel = e["kernel"].strip("_").removesuffix("_kernel")
+        key = (kernel, where + history, f"{e['dtype']} {e['precision']}")
+        most = lines.setdefault(key, {}).setdefault(e["target"], {})
+        for name in ("registers", "spilled", "shared"):
+            most[name] = max(most.get(name, 0), e[name])
+    head = "".join(f" {t}: registers | spilled | shared |" for t in targets)
+    out = [
+        f"| kernel | features, groups | arithmetic |{head}",
+        "|---|---|---|" + "---:|" * 3 * len(targets),
+    ]
+    for key, found in lines.items():
+        cells = [
+            f"{found[t]['registers']} | {found[t]['spilled']} | {found[t]['shared']:,}"
+            for t in targets
+        ]
+        out.append("| " + " | ".join([*key, *cells]) + " |")
+    return "\n".join(out)
+
+
 def main() -> None:
-    """Compile a set of problems; print JSON, one kernel a line."""
+    """Compile a set of problems; print JSON, one kernel a line, or a table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--set", choices=("small", "full"), default="small")
     parser.add_argument("--targets", default="sm_80,sm_90", help=f"of {', '.join(TARGETS)}")
+    parser.add_argument("--markdown", action="store_true", help="a table instead of JSON lines")
     parser.add_argument("--kind", help="only problems of this kind")
     parser.add_argument("--dim", type=int, help="only problems of this width")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
@@ -221,8 +247,12 @@ def main() -> None:
         for p in (SMALL if args.set == "small" else FULL)
         if args.kind in (None, p.kind) and args.dim in (None, p.dim)
     ]
-    for problem, resources in measure_all(problems, args.targets.split(","), args.jobs):
-        print(json.dumps({**dataclasses.asdict(problem), **dataclasses.asdict(resources)}))
+    targets = args.targets.split(",")
+    entries = [
+        {**dataclasses.asdict(problem), **dataclasses.asdict(resources)}
+        for problem, resources in measure_all(problems, targets, args.jobs)
+    ]
+    print(markdown(entries, targets) if args.markdown else "\n".join(map(json.dumps, entries)))
 
 
 if __name__ == "__main__":
