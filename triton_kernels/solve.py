@@ -346,7 +346,7 @@ def solve_fuse(
 def _prepare(x: Tensor, num_groups: int, knobs: Knobs) -> tuple[Answer, dict[str, Any]]:
     """Where the answers go, and what the kernel is compiled for."""
     tensor_cores = precision(torch.float32) == "tf32"
-    tile = solve_tile(columns(x.shape[-1], num_groups), tensor_cores)
+    tile = solve_tile(columns(x.shape[-1], num_groups), knobs.m, tensor_cores)
     common = constants(x.shape[-1], num_groups, torch.float32, tile)
     common |= {"M": knobs.m, "DAMPED": knobs.beta != 1}
     return empty_answer(x, torch.float32), common

@@ -66,14 +66,14 @@ def whole_tile(cols: Columns) -> Tile:
     return Tile(16, cols.whole // cols.padded, cols.padded, 32, warps, 2)
 
 
-def solve_tile(cols: Columns, tensor_cores: bool) -> Tile:
+def solve_tile(cols: Columns, m: int, tensor_cores: bool) -> Tile:
     """A whole solve: rows, both weights and the history stay with one program.
 
     Without tensor cores a thread holds numbers of more rows, whose small solves take registers.
     """
     warps = 8 if cols.whole > 32 else 4
     rows = 16 if tensor_cores else 8
-    registers = 128 if cols.whole <= 32 else 168 if cols.whole <= 64 else 255
+    registers = 128 if cols.whole <= 64 and m <= 3 else 255
     return Tile(rows, cols.whole // cols.padded, cols.padded, 32, warps, 1, registers)
 
 
@@ -90,7 +90,8 @@ def product_tile(cols: Columns, dtype: torch.dtype, vjp: bool) -> Tile:
     stages = 3 if width * (2 if double else 1) <= 512 else 2
     light = rows * width <= (1024 if vjp or double else 2048)
     warps = 4 if light else 8 if width <= 512 else 16
-    return Tile(rows, groups, cols.padded, inner, warps, stages)
+    registers = 192 if vjp and warps == 8 and not double else None
+    return Tile(rows, groups, cols.padded, inner, warps, stages, registers)
 
 
 def fits_whole(dim: int, num_groups: int) -> bool:
