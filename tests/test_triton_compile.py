@@ -1,4 +1,4 @@
-"""Kernels compiled ahead of time, without a GPU: they compile, fit, and do not spill.
+"""Kernels compiled ahead of time, without a GPU: they compile, fit, and a solve spills nothing.
 
 What is compiled is what the launchers would launch; see ``deqfuse.triton_kernels.resources``. In a
 process of its own, because under TRITON_INTERPRET kernels cannot be compiled.
@@ -52,12 +52,13 @@ def assert_sound(table: list[dict], kinds: Iterable[str], targets: Iterable[str]
         assert entry["shared"] <= SHARED_LIMIT[entry["target"]], entry
         if entry["target"].startswith("sm_"):
             assert 0 < entry["registers"] <= 255, entry
-            # In float64 and with 16-bit storage ptxas gives up two to four numbers now and then,
-            # for the sake of one more block on a multiprocessor.
-            assert entry["spilled"] <= (0 if entry["dtype"] == "float32" else 16), entry
+            # ptxas gives up two to four numbers of a step now and then, for the sake of one more
+            # block on a multiprocessor; a limit on registers makes it spill more, not less.
+            step = 8 if entry["dtype"] == "float32" else 16
+            assert entry["spilled"] <= (0 if entry["kind"] == "solve" else step), entry
 
 
-def test_the_shipped_kernels_compile_without_spills() -> None:
+def test_the_shipped_kernels_compile_and_fit() -> None:
     targets = ("sm_80", "sm_90")
     assert_sound(compiled("--targets", ",".join(targets)), KERNELS, targets)
 
@@ -65,7 +66,7 @@ def test_the_shipped_kernels_compile_without_spills() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
 @pytest.mark.parametrize("kind", KERNELS)
-def test_the_full_grid_compiles_without_spills(kind: str, target: str) -> None:
+def test_the_full_grid_compiles_and_fits(kind: str, target: str) -> None:
     table = compiled("--set", "full", "--kind", kind, "--targets", target)
     assert_sound(table, [kind], [target])
 

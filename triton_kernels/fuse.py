@@ -69,7 +69,7 @@ def gate_constant(
     """``Wa S + N ba``, the part of the gate that a solve holds fixed: one launch."""
     rows, d = cell_sum.shape
     out = cell_sum.new_empty(rows, d, dtype=dtype)
-    tile = step_tile(d, num_groups, dtype, vjp=True)
+    tile = step_tile(d, num_groups, dtype)
     launch(
         _gate_constant_kernel, _grid(rows, num_groups, tile),
         cell_sum, params[0], params[1], out, rows, num_modalities,

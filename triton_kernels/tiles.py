@@ -90,8 +90,7 @@ def product_tile(cols: Columns, dtype: torch.dtype, vjp: bool) -> Tile:
     stages = 3 if width * (2 if double else 1) <= 512 else 2
     light = rows * width <= (1024 if vjp or double else 2048)
     warps = 4 if light else 8 if width <= 512 else 16
-    registers = 192 if vjp and warps == 8 and not double else None
-    return Tile(rows, groups, cols.padded, inner, warps, stages, registers)
+    return Tile(rows, groups, cols.padded, inner, warps, stages)
 
 
 def fits_whole(dim: int, num_groups: int) -> bool:
