@@ -5,7 +5,8 @@ Which kernel runs which problem:
     float32 or 16-bit storage, at most 128 tile columns, m <= 5, no trace     one launch a solve
     everything else that is not refused                                       fused steps
 
-Adjoints run on the reference path. Triton is imported when the first kernel is launched.
+Adjoints run on the reference path. The kernels, and Triton with them, are
+imported when a solve asks for them: a bare checkout has none.
 """
 
 from __future__ import annotations
@@ -25,7 +26,6 @@ from deqfuse.solvers.newton_krylov import Linearize, Map
 from deqfuse.solvers.options import Anderson, Picard, SolverOption, Unrolled
 from deqfuse.solvers.rows import Solution
 from deqfuse.solvers.solve import rescue
-from deqfuse.triton_kernels import tiles
 
 MIN_CAPABILITY = (8, 0)
 TF32_TOL = 1e-4  # what products of TF32 operands reach; docs/kernels-gpu.md
@@ -38,6 +38,11 @@ def unavailable() -> tuple[str, str] | None:
     """Why this backend cannot run here, and what would change that."""
     if torch.version.hip:
         return "its launches have been written for NVIDIA GPUs only", "none in this version"
+    if importlib.util.find_spec("deqfuse.triton_kernels") is None:
+        return (
+            "deqfuse is imported from a bare checkout, without deqfuse.triton_kernels",
+            "pip install --no-build-isolation -e . in the checkout",
+        )
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed", "pip install 'deqfuse[triton]'"
     if not torch.cuda.is_available():
@@ -58,6 +63,8 @@ def refuses(problem: Problem) -> str | None:
 
 def refuses_problem(problem: Problem) -> str | None:
     """As :func:`refuses`, whatever the device."""
+    from deqfuse.triton_kernels import tiles
+
     solver = problem.solver
     if not isinstance(solver, (Anderson, Picard)):
         return f"it solves with Anderson or Picard, not {type(solver).__name__}"
@@ -79,6 +86,8 @@ def refuses_problem(problem: Problem) -> str | None:
 
 def one_launch(dim: int, num_groups: int, dtype: torch.dtype, solver: SolverOption) -> bool:
     """Whether a solve is one launch, or steps."""
+    from deqfuse.triton_kernels import tiles
+
     return not solver.trace and tiles.fits_solve(dim, num_groups, dtype, _knobs(solver)[2])
 
 
@@ -171,9 +180,12 @@ def anderson(f: Map, z0: Tensor, option: Anderson) -> Solution:
 
 def takes_rows(z0: Tensor, solver: SolverOption) -> bool:
     """Whether :func:`anderson` can run this solve."""
+    if unavailable() is not None:
+        return False
+    from deqfuse.triton_kernels import tiles
+
     return (
-        unavailable() is None
-        and z0.is_cuda
+        z0.is_cuda
         and z0.dtype in (torch.float32, torch.float64)
         and isinstance(solver, Anderson)
         and solver.m <= tiles.MAX_STEP_HISTORY
