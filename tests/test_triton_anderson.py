@@ -70,7 +70,7 @@ OPTIONS = [
 def test_the_step_is_that_of_the_reference(option: Anderson) -> None:
     """Rows that wander amplify rounding: over 10 steps 1e-16 stays below 1e-9."""
     option = Anderson(
-        tol=1e-6, max_iter=10, m=option.m, beta=option.beta, lam=option.lam, trace=True
+        tol=1e-2, max_iter=10, m=option.m, beta=option.beta, lam=option.lam, trace=True
     )
     f, z0 = rows_map(30, torch.float64)
     expected = reference.anderson(f, z0, option)
