@@ -14,7 +14,7 @@ from torch import Tensor
 
 from deqfuse import autograd as rule
 from deqfuse import backends, checks, ops, reporting
-from deqfuse.backends import cpu, maps, reference
+from deqfuse.backends import maps, reference
 from deqfuse.backends.maps import CellParams, FuseParams, Variant
 from deqfuse.backends.problem import Solved, SolvedLayer, compute_dtype
 from deqfuse.result import BlockInfo
@@ -278,16 +278,12 @@ def fixed_point(
 
     adjoint = adjoint.for_forward(solver)
     start = z0.detach().to(compute_dtype(z0.dtype))  # norms are never below float32
-    backend = "reference"
     if isinstance(adjoint, Unrolled):
-        found = solve(checked, start, solver)
+        backend, found = "reference", solve(checked, start, solver)
     else:
         with torch.no_grad():
-            if backends.allowed("cpu") and cpu.takes_rows(start, solver):
-                backend = "cpu"
-                found = solve(checked, start, solver, run_anderson=cpu.anderson)
-            else:
-                found = solve(checked, start, solver)
+            backend = backends.for_rows(start, solver)
+            found = solve(checked, start, solver, backends.load(backend).anderson)
     info = _block_info(found, "the fixed point", solver, on_failure)
     z_star = found.z
     if torch.is_grad_enabled() and not isinstance(adjoint, Unrolled):

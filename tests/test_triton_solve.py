@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from deqfuse import Anderson, Broyden, DEQFusion, Implicit, Outcome, Picard, Unrolled
 from deqfuse.backends import Problem, cuda, reference
+from deqfuse.backends.problem import Solved
 from deqfuse.triton_kernels import tiles
 from deqfuse.triton_kernels.launch import Launch, counted, intercept
 
@@ -53,6 +54,17 @@ class Case(Operands):
             functools.partial(backend.solve_cells, x, flat, z0, *rest),
             functools.partial(backend.solve_fuse, *fuse, *rest),
         ]
+
+    def whole_layer(self, backend) -> functools.partial:
+        """The layer's solve, as a function of the solver."""
+        layer = self.layer()
+        flat = [t for part in (*layer.cells, layer.combine) for t in part.flat()]
+        flat.append(torch.rand(self.n).to(flat[0]) + 0.5)
+        flat += [torch.tensor(0.3).to(flat[0])] if self.variant != "paper" else []
+        z0 = self.draw(self.n) if self.start else None
+        z0_fuse = None if z0 is None else z0[0]
+        fixed = (flat, self.drop(), z0_fuse, z0, self.groups, self.variant)
+        return functools.partial(backend.solve_layer, list(self.draw(self.n)), *fixed)
 
 
 def both(case: Case, solver) -> list[tuple]:
@@ -109,6 +121,24 @@ def test_stepped_solves(case: Case) -> None:
     assert not cuda.one_launch(case.dim, case.groups, case.draw().dtype, solver)
     for given, expected in both(case, solver):
         assert_same(given, expected, solver)
+
+
+LAYERS = [
+    Case(dtype="f32", rows=17, n=3, dim=50, groups=2),
+    Case(dtype="f32", rows=9, n=1, variant="released", start=True, mask=True),
+    Case(dtype="bf16", rows=3, variant="released-mmimdb", mask=True),
+    Case(rows=3, variant="released"),  # float64: block by block
+]
+
+
+@pytest.mark.parametrize("case", LAYERS, ids=str)
+def test_the_whole_layer(case: Case) -> None:
+    solver = Anderson(tol=1e-5)
+    given = case.whole_layer(cuda)(solver)
+    expected = case.whole_layer(reference)(solver)
+    assert_same(Solved(*given[1:]), Solved(*expected[1:]), solver)
+    assert torch.equal(given.z, given.states[-1])
+    assert given.z.data_ptr() != given.states[-1].data_ptr()
 
 
 SOLVERS = [
@@ -257,15 +287,14 @@ class Operations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_a_forward_is_two_launches_and_one_for_packing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_forward_is_two_launches_and_two_for_packing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
-    cells, fuse = Case(rows=5, dtype="f32", n=3).solves(cuda)
+    solve = Case(rows=5, dtype="f32", n=3, variant="released").whole_layer(cuda)
     launches: list[Launch] = []  # not run: the interpreter itself is made of operations
     with intercept(launches.append), Operations() as operations:
-        cells(Anderson())
-        fuse(Anderson())
+        solve(Anderson())
     assert [call.name for call in launches] == ["_solve_cells_kernel", "_solve_fuse_kernel"]
-    assert operations.names == ["cat"], "packing the cells' parameters"
+    assert operations.names == ["stack", "cat"], "packing the features and the cells' parameters"
 
 
 def test_launches_of_a_stepped_solve() -> None:
@@ -311,22 +340,30 @@ def test_what_it_cannot_do_is_refused_by_name(changes, reason) -> None:
     assert re.search(reason, cuda.refuses_problem(problem(**changes)))
 
 
-@pytest.fixture
-def tf32():
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = True
-    yield
-    torch.backends.cuda.matmul.allow_tf32 = before
+def products(run) -> set[str]:
+    """Arithmetic of the products in all launches of ``run``."""
+    launches: list[Launch] = []
+    with intercept(launches.append):
+        run()
+    return {call.options["PREC"] for call in launches if "PREC" in call.options}
 
 
-@pytest.mark.usefixtures("tf32")
-def test_tf32_refuses_tolerances_beyond_its_reach() -> None:
-    assert cuda.refuses_problem(problem(solver=Anderson(tol=1e-4))) is None
-    refusal = cuda.refuses_problem(problem(solver=Anderson(tol=1e-5)))
-    assert "TF32 do not reach tol=1e-05" in refusal
-    assert "allow_tf32 = False" in refusal
-    double = problem(solver=Anderson(tol=1e-9), dtype=torch.float64)
-    assert cuda.refuses_problem(double) is None
+@pytest.mark.parametrize("newer", [False, True], ids=["allow_tf32", "fp32_precision"])
+@pytest.mark.parametrize("dim", [64, 160])
+def test_tf32_where_the_switch_allows_it_and_the_tolerance_can_be_reached(dim, newer) -> None:
+    matmul = torch.backends.cuda.matmul
+    for solve in Case(rows=2, dim=dim, dtype="f32").solves(cuda):
+        assert products(lambda solve=solve: solve(Anderson())) == {"ieee"}
+        before = matmul.fp32_precision
+        try:
+            if newer:
+                matmul.fp32_precision = "tf32"
+            else:
+                matmul.allow_tf32 = True
+            assert products(lambda solve=solve: solve(Anderson(tol=1e-4))) == {"tf32"}
+            assert products(lambda solve=solve: solve(Anderson(tol=1e-5))) == {"ieee"}
+        finally:
+            matmul.fp32_precision = before
 
 
 @pytest.mark.parametrize(

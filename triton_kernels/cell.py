@@ -21,6 +21,7 @@ from torch import Tensor
 
 from deqfuse.triton_kernels.launch import launch
 from deqfuse.triton_kernels.rowmath import (
+    TF32_TOL,
     any_active,
     constants,
     group_norm,
@@ -131,6 +132,7 @@ def residual_cell(
     active: Tensor | None = None,  # (N, B) bool
     out: Tensor | None = None,  # (N, B, d)
     hidden: Tensor | None = None,  # (N, B, d) scratch
+    tol: float = TF32_TOL,  # of the solve that the step serves
 ) -> Tensor:  # (N, B, d), compute dtype
     """One step of N cells: one launch where a program can hold a whole row, else two."""
     n, rows, d = z.shape
@@ -141,7 +143,7 @@ def residual_cell(
     for first, last in stages_of(2, d, num_groups):
         launch(
             _residual_cell_kernel, grid, z, x, packed, hidden, out, active, rows,
-            SKIP=skip, FIRST=first, LAST=last, **constants(d, num_groups, z.dtype, tile),
+            SKIP=skip, FIRST=first, LAST=last, **constants(d, num_groups, z.dtype, tile, tol),
         )  # fmt: skip
     return out
 

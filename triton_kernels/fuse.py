@@ -17,6 +17,7 @@ from torch import Tensor
 
 from deqfuse.triton_kernels.launch import launch
 from deqfuse.triton_kernels.rowmath import (
+    TF32_TOL,
     any_active,
     constants,
     load_tile,
@@ -65,6 +66,7 @@ def gate_constant(
     params: Sequence[Tensor],  # FuseParams
     num_groups: int,
     dtype: torch.dtype,
+    tol: float = TF32_TOL,  # of the solve that it serves
 ) -> Tensor:  # (B, d)
     """``Wa S + N ba``, the part of the gate that a solve holds fixed: one launch."""
     rows, d = cell_sum.shape
@@ -73,7 +75,7 @@ def gate_constant(
     launch(
         _gate_constant_kernel, _grid(rows, num_groups, tile),
         cell_sum, params[0], params[1], out, rows, num_modalities,
-        **constants(d, num_groups, dtype, tile),
+        **constants(d, num_groups, dtype, tile, tol),
     )  # fmt: skip
     return out
 
@@ -153,6 +155,7 @@ def purify_combine(
     active: Tensor | None = None,  # (B,) bool
     out: Tensor | None = None,  # (B, d)
     gated: Tensor | None = None,  # (B, d) scratch
+    tol: float = TF32_TOL,  # of the solve that the step serves
 ) -> Tensor:  # (B, d), compute dtype
     """One step: one launch where a program can hold a whole row, else two."""
     rows, d = z.shape
@@ -165,7 +168,7 @@ def purify_combine(
             _purify_combine_kernel, _grid(rows, num_groups, tile),
             z, x_fuse, constant, mask, wa, wf, bf, gamma, beta, gated, out, active,
             rows, num_modalities, RELU_LAST=relu_last, FIRST=first, LAST=last,
-            **constants(d, num_groups, z.dtype, tile),
+            **constants(d, num_groups, z.dtype, tile, tol),
         )  # fmt: skip
     return out
 

@@ -131,7 +131,7 @@ class Problem:
 
     def run(self) -> None:
         """Launch all kernels of the kind, on one tile of zeros."""
-        torch.backends.cuda.matmul.allow_tf32 = self.precision == "tf32"
+        torch.backends.cuda.matmul.fp32_precision = self.precision
         dtype, d, g = getattr(torch, self.dtype), self.dim, self.groups
         state = torch.float64 if dtype == torch.float64 else torch.float32
         z, x = torch.zeros(2, 16, d, dtype=state), torch.zeros(2, 16, d, dtype=dtype)

@@ -20,15 +20,20 @@ EPS = tl.constexpr(1e-5)  # GroupNorm's
 TYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 
-def precision(dtype: torch.dtype) -> str:
-    """Of float32 products: torch's own switch decides between TF32 and IEEE arithmetic."""
-    if dtype != torch.float64 and torch.backends.cuda.matmul.allow_tf32:
-        return "tf32"
-    return "ieee"
+TF32_TOL = 1e-4  # what solves with TF32 products reach; docs/kernels-gpu.md
 
 
-def constants(dim: int, num_groups: int, dtype: torch.dtype, tile: Tile) -> dict[str, Any]:
-    """What every kernel is compiled for."""
+def precision(dtype: torch.dtype, tol: float = TF32_TOL) -> str:
+    """Of float32 products: TF32 where torch's own switch allows it and it can reach ``tol``."""
+    # allow_tf32, the older name of the switch, raises once the newer one has been used.
+    allowed = torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if allowed and dtype != torch.float64 and tol >= TF32_TOL else "ieee"
+
+
+def constants(
+    dim: int, num_groups: int, dtype: torch.dtype, tile: Tile, tol: float = TF32_TOL
+) -> dict[str, Any]:
+    """What every kernel is compiled for; ``tol`` of the solve that it serves."""
     limit = {"maxnreg": tile.registers} if tile.registers else {}
     return {
         **limit,
@@ -39,7 +44,7 @@ def constants(dim: int, num_groups: int, dtype: torch.dtype, tile: Tile) -> dict
         "BM": tile.rows,
         "BK": tile.inner,
         "T": TYPES[dtype],
-        "PREC": precision(dtype),
+        "PREC": precision(dtype, tol),
         "num_warps": tile.warps,
         "num_stages": tile.stages,
     }

@@ -20,13 +20,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from deqfuse.triton_kernels.anderson import (
-    RESIDUAL_FLOOR,
-    RUNNING,
-    mixing_weights,
-    verdict,
-)
+from deqfuse.triton_kernels.anderson import RUNNING
 from deqfuse.triton_kernels.cell import cell_vectors, second_weight
+from deqfuse.triton_kernels.history import begin, judge, mix, remember, store_statistics
 from deqfuse.triton_kernels.launch import launch
 from deqfuse.triton_kernels.rowmath import (
     constants,
@@ -43,74 +39,6 @@ from deqfuse.triton_kernels.rowmath import (
     tile_rows,
 )
 from deqfuse.triton_kernels.tiles import columns, solve_tile
-
-
-@triton.jit
-def begin(real_row, BM: tl.constexpr, W: tl.constexpr, M: tl.constexpr, T: tl.constexpr):
-    """Empty history (images, residuals, Gram matrix by age) and statistics of a tile's rows."""
-    images = ()
-    residuals = ()
-    gram = ()
-    for i in tl.static_range(M):
-        images += (tl.zeros((BM, W), T),)
-        residuals += (tl.zeros((BM, W), T),)
-        for _ in tl.static_range(i + 1):
-            gram += (tl.zeros((BM,), T),)
-    outcome = tl.where(real_row, RUNNING, 0)
-    nothing = tl.zeros((BM,), tl.int32)
-    best = tl.full((BM,), float("inf"), T)
-    return images, residuals, gram, best, nothing, nothing, outcome
-
-
-@triton.jit
-def remember(z, f, images, residuals, gram, M: tl.constexpr):
-    """The history with ``f = f(z)`` as its newest entry: shifted, which costs no move."""
-    new_images = (f,)
-    new_residuals = (f - z,)
-    for i in tl.static_range(M - 1):
-        new_images += (images[i],)
-        new_residuals += (residuals[i],)
-    new_gram = (tl.sum(new_residuals[0] * new_residuals[0], 1),)
-    for a in tl.static_range(1, M):
-        new_gram += (tl.sum(new_residuals[0] * new_residuals[a], 1),)
-        for b in tl.static_range(a):
-            new_gram += (gram[(a - 1) * a // 2 + b],)
-    return new_images, new_residuals, new_gram
-
-
-@triton.jit
-def judge(f, square, step, best, best_at, nfe, outcome, tol, max_iter):
-    """Statistics after evaluation ``step``; which rows keep this image as their answer."""
-    active = outcome == RUNNING
-    residual = tl.sqrt(square) / (tl.sqrt(tl.sum(f * f, 1)) + RESIDUAL_FLOOR)
-    better = active & (residual < best)  # NaN compares false
-    best = tl.where(better, residual, best)
-    best_at = tl.where(better, step, best_at)
-    nfe = tl.where(active, step, nfe)
-    # The first image is kept whatever it is: a poisoned row returns NaN and not its start.
-    keep = active & ((best_at == step) | (nfe == 1))
-    outcome = tl.where(active, verdict(residual, step, best_at, tol, max_iter), outcome)
-    return keep, best, best_at, nfe, outcome
-
-
-@triton.jit
-def mix(images, residuals, gram, count, beta, lam, DAMPED: tl.constexpr, M: tl.constexpr):
-    """The next iterate."""
-    alpha = mixing_weights(gram, count, lam, M)
-    z = tl.zeros_like(images[0])
-    for i in tl.static_range(M):
-        image = images[i]
-        if DAMPED:
-            image -= (1.0 - beta) * residuals[i]
-        z += alpha[i][:, None] * image
-    return z
-
-
-@triton.jit
-def store_statistics(residual_ptr, nfe_ptr, outcome_ptr, r, real_row, best, nfe, outcome):
-    tl.store(residual_ptr + r, best, mask=real_row)
-    tl.store(nfe_ptr + r, nfe, mask=real_row)
-    tl.store(outcome_ptr + r, outcome, mask=real_row)
 
 
 @triton.jit(do_not_specialize=["rows", "max_iter"])
@@ -181,10 +109,43 @@ def _solve_cells_kernel(
     )
 
 
+@triton.jit
+def combine(
+    x_ptr,
+    cells_ptr,
+    weights_ptr,
+    bias_ptr,
+    r,
+    real_row,
+    cols,
+    real,
+    rows,
+    modalities,
+    D: tl.constexpr,
+    BM: tl.constexpr,
+    N: tl.constexpr,
+    T: tl.constexpr,
+):
+    """``x_f = sum_i w_i x_i (+ bias)`` and ``S = sum_i z_i`` of a tile's rows."""
+    x = tl.zeros((BM, N), T)
+    total = tl.zeros((BM, N), T)
+    plane = rows.to(tl.int64) * D
+    for i in range(modalities):
+        weight = tl.load(weights_ptr + i).to(T)
+        x += weight * load_tile(x_ptr + i * plane, r, real_row, cols, real, D, T)
+        total += load_tile(cells_ptr + i * plane, r, real_row, cols, real, D, T)
+    if bias_ptr is not None:
+        x = tl.where(real[None, :], x + tl.load(bias_ptr).to(T), 0.0)
+    return x, total
+
+
 @triton.jit(do_not_specialize=["rows", "modalities", "max_iter"])
 def _solve_fuse_kernel(
-    x_ptr,  # (rows, D)
-    sum_ptr,  # (rows, D)
+    x_ptr,  # (rows, D); with weights the modalities' own (N, rows, D)
+    cells_ptr,  # (N, rows, D) with weights, else None
+    weights_ptr,  # (N,) or None
+    bias_ptr,  # () or None
+    sum_ptr,  # (rows, D): the cells' sum; with weights it is written here first
     mask_ptr,  # (rows, D) or None
     z0_ptr,  # (rows, D) or None for zero
     wa_ptr,  # (D, D)
@@ -194,6 +155,7 @@ def _solve_fuse_kernel(
     gamma_ptr,  # (D,)
     beta_ptr,  # (D,)
     out_ptr,  # (rows, D)
+    copy_ptr,  # (rows, D) or None: the answer once more
     residual_ptr,  # (rows,)
     nfe_ptr,  # (rows,) int32
     outcome_ptr,  # (rows,) int8
@@ -225,6 +187,15 @@ def _solve_fuse_kernel(
     out_ptr += first * D
     cols, real = tile_columns(0, D, C, GT, C2)
     n = modalities.to(T)
+    if weights_ptr is not None:
+        x, total = combine(
+            x_ptr, cells_ptr + first * D, weights_ptr, bias_ptr,
+            r, real_row, cols, real, rows, modalities, D, BM, GT * C2, T,
+        )  # fmt: skip
+        store_tile(sum_ptr, r, real_row, cols, real, total, D)
+        tl.debug_barrier()  # threads read what others of the program wrote
+    else:
+        x = load_tile(x_ptr, r, real_row, cols, real, D, T)
     wa = load_square(wa_ptr, cols, real, D, T)
     wf = load_square(wf_ptr, cols, real, D, T)
     constant = product(sum_ptr, r, real_row, wa_ptr, cols, real, True, D, BM, GT * C2, BK, T, PREC)
@@ -232,7 +203,6 @@ def _solve_fuse_kernel(
     bf = load_vector(bf_ptr, cols, real, T)
     gamma = load_vector(gamma_ptr, cols, real, T)
     shift = load_vector(beta_ptr, cols, real, T)
-    x = load_tile(x_ptr, r, real_row, cols, real, D, T)
     if mask_ptr is not None:
         mask = load_tile(mask_ptr, r, real_row, cols, real, D, T)
         x += mask * bf
@@ -265,6 +235,8 @@ def _solve_fuse_kernel(
         z = mix(images, residuals, gram, tl.minimum(step, M), beta, lam, DAMPED, M)
         running = tl.min(outcome, 0) == RUNNING
     store_tile(out_ptr, r, real_row, cols, real, out, D)
+    if copy_ptr is not None:
+        store_tile(copy_ptr + first * D, r, real_row, cols, real, out, D)
     store_statistics(
         residual_ptr + first, nfe_ptr + first, outcome_ptr + first, r, real_row, best, nfe, outcome
     )
@@ -289,11 +261,11 @@ class Knobs(NamedTuple):
     lam: float
 
 
-def empty_answer(like: Tensor, dtype: torch.dtype) -> Answer:
+def empty_answer(like: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Answer:
     """Results to be written. Nothing is filled, so nothing is launched."""
-    rows = like.shape[:-1]
+    rows = shape[:-1]
     return Answer(
-        like.new_empty(like.shape, dtype=dtype),
+        like.new_empty(shape, dtype=dtype),
         like.new_empty(rows, dtype=dtype),
         like.new_empty(rows, dtype=torch.int32),
         like.new_empty(rows, dtype=torch.int8),
@@ -309,14 +281,8 @@ def solve_cells(
     knobs: Knobs,
 ) -> Answer:
     """Equilibria of all N residual cells in float32: one launch."""
-    n, rows, _ = x.shape
-    answer, common = _prepare(x, num_groups, knobs)
-    launch(
-        _solve_cells_kernel, (triton.cdiv(rows, common["BM"]), n),
-        x, z0, packed, *answer,
-        rows, knobs.max_iter, knobs.tol, knobs.beta, knobs.lam,
-        SKIP=skip, **common,
-    )  # fmt: skip
+    answer = empty_answer(x, x.shape, torch.float32)
+    _launch_cells(x, packed, z0, answer, num_groups, skip, knobs)
     return answer
 
 
@@ -332,21 +298,81 @@ def solve_fuse(
     knobs: Knobs,
 ) -> Answer:
     """Equilibrium of the purify-then-combine step in float32: one launch."""
-    rows = x_fuse.shape[0]
-    answer, common = _prepare(x_fuse, num_groups, knobs)
-    launch(
-        _solve_fuse_kernel, (triton.cdiv(rows, common["BM"]),),
-        x_fuse, cell_sum, mask, z0, *params, *answer,
-        rows, num_modalities, knobs.max_iter, knobs.tol, knobs.beta, knobs.lam,
-        RELU_LAST=relu_last, **common,
-    )  # fmt: skip
+    answer = empty_answer(x_fuse, x_fuse.shape, torch.float32)
+    operands = (x_fuse, None, None, None, cell_sum, mask, z0, *params)
+    _launch_fuse(operands, answer, None, num_modalities, num_groups, relu_last, knobs)
     return answer
 
 
-def _prepare(x: Tensor, num_groups: int, knobs: Knobs) -> tuple[Answer, dict[str, Any]]:
-    """Where the answers go, and what the kernel is compiled for."""
-    tensor_cores = precision(torch.float32) == "tf32"
-    tile = solve_tile(columns(x.shape[-1], num_groups), knobs.m, tensor_cores)
-    common = constants(x.shape[-1], num_groups, torch.float32, tile)
-    common |= {"M": knobs.m, "DAMPED": knobs.beta != 1}
-    return empty_answer(x, torch.float32), common
+def solve_layer(
+    x: Tensor,  # (N, B, d)
+    packed: Tensor,  # (N * packed_size(d),)
+    params: Sequence[Tensor],  # FuseParams
+    weights: Tensor,  # (N,)
+    bias: Tensor | None,  # ()
+    mask: Tensor | None,  # (B, d)
+    z0_fuse: Tensor | None,  # (B, d)
+    z0_cells: Tensor | None,  # (N, B, d)
+    num_groups: int,
+    skip: bool,
+    relu_last: bool,
+    knobs: Knobs,
+) -> tuple[Tensor, Answer]:
+    """Equilibria of all cells, then of the fuse step: two launches.
+
+    Returns the fused equilibrium (B, d) and, as one answer, the N cells' and it.
+    """
+    n, rows, d = x.shape
+    both = empty_answer(x, (n + 1, rows, d), torch.float32)
+    cells, fuse = Answer(*(t[:n] for t in both)), Answer(*(t[n] for t in both))
+    z, cell_sum = torch.empty_like(fuse.z), torch.empty_like(fuse.z)
+    _launch_cells(x, packed, z0_cells, cells, num_groups, skip, knobs)
+    operands = (x, cells.z, weights, bias, cell_sum, mask, z0_fuse, *params)
+    _launch_fuse(operands, fuse, z, n, num_groups, relu_last, knobs)
+    return z, both
+
+
+def _launch_cells(
+    x: Tensor,
+    packed: Tensor,
+    z0: Tensor | None,
+    answer: Answer,
+    num_groups: int,
+    skip: bool,
+    knobs: Knobs,
+) -> None:
+    n, rows, d = x.shape
+    common = _constants(d, num_groups, knobs)
+    launch(
+        _solve_cells_kernel, (triton.cdiv(rows, common["BM"]), n),
+        x, z0, packed, *answer,
+        rows, knobs.max_iter, knobs.tol, knobs.beta, knobs.lam,
+        SKIP=skip, **common,
+    )  # fmt: skip
+
+
+def _launch_fuse(
+    operands: Sequence[Tensor | None],
+    answer: Answer,
+    copy: Tensor | None,
+    num_modalities: int,
+    num_groups: int,
+    relu_last: bool,
+    knobs: Knobs,
+) -> None:
+    rows, d = answer.z.shape
+    common = _constants(d, num_groups, knobs)
+    launch(
+        _solve_fuse_kernel, (triton.cdiv(rows, common["BM"]),),
+        *operands, answer.z, copy, *answer[1:],
+        rows, num_modalities, knobs.max_iter, knobs.tol, knobs.beta, knobs.lam,
+        RELU_LAST=relu_last, **common,
+    )  # fmt: skip
+
+
+def _constants(dim: int, num_groups: int, knobs: Knobs) -> dict[str, Any]:
+    """What a solve is compiled for."""
+    tensor_cores = precision(torch.float32, knobs.tol) == "tf32"
+    tile = solve_tile(columns(dim, num_groups), knobs.m, tensor_cores)
+    common = constants(dim, num_groups, torch.float32, tile, knobs.tol)
+    return common | {"M": knobs.m, "DAMPED": knobs.beta != 1}

@@ -131,7 +131,7 @@ def _solve(
         return solve.answer()
     shapes = tuple(None if t is None else (t.shape, t.dtype) for t in operands)
     stream = torch.cuda.current_stream(x.device).cuda_stream
-    key = (name, x.device, stream, shapes, dtype, knobs, trace, precision(dtype))
+    key = (name, x.device, stream, shapes, dtype, knobs, trace, precision(dtype, knobs.tol))
     with _lock:
         kept = _kept.pop(key, None)
         if kept is None:
@@ -166,7 +166,10 @@ def solve_cells(
         x, packed = operands
         assert x is not None
         assert packed is not None
-        residual_cell(z, x, packed, num_groups, skip, active=active, out=image, hidden=scratch)
+        residual_cell(
+            z, x, packed, num_groups, skip,
+            active=active, out=image, hidden=scratch, tol=knobs.tol,
+        )  # fmt: skip
 
     name = ("cells", num_groups, skip)
     return _solve(name, (x, packed), z0, dtype, knobs, trace, evaluate)
@@ -200,9 +203,9 @@ def solve_fuse(
         weights = [t for t in rest if t is not None]
         purify_combine(
             z, x, constant, mask, num_modalities, weights, num_groups, relu_last,
-            active=active, out=image, gated=scratch,
+            active=active, out=image, gated=scratch, tol=knobs.tol,
         )  # fmt: skip
 
-    constant = gate_constant(cell_sum, num_modalities, params, num_groups, dtype)
+    constant = gate_constant(cell_sum, num_modalities, params, num_groups, dtype, knobs.tol)
     name = ("fuse", num_modalities, num_groups, relu_last)
     return _solve(name, (x_fuse, constant, mask, *params), z0, dtype, knobs, trace, evaluate)

@@ -1,9 +1,10 @@
 """Which backend runs a problem, or why not.
 
 Every backend is a module with the same few names: ``unavailable()`` (None, or why it cannot run
-here and what would change that), ``refuses(problem)`` (None, or why it cannot take this problem)
-and the six functions ``solve_*`` and ``adjoint_*`` for ``cells``, ``fuse`` and ``layer``. An
-explicit request is never answered by another backend; only "auto" moves on.
+here and what would change that), ``refuses(problem)`` (None, or why it cannot take this problem),
+the six functions ``solve_*`` and ``adjoint_*`` for ``cells``, ``fuse`` and ``layer``, and, for any
+other map of rows, ``anderson`` with ``takes_rows(z0, solver)``. An explicit request is never
+answered by another backend; only "auto" moves on.
 """
 
 from __future__ import annotations
@@ -14,12 +15,14 @@ from dataclasses import dataclass
 from types import ModuleType
 
 import torch
+from torch import Tensor
 
 from deqfuse.backends import cpu, cuda, reference
 from deqfuse.backends.problem import Problem as Problem
 from deqfuse.errors import BackendUnavailable
+from deqfuse.solvers.options import SolverOption
 
-__all__ = ["BACKENDS", "BackendStatus", "Problem", "allowed", "choose", "describe", "load"]
+__all__ = ["BACKENDS", "BackendStatus", "Problem", "choose", "describe", "for_rows", "load"]
 
 # Fastest first: "auto" takes the first that accepts the problem.
 _MODULES: dict[str, ModuleType] = {"cuda": cuda, "cpu": cpu, "reference": reference}
@@ -64,9 +67,24 @@ def _objection(name: str, problem: Problem) -> str | None:
     return refusal
 
 
-def allowed(name: str) -> bool:
-    """Whether the environment leaves the choice open or names this backend."""
-    return os.environ.get(ENVIRONMENT, "auto") in ("auto", name)
+def for_rows(z0: Tensor, solver: SolverOption) -> str:
+    """The backend whose Anderson step solves for rows of any map: the environment's, or the first
+    that can; the reference where that one cannot."""
+    named = _named("auto")
+    names = BACKENDS if named == "auto" else (named, "reference")
+    return next(name for name in names if load(name).takes_rows(z0, solver))
+
+
+def _named(requested: str) -> str:
+    """What is asked for, by the caller or else by the environment."""
+    source = "backend"
+    if requested == "auto" and os.environ.get(ENVIRONMENT):
+        source, requested = f"environment variable {ENVIRONMENT}", os.environ[ENVIRONMENT]
+    if requested not in ("auto", *BACKENDS):
+        raise ValueError(
+            f"{source}: expected 'auto' or one of {', '.join(BACKENDS)}, got {requested!r}"
+        )
+    return requested
 
 
 def choose(requested: str, problem: Problem) -> str:
@@ -80,13 +98,7 @@ def choose(requested: str, problem: Problem) -> str:
         ValueError: an unknown name.
         BackendUnavailable: the requested backend cannot take the problem; says why.
     """
-    source = "backend"
-    if requested == "auto" and os.environ.get(ENVIRONMENT):
-        source, requested = f"environment variable {ENVIRONMENT}", os.environ[ENVIRONMENT]
-    if requested not in ("auto", *BACKENDS):
-        raise ValueError(
-            f"{source}: expected 'auto' or one of {', '.join(BACKENDS)}, got {requested!r}"
-        )
+    requested = _named(requested)
     if requested != "auto":
         objection = _objection(requested, problem)
         if objection is not None:

@@ -12,7 +12,7 @@ from deqfuse.backends import layer, native, reference
 from deqfuse.backends.maps import Variant
 from deqfuse.backends.problem import Problem, Solved, SolvedLayer, Statistics, compute_dtype
 from deqfuse.outcome import Outcome
-from deqfuse.solvers.newton_krylov import Linearize, Map
+from deqfuse.solvers.newton_krylov import Map
 from deqfuse.solvers.options import (
     Anderson,
     GradientOption,
@@ -23,7 +23,6 @@ from deqfuse.solvers.options import (
     SolverOption,
 )
 from deqfuse.solvers.rows import Solution
-from deqfuse.solvers.solve import rescue
 
 MAX_HISTORY = 8  # csrc/cpu/mixing.h
 ADJOINT_HISTORY = 6
@@ -76,7 +75,7 @@ def solve_cells(
     if not (isinstance(solver, Anderson) and solver.rescue):
         return solved
     step, linearize = reference.cells_problem(x_, params, num_groups, variant)
-    return _rescued(solved, step, x_, z0_, solver, linearize)
+    return reference.rescued(solved, step, z0_, solver, linearize)
 
 
 def solve_fuse(
@@ -104,7 +103,7 @@ def solve_fuse(
     step, linearize = reference.fuse_problem(
         x_, sum_, params, mask_, num_modalities, num_groups, variant
     )
-    return _rescued(solved, step, x_, z0_, solver, linearize)
+    return reference.rescued(solved, step, z0_, solver, linearize)
 
 
 def solve_layer(
@@ -131,21 +130,6 @@ def solve_layer(
             variant != "paper", variant == "released-mmimdb", *_forward(solver), _steps(solver),
         )
     )  # fmt: skip
-
-
-def _rescued(
-    left: Solved, step: Map, x: Tensor, z0: Tensor | None, solver: Anderson, linearize: Linearize
-) -> Solved:
-    """Newton-Krylov on the reference path for the rows that the compiled solve left behind."""
-    flat = Solution(
-        left.z.flatten(0, -2),
-        left.residual.flatten(),
-        left.nfe.flatten(),
-        left.outcome.flatten(),
-        left.trace[: int(left.nfe.max())].flatten(1) if solver.trace and left.nfe.numel() else None,
-    )
-    start = (torch.zeros_like(x) if z0 is None else z0).flatten(0, -2)
-    return reference.solved(rescue(step, start, solver, flat, linearize), x.shape, solver)
 
 
 def anderson(f: Map, z0: Tensor, option: Anderson) -> Solution:

@@ -18,20 +18,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deqfuse.backends import reference
+from deqfuse.backends import layer, reference
+from deqfuse.backends.layer import LayerParams
 from deqfuse.backends.maps import Variant
-from deqfuse.backends.problem import Problem
-from deqfuse.backends.reference import Solved, compute_dtype
-from deqfuse.solvers.newton_krylov import Linearize, Map
+from deqfuse.backends.problem import Problem, Solved, SolvedLayer, compute_dtype
+from deqfuse.solvers.newton_krylov import Map
 from deqfuse.solvers.options import Anderson, Picard, SolverOption, Unrolled
 from deqfuse.solvers.rows import Solution
-from deqfuse.solvers.solve import rescue
 
 MIN_CAPABILITY = (8, 0)
-TF32_TOL = 1e-4  # what products of TF32 operands reach; docs/kernels-gpu.md
 
 adjoint_cells = reference.adjoint_cells
 adjoint_fuse = reference.adjoint_fuse
+adjoint_layer = reference.adjoint_layer
 
 
 def unavailable() -> tuple[str, str] | None:
@@ -75,12 +74,6 @@ def refuses_problem(problem: Problem) -> str | None:
     width = problem.dim // problem.num_groups
     if width > tiles.MAX_GROUP:
         return f"it takes groups of at most {tiles.MAX_GROUP} channels, not {width}"
-    tf32 = torch.backends.cuda.matmul.allow_tf32 and problem.dtype != torch.float64
-    if tf32 and solver.tol < TF32_TOL:
-        return (
-            f"products in TF32 do not reach tol={solver.tol:g}, only {TF32_TOL:g}; "
-            "set torch.backends.cuda.matmul.allow_tf32 = False or a larger tol"
-        )
     return None
 
 
@@ -116,7 +109,7 @@ def solve_cells(
         return solved
     params = [p.to(dtype) for p in flat_params]
     step, linearize = reference.cells_problem(x.to(dtype), params, num_groups, variant)
-    return _rescued(solved, step, z0, solver, linearize)
+    return reference.rescued(solved, step, z0, solver, linearize)
 
 
 def solve_fuse(
@@ -151,7 +144,39 @@ def solve_fuse(
     step, linearize = reference.fuse_problem(
         x, cell_sum, params, mask, num_modalities, num_groups, variant
     )
-    return _rescued(solved, step, z0, solver, linearize)
+    return reference.rescued(solved, step, z0, solver, linearize)
+
+
+def solve_layer(
+    x: list[Tensor],  # N tensors (B, d)
+    flat_params: list[Tensor],  # backends/layer.py
+    mask: Tensor | None,  # (B, d)
+    z0_fuse: Tensor | None,  # (B, d)
+    z0_cells: Tensor | None,  # (N, B, d)
+    num_groups: int,
+    variant: Variant,
+    solver: SolverOption,
+) -> SolvedLayer:
+    """Equilibria of all cells and of the fuse step: two launches, and two that pack."""
+    from deqfuse.triton_kernels import cell, solve
+
+    like, rescue = x[0], isinstance(solver, Anderson) and solver.rescue  # between the blocks
+    if rescue or not one_launch(like.shape[-1], num_groups, like.dtype, solver):
+        return layer.solve(
+            solve_cells, solve_fuse,
+            x, flat_params, mask, z0_fuse, z0_cells, num_groups, variant, solver,
+        )  # fmt: skip
+    params = LayerParams.split(flat_params, len(x))
+    mask, z0_fuse, z0_cells = (_contiguous(t) for t in (mask, z0_fuse, z0_cells))
+    with _on(like):
+        z, both = solve.solve_layer(
+            torch.stack(list(x)), cell.pack_cells(params.cells),
+            [p.contiguous() for p in params.fuse], params.weights.contiguous(), params.bias,
+            mask, z0_fuse, z0_cells,
+            num_groups, variant != "paper", variant == "released-mmimdb",
+            solve.Knobs(*_knobs(solver)),
+        )  # fmt: skip
+    return SolvedLayer(z, *_solved(both, None, solver))
 
 
 def anderson(f: Map, z0: Tensor, option: Anderson) -> Solution:
@@ -221,17 +246,3 @@ def _solved(
         missing = solver.trace_length - len(trace)
         trace = torch.cat([trace, residual.new_full((missing, *residual.shape), torch.nan)])
     return Solved(z, residual, nfe, outcome, trace)
-
-
-def _rescued(
-    left: Solved, step: Map, z0: Tensor | None, solver: Anderson, linearize: Linearize
-) -> Solved:
-    """Newton-Krylov on the reference path for the rows that the kernels left behind."""
-    trace = None
-    if solver.trace and left.nfe.numel():
-        trace = left.trace[: int(left.nfe.max())].flatten(1)
-    statistics = (left.residual.flatten(), left.nfe.flatten(), left.outcome.flatten())
-    start = torch.zeros_like(left.z) if z0 is None else z0.to(left.z.dtype)
-    flat = Solution(left.z.flatten(0, -2), *statistics, trace)
-    found = rescue(step, start.flatten(0, -2), solver, flat, linearize)
-    return reference.solved(found, left.z.shape, solver)

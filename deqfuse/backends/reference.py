@@ -19,10 +19,11 @@ from deqfuse.backends.maps import (
 )
 from deqfuse.backends.problem import Problem, Solved, SolvedLayer, Statistics, compute_dtype
 from deqfuse.solvers.adjoint import solve_adjoint
+from deqfuse.solvers.anderson import anderson as anderson
 from deqfuse.solvers.newton_krylov import Linearize, Map
-from deqfuse.solvers.options import GradientOption, SolverOption
+from deqfuse.solvers.options import Anderson, GradientOption, SolverOption
 from deqfuse.solvers.rows import Solution
-from deqfuse.solvers.solve import solve
+from deqfuse.solvers.solve import rescue, solve
 
 
 def unavailable() -> tuple[str, str] | None:
@@ -113,6 +114,11 @@ def fuse_problem(
     return step, linearize
 
 
+def takes_rows(z0: Tensor, solver: SolverOption) -> bool:
+    """Whether the solvers can run on rows of any map: they always can."""
+    return True
+
+
 def adjoint_cells(
     grad_z: Tensor,  # (N, B, d)
     z: Tensor,  # (N, B, d)
@@ -196,8 +202,22 @@ def _solve(
     step: Map, like: Tensor, z0: Tensor | None, solver: SolverOption, linearize: Linearize
 ) -> Solved:
     start = torch.zeros_like(like) if z0 is None else z0.to(like.dtype)
-    found = solve(step, start.reshape(-1, like.shape[-1]), solver, linearize)
+    found = solve(step, start.reshape(-1, like.shape[-1]), solver, linearize=linearize)
     return solved(found, like.shape, solver)
+
+
+def rescued(
+    left: Solved, step: Map, z0: Tensor | None, solver: Anderson, linearize: Linearize
+) -> Solved:
+    """Newton-Krylov for the rows that another backend's solve left behind."""
+    trace = None
+    if solver.trace and left.nfe.numel():
+        trace = left.trace[: int(left.nfe.max())].flatten(1)
+    statistics = (left.residual.flatten(), left.nfe.flatten(), left.outcome.flatten())
+    start = torch.zeros_like(left.z) if z0 is None else z0.to(left.z.dtype)
+    flat = Solution(left.z.flatten(0, -2), *statistics, trace)
+    found = rescue(step, start.flatten(0, -2), solver, flat, linearize)
+    return solved(found, left.z.shape, solver)
 
 
 def solved(found: Solution, shape: torch.Size, solver: SolverOption) -> Solved:

@@ -26,8 +26,8 @@ def solve(
     f: Callable[[Tensor], Tensor],
     z0: Tensor,  # (R, n)
     option: SolverOption,
-    linearize: Linearize | None = None,
     run_anderson: Callable[[Map, Tensor, Anderson], Solution] = anderson,
+    linearize: Linearize | None = None,
 ) -> Solution:
     """Solve ``z = f(z)`` for every row.
 
@@ -35,8 +35,8 @@ def solve(
         f: row-wise map (R, n) -> (R, n).
         z0: start.
         option: the solver and its knobs.
-        linearize: ``z -> (v -> J(z) v)`` where a cheaper JVP than forward-mode autograd is known.
         run_anderson: the implementation of Anderson mixing.
+        linearize: ``z -> (v -> J(z) v)`` where a cheaper JVP than forward-mode autograd is known.
     """
     if isinstance(option, Anderson):
         found = run_anderson(f, z0, option)
