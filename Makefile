@@ -10,7 +10,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 CONSTRAINTS := constraints-dev.txt
-TORCH ?= $(shell grep -o '^torch==[^ ]*' $(CONSTRAINTS))
+PINNED := $(shell grep -o '^torch==[^ ]*' $(CONSTRAINTS))
+TORCH ?= $(PINNED)
 ARGS ?=
 
 ifeq ($(VENV),none)
@@ -98,7 +99,7 @@ endif
 $(VENV)/.installed: pyproject.toml setup.py $(CONSTRAINTS) | check-python
 	@echo "== Setting up $(VENV) with $$($(BASE) -V); later runs reuse it"
 	@$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
-	@{ grep -Ev '^(torch|triton)==' $(CONSTRAINTS); echo '$(TORCH)'; } > $(VENV)/constraints.txt
+	@{ grep -Ev '^torch==$(if $(filter $(PINNED),$(TORCH)),,|^triton==)' $(CONSTRAINTS); echo '$(TORCH)'; } > $(VENV)/constraints.txt
 	@echo "== Installing $(TORCH): 0.2 GB, or several GB where pip picks a CUDA build (TORCH=... chooses)"
 	@$(PY) -m pip install --disable-pip-version-check -c $(VENV)/constraints.txt torch
 	@echo "== Installing what deqfuse builds and tests with"

@@ -52,10 +52,10 @@ def assert_sound(table: list[dict], kinds: Iterable[str], targets: Iterable[str]
         assert entry["shared"] <= SHARED_LIMIT[entry["target"]], entry
         if entry["target"].startswith("sm_"):
             assert 0 < entry["registers"] <= 255, entry
-            # ptxas gives up two to four numbers of a step now and then, for the sake of one more
-            # block on a multiprocessor; a limit on registers makes it spill more, not less.
-            step = 8 if entry["dtype"] == "float32" else 16
-            assert entry["spilled"] <= (0 if entry["kind"] == "solve" else step), entry
+            # In float64, ptxas gives up two to four numbers of a step now and then, for the sake of
+            # one more block on a multiprocessor.
+            double = entry["dtype"] == "float64"
+            assert entry["spilled"] <= (16 if double else 0), entry
 
 
 def test_the_shipped_kernels_compile_and_fit() -> None:

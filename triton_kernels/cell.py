@@ -21,7 +21,6 @@ from torch import Tensor
 
 from deqfuse.triton_kernels.launch import launch
 from deqfuse.triton_kernels.rowmath import (
-    TF32_TOL,
     any_active,
     constants,
     group_norm,
@@ -38,7 +37,7 @@ from deqfuse.triton_kernels.rowmath import (
     tile_columns,
     tile_rows,
 )
-from deqfuse.triton_kernels.tiles import stages_of, step_tile
+from deqfuse.triton_kernels.tiles import TF32_TOL, stages_of, step_tile
 
 VECTORS = 8  # biases and affine parameters of one cell
 

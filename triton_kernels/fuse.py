@@ -17,7 +17,6 @@ from torch import Tensor
 
 from deqfuse.triton_kernels.launch import launch
 from deqfuse.triton_kernels.rowmath import (
-    TF32_TOL,
     any_active,
     constants,
     load_tile,
@@ -31,7 +30,7 @@ from deqfuse.triton_kernels.rowmath import (
     tile_columns,
     tile_rows,
 )
-from deqfuse.triton_kernels.tiles import Tile, stages_of, step_tile
+from deqfuse.triton_kernels.tiles import TF32_TOL, Tile, fuse_vjp_tile, stages_of, step_tile
 
 
 @triton.jit(do_not_specialize=["rows", "modalities"])
@@ -301,7 +300,7 @@ def purify_combine_vjp(
     """Cotangents of one step: one launch, or four, and torch's products for the weights."""
     rows, d = z.shape
     wa, ba, wf, bf, gamma, beta = params
-    tile = step_tile(d, num_groups, z.dtype, vjp=True)
+    tile = fuse_vjp_tile(d, num_groups, z.dtype)
     gate, q, dx, dgate, dsum, dz = (torch.empty_like(z) for _ in range(6))
     dy = dx if mask is None else torch.empty_like(z)
     gate_input = torch.add(cell_sum, z, alpha=num_modalities)

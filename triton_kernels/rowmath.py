@@ -13,14 +13,11 @@ import torch
 import triton
 import triton.language as tl
 
-from deqfuse.triton_kernels.tiles import Tile
+from deqfuse.triton_kernels.tiles import TF32_TOL, Tile
 
 EPS = tl.constexpr(1e-5)  # GroupNorm's
 
 TYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
-
-
-TF32_TOL = 1e-4  # what solves with TF32 products reach; docs/kernels-gpu.md
 
 
 def precision(dtype: torch.dtype, tol: float = TF32_TOL) -> str:

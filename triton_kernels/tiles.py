@@ -7,6 +7,7 @@ memory, and the products' inner dimension is not padded beyond a block.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,7 @@ FUSED_WIDTH = 128  # widest tile, in columns, that holds all features of a row a
 MAX_HISTORY = 5  # residuals that the whole-solve kernel keeps in registers
 MAX_GROUP = 1024  # channels of a group, which one tile must hold
 MAX_STEP_HISTORY = 8  # and that the Anderson step combines
+TF32_TOL = 1e-4  # what solves with TF32 products reach; docs/kernels-gpu.md
 
 
 def power_of_two(n: int) -> int:
@@ -107,6 +109,18 @@ def step_tile(dim: int, num_groups: int, dtype: torch.dtype, vjp: bool = False) 
     """The tile of a step kernel, or of its VJP, which holds more at once."""
     cols = columns(dim, num_groups)
     return whole_tile(cols) if fits_whole(dim, num_groups) else product_tile(cols, dtype, vjp)
+
+
+def fuse_vjp_tile(dim: int, num_groups: int, dtype: torch.dtype) -> Tile:
+    """The tile of the fuse step's VJP, with the registers per thread that it needs.
+
+    Left alone, ptxas spills two numbers here for one more block on a multiprocessor.
+    """
+    cols, tile = columns(dim, num_groups), step_tile(dim, num_groups, dtype, vjp=True)
+    if dtype == torch.float64 or fits_whole(dim, num_groups):
+        return tile
+    ragged = cols.width != cols.padded
+    return dataclasses.replace(tile, registers=255 if ragged and tile.columns > 128 else 128)
 
 
 def stages_of(count: int, dim: int, num_groups: int) -> list[tuple[int, int]]:
