@@ -23,7 +23,7 @@ SETUP := $(VENV)/.installed
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-full lint bench bench-full sanitize clean check-python use-python module
+.PHONY: help demo test test-full lint bench bench-full gpu-test gpu-bench sanitize clean check-python use-python module
 
 help:
 	@echo "make demo       train on real data, write deqfuse-report/    ARGS='--help' lists its options"
@@ -32,6 +32,7 @@ help:
 	@echo "make lint       ruff and mypy only"
 	@echo "make bench      speed, memory and convergence against others (5 minutes); writes README.md's table"
 	@echo "make bench-full the same for every case, regime and sweep; takes long"
+	@echo "make gpu-test   the tests that need an NVIDIA GPU; make gpu-bench: the benchmarks there"
 	@echo "make sanitize   the C++ kernels under ASan and UBSan (a minute)   SANITIZE=thread for others"
 	@echo "make clean      remove what builds and tools left; .venv and reports stay"
 	@echo "Options: PYTHON=..., VENV=..., TORCH=..., explained at the top of Makefile"
@@ -67,13 +68,24 @@ module: $(SETUP)
 # BENCH='--threads 1 -k brca' is passed on; BENCH_JSON is where the run is kept besides the report.
 BENCH ?=
 BENCH_JSON ?= build/bench.json
+BENCH_README := --readme
 bench: module
 	@echo "== Benchmarks: pytest benchmarks $(BENCH)"
 	@$(PY) -m pytest benchmarks -q --benchmark-quiet --benchmark-json=$(BENCH_JSON) $(BENCH); status=$$?; \
-	  $(PY) -m benchmarks.report $(BENCH_JSON) --readme && exit $$status
+	  $(PY) -m benchmarks.report $(BENCH_JSON) $(BENCH_README) && exit $$status
 
 bench-full: BENCH += --full
 bench-full: bench
+
+# On a GPU machine without network: make gpu-test VENV=none PYTHON=...
+gpu-test: module
+	@echo "== Tests that need a GPU: pytest -m gpu"
+	@$(PY) -m pytest -m gpu $(ARGS)
+
+gpu-bench: BENCH += --device cuda
+gpu-bench: BENCH_JSON := build/bench-gpu.json
+gpu-bench: BENCH_README :=
+gpu-bench: bench
 
 sanitize:
 	@echo "== Kernels under sanitizers: tests/sanitize/run"
