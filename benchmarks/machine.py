@@ -28,18 +28,26 @@ def describe(rates: Sequence[tuple[dict[str, float], float]]) -> dict[str, Any]:
     gpu = torch.cuda.get_device_name() if cases.DEVICE == "cuda" else None
     return {
         "threads": torch.get_num_threads(),
+        "products": _products(),
         "gpu": gpu,
         "versions": {
             "deqfuse": deqfuse.__version__,
             "torch": torch.__version__,
             "python": platform.python_version(),
             **_version("torchdeq"),
+            **(_version("triton") if cases.DEVICE == "cuda" else {}),
         },
         "instruction_set": build.get("instruction_set", "none: the compiled module is missing"),
         "compiler": build.get("compiler", ""),
         "matmul_rates": matmul,
         "bandwidth": max((b for _, b in rates), default=0.0),
     }
+
+
+def _products() -> str:
+    """Of float32 matrices, for every variant: on a GPU torch's switch decides."""
+    tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "TF32" if cases.DEVICE == "cuda" and tf32 else "float32"
 
 
 def _version(package: str) -> dict[str, str]:
@@ -52,8 +60,9 @@ def _version(package: str) -> dict[str, str]:
 
 
 def slug(machine_info: dict[str, Any]) -> str:
-    """A folder name: processor (or GPU) and threads."""
+    """A folder name: processor (or GPU), threads, and the products' arithmetic if it is TF32."""
     own = machine_info["deqfuse"]
     name = own["gpu"] or machine_info["cpu"]["brand_raw"] or machine_info["machine"]
     name = re.sub(r"\((r|tm)\)", "", name.lower())
-    return re.sub(r"[^a-z0-9]+", "-", f"{name} {own['threads']} threads").strip("-")
+    tf32 = " tf32" if own.get("products") == "TF32" else ""
+    return re.sub(r"[^a-z0-9]+", "-", f"{name} {own['threads']} threads{tf32}").strip("-")

@@ -33,7 +33,8 @@ def heading(run: Run) -> str:
     rates = ", ".join(f"{name} {rate / 1e9:.0f}" for name, rate in own["matmul_rates"].items())
     return "\n".join(
         [
-            f"- Machine: {cpu}, {own['threads']} threads for every variant; "
+            f"- Machine: {cpu}, {own['threads']} threads and {own.get('products', 'float32')} products for every "
+            f"variant; "
             f"instruction set {own['instruction_set']}, {own['compiler']}",
             f"- Versions: {versions}",
             f"- Commit: {commit['id'][:12]}{dirty}, {run.raw['datetime'][:10]}",

@@ -21,6 +21,7 @@ MACHINE = {
     "cpu": {"brand_raw": "Some(R) CPU @ 2GHz"},
     "deqfuse": {
         "threads": 2,
+        "products": "float32",
         "gpu": None,
         "versions": {"deqfuse": "0.1.0", "torch": "2.13.0"},
         "instruction_set": "avx512",
@@ -66,6 +67,8 @@ def saved(path: Path, run: dict[str, Any]) -> Path:
 
 def test_machine_is_named_by_processor_and_threads() -> None:
     assert slug(MACHINE) == "some-cpu-2ghz-2-threads"
+    rounded = {**MACHINE, "deqfuse": {**MACHINE["deqfuse"], "products": "TF32"}}
+    assert slug(rounded) == "some-cpu-2ghz-2-threads-tf32"
 
 
 @pytest.mark.parametrize(
