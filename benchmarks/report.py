@@ -33,9 +33,8 @@ def heading(run: Run) -> str:
     rates = ", ".join(f"{name} {rate / 1e9:.0f}" for name, rate in own["matmul_rates"].items())
     return "\n".join(
         [
-            f"- Machine: {cpu}, {own['threads']} threads and {own.get('products', 'float32')} products for every "
-            f"variant; "
-            f"instruction set {own['instruction_set']}, {own['compiler']}",
+            f"- Machine: {cpu}, {own['threads']} threads and products in "
+            f"{own.get('products', 'float32')} for every variant; instruction set {own['instruction_set']}, {own['compiler']}",
             f"- Versions: {versions}",
             f"- Commit: {commit['id'][:12]}{dirty}, {run.raw['datetime'][:10]}",
             f"- Matmul rates in this run, GF/s: {rates}. Peak: the highest",
