@@ -34,7 +34,8 @@ def heading(run: Run) -> str:
     return "\n".join(
         [
             f"- Machine: {cpu}, {own['threads']} threads and products in "
-            f"{own.get('products', 'float32')} for every variant; instruction set {own['instruction_set']}, {own['compiler']}",
+            f"{own.get('products', 'float32')} for every variant; "
+            f"instruction set {own['instruction_set']}, {own['compiler']}",
             f"- Versions: {versions}",
             f"- Commit: {commit['id'][:12]}{dirty}, {run.raw['datetime'][:10]}",
             f"- Matmul rates in this run, GF/s: {rates}. Peak: the highest",
