@@ -71,11 +71,14 @@ def whole_tile(cols: Columns) -> Tile:
 def solve_tile(cols: Columns, m: int, tensor_cores: bool) -> Tile:
     """A whole solve: rows, both weights and the history stay with one program.
 
-    Without tensor cores a thread holds numbers of more rows, whose small solves take registers.
+    Without tensor cores a thread holds numbers of more rows, whose small solves take registers: a
+    tile has fewer rows, and at full width more threads.
     """
     warps = 8 if cols.whole > 32 else 4
     rows = 16 if tensor_cores else 8
     registers = 128 if cols.whole <= 64 and m <= 3 else 255
+    if cols.whole > 64 and not tensor_cores:
+        warps, registers = 16, 128
     return Tile(rows, cols.whole // cols.padded, cols.padded, 32, warps, 1, registers)
 
 
