@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -664,3 +666,9 @@ def test_inputs_are_checked() -> None:
         TypeError, match=r"encoders\[0\]: expected its site to be called with a tensor"
     ):
         model([{"x": xs[0]}, xs[1]])
+
+
+def test_the_documentations_example_runs() -> None:
+    page = Path(__file__).parents[1].joinpath("docs", "progressive.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    exec(code, {"__name__": "example"})
