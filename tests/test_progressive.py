@@ -666,6 +666,10 @@ def test_inputs_are_checked() -> None:
         TypeError, match=r"encoders\[0\]: expected its site to be called with a tensor"
     ):
         model([{"x": xs[0]}, xs[1]])
+    with pytest.raises(
+        ValueError, match=r"encoders\[0\]: expected 6 columns .* got 4. Remedy: in_dims"
+    ):
+        build(inject="concat")([xs[0][:, :4], xs[1]])
     packed = nn.utils.rnn.pack_sequence([xs[0]])  # its rows are not the batch's
     with pytest.raises(TypeError, match=r"expected its site .* got PackedSequence"):
         model([packed, xs[1]])

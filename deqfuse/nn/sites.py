@@ -170,6 +170,12 @@ class EncoderRun:
 
     def _nothing_injected(self, x: Tensor) -> Tensor:
         """A copy, since what follows may work in place; with zeros behind it for "concat"."""
+        if self.site.how == "extend" and x.shape[-1] != self.site.width:
+            raise ValueError(
+                f"{self.name}: expected {self.site.width} columns at its first Linear, got "
+                f"{x.shape[-1]}. Remedy: in_dims, if the Linear was built with extra columns for "
+                "the context"
+            )
         if self.site.how != "pad":
             return x.clone()
         return torch.cat([x, x.new_zeros(*x.shape[:-1], self.site.width)], dim=-1)
