@@ -246,6 +246,19 @@ def test_other_gradients() -> None:
     assert 1e-3 < (gradients(OneStep()) - exact).norm() / exact.norm() < 1
 
 
+def test_unrolled_solver_steps_are_steps() -> None:
+    """Two plain iterations from zero are two steps, f(0) and its gradient included."""
+    xs, g = features(), torch.randn(B, 2, dtype=torch.float64)
+    solver = Picard(tol=1e-12, max_iter=2)
+    found = []
+    for how in ({"steps": 2}, {"solver": solver, "adjoint": Unrolled(), "on_failure": "ignore"}):
+        model = lively(build(**how))  # type: ignore[arg-type]
+        out = model(xs)
+        found.append([out, *torch.autograd.grad(out, leaves(model, []), g)])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
 def test_the_given_models_answer_is_not_computed_twice() -> None:
     """The first evaluation, f(0), is that of the given model; nfe counts it."""
     model, calls = build(solver=Anderson(), adjoint=Implicit()), []
@@ -300,9 +313,11 @@ def test_jacobian_penalty() -> None:
     torch.manual_seed(3)
     _, info = model(xs, return_info=True)
     after_forward = torch.get_rng_state()
+    torch.rand(3)  # whatever else a training step draws
     penalty = info.jacobian_penalty(num_probes=2)
     after_penalty = torch.get_rng_state()
     torch.set_rng_state(after_forward)
+    torch.rand(3)
     for _ in range(2):
         torch.randn(B, K, dtype=torch.float64)
     assert torch.equal(torch.get_rng_state(), after_penalty)

@@ -52,22 +52,40 @@ def test_dropout_is_drawn_once(how: dict[str, Any], inject: str, sites: list[str
     assert not torch.allclose(model(xs), first), "and another call draws again"
 
 
-def test_dropout_of_the_fusion_and_between_modules_is_drawn_once_too() -> None:
-    class Noisy(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.b = nn.Linear(3, 5), nn.Linear(5, 5)
+class Noisy(nn.Module):
+    """Draws before its site, between submodules, and after it."""
 
-        def forward(self, x: Tensor) -> Tensor:
-            h = nn.functional.dropout(self.a(x), 0.5)
-            return torch.tanh(nn.functional.dropout(self.b(h), 0.5))
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Sequential(nn.Linear(3, 5), nn.Dropout(0.3))
+        self.b = nn.Linear(5, 5)
 
-    fusion = nn.Sequential(Join(10), nn.Dropout(0.5))
+    def forward(self, x: Tensor, injected: Tensor | float = 0.0) -> Tensor:
+        h = nn.functional.dropout(torch.tanh(self.a(x)), 0.5)
+        return torch.tanh(nn.functional.dropout(self.b(h + injected), 0.5))
+
+
+@pytest.mark.parametrize("inner", [False, True], ids=["input", "inside"])
+def test_every_step_repeats_the_first_ones_draws(inner: bool) -> None:
+    """Against the model written out, under one seed for every step; then its equilibrium."""
     torch.manual_seed(0)
-    parts = [encoders(dropout=0.5)[0], Noisy()]
-    model = ProFusion(parts, fusion, K, solver=Anderson(tol=1e-10), sites=["3", "b"]).double()
-    _, info = model(features(), return_info=True)  # a warning would be an error
-    assert info.converged.all()
+    parts, fusion = [encoders(dropout=0.5)[0], Noisy()], nn.Sequential(Join(10), nn.Dropout(0.5))
+    sites = ["3", "b"] if inner else None
+    model = ProFusion(parts, fusion, K, steps=3, sites=sites).double()
+    xs, c = features(), torch.zeros(B, K, dtype=torch.float64)
+    torch.manual_seed(7)
+    _, contexts = model(xs, return_contexts=True)
+    for step in range(3):
+        torch.manual_seed(7)
+        v1, v2 = (c @ v.weight.mT for v in model.back_projections)
+        if inner:
+            first = parts[0][3:](parts[0][:3](xs[0]) + v1)  # type: ignore[index]
+            c = fusion([first, parts[1](xs[1], v2)])
+        else:
+            c = fusion([parts[0](xs[0] + v1), parts[1](xs[1] + v2)])
+        torch.testing.assert_close(contexts[step], c, rtol=1e-12, atol=1e-12)
+    model.solver, model.steps = Anderson(tol=1e-10), None
+    assert model(xs, return_info=True)[1].converged.all()
 
 
 def test_batch_norm() -> None:
