@@ -91,7 +91,8 @@ def comparison_text(runs: Sequence[Run]) -> str:
         for label in means
         if label != best and means[best] - means[label] <= max(spreads[best], spreads[label])
     ]
-    tied = f" ({' and '.join(rivals)} within the spread of it)" if rivals else ""
+    names = " and ".join([", ".join(rivals[:-1]), rivals[-1]] if rivals[1:] else rivals)
+    tied = f" ({names} within the spread of it)" if rivals else ""
     return (
         f"Best mean accuracy: {best}{tied}; lowest: {worst}, {gap:.1f} points below. Differences "
         "smaller than the spread mean nothing, and a few seeds on one split say little about "
@@ -159,7 +160,7 @@ def _steps(kind: FusionKind, group: list[Run]) -> tuple[str, str]:
             f"{median(s.fuse_nfe[0] for s in solves):g} / {max(s.fuse_nfe[1] for s in solves)}",
         )
     fixed = f"{kind.steps} fixed" if kind.steps else NOTHING
-    return fixed, fixed
+    return (fixed if kind.key == "tied" else NOTHING), fixed
 
 
 def _share_converged(group: list[Run]) -> str:
