@@ -138,10 +138,8 @@ class RowSolver {
       best_saved_[l] = false;
     }
     const int age = best_at_[l] > 0 ? k - best_at_[l] : 0;
-    if (residual <= opt_.tol) return finish(l, slot, age, Outcome::kConverged);
-    if (!std::isfinite(residual)) return finish(l, slot, age, Outcome::kNonFinite);
-    if (k >= opt_.max_iter) return finish(l, slot, age, Outcome::kMaxIter);
-    if (k - best_at_[l] >= kStallSteps) return finish(l, slot, age, Outcome::kStalled);
+    Outcome outcome;
+    if (row_ends(residual, opt_.tol, k, opt_.max_iter, best_at_[l], outcome)) return finish(l, slot, age, outcome);
     if (!best_saved_[l] && age == m_ - 1) save_best(l, slot, age);  // the next step overwrites it
     return false;
   }

@@ -42,17 +42,13 @@ void anderson_row(const StepProblem<T>& p, int64_t row) {
   if (better || k == 1)
     for (int64_t i = 0; i < n; ++i) p.best[row * n + i] = f[i];
   Outcome outcome;
-  if (residual <= T(p.tol)) outcome = Outcome::kConverged;
-  else if (!std::isfinite(residual)) outcome = Outcome::kNonFinite;
-  else if (k >= p.max_iter) outcome = Outcome::kMaxIter;
-  else if (k - p.best_at[row] >= kStallSteps) outcome = Outcome::kStalled;
-  else {
+  if (!row_ends(residual, T(p.tol), k, p.max_iter, p.best_at[row], outcome)) {
     Vec<T> alpha[kMaxHistory];
     with_history(count, [&](auto m) {
       Vec<T> by_age[m()][m()], weights[m()];
       for (int a = 0; a < m(); ++a)
         for (int b = 0; b <= a; ++b) by_age[a][b] = splat(gram[at(a) * p.history + at(b)]);
-      mixing_weights<T, m()>(by_age, splat(T(m())), T(p.lam), weights);
+      mixing_weights<VecLane<T>, m()>(by_age, splat(T(m())), T(p.lam), weights);
       for (int a = 0; a < m(); ++a) alpha[a] = weights[a];
     });
     const T damp = T(1) - T(p.beta);

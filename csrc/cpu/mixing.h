@@ -4,6 +4,7 @@
 
 #include <type_traits>
 
+#include "../common/cholesky.h"
 #include "vec.h"
 
 namespace deqfuse {
@@ -55,44 +56,6 @@ void measure(int64_t d, const T* z, const T* f, T* residuals, int slot, int m, V
   }
 }
 
-// Weights with sum 1 that minimise |sum_a alpha_a g_a|, per lane, from the Gram matrix ordered by age (its lower
-// half). Entries beyond a lane's count carry no weight. Cholesky with a relative ridge and a pivot floor.
-template <class T, int M>
-void mixing_weights(const Vec<T> (&gram)[M][M], Vec<T> count, T lam, Vec<T> (&alpha)[M]) {
-  const Vec<T> zero{}, one = splat(T(1));
-  Vec<T> largest{}, lower[M][M], y[M];
-#pragma GCC unroll 8
-  for (int i = 0; i < M; ++i) largest = maximum(largest, splat(T(i)) < count ? gram[i][i] : zero);
-  const Vec<T> ridge = largest * splat(lam);
-  const Vec<T> floor = fma(largest, splat(T(2.4e-7)), splat(T(1e-30)));
-#pragma GCC unroll 8
-  for (int i = 0; i < M; ++i) {
-#pragma GCC unroll 8
-    for (int j = 0; j <= i; ++j) {
-      Vec<T> a = splat(T(i)) < count ? gram[i][j] : zero;
-      if (i == j) a += ridge;
-#pragma GCC unroll 8
-      for (int k = 0; k < j; ++k) a -= lower[i][k] * lower[j][k];
-      lower[i][j] = i == j ? one / square_root<T>(maximum(floor, a)) : a * lower[j][j];
-    }
-    Vec<T> a = splat(T(i)) < count ? one : zero;
-#pragma GCC unroll 8
-    for (int k = 0; k < i; ++k) a -= lower[i][k] * y[k];
-    y[i] = splat(T(i)) < count ? a * lower[i][i] : zero;
-  }
-  Vec<T> sum{};
-#pragma GCC unroll 8
-  for (int i = M - 1; i >= 0; --i) {
-    Vec<T> a = y[i];
-#pragma GCC unroll 8
-    for (int k = i + 1; k < M; ++k) a -= lower[k][i] * alpha[k];
-    alpha[i] = splat(T(i)) < count ? a * lower[i][i] : zero;
-    sum += alpha[i];
-  }
-#pragma GCC unroll 8
-  for (int i = 0; i < M; ++i) alpha[i] /= sum;
-}
-
 // z <- sum_a alpha_a (f_a - (1 - beta) g_a) over the A newest of m slots; lanes that `keep` keep z.
 template <class T, int NV, int A>
 void mix(int64_t d, T* z, const T* images, const T* residuals, int slot, int m, const Gram<T, NV>& gram,
@@ -108,7 +71,7 @@ void mix(int64_t d, T* z, const T* images, const T* residuals, int slot, int m, 
 #pragma GCC unroll 8
       for (int b = 0; b <= a; ++b) by_age[a][b] = gram[slots[a]][slots[b]][v];
     if (A == 1) alpha[0] = splat(T(1));
-    else mixing_weights<T, A>(by_age, count[v], lam, alpha);
+    else mixing_weights<VecLane<T>, A>(by_age, count[v], lam, alpha);
     for (int64_t o = v * W; o < d * R; o += R) {
       Vec<T> mixed{};
 #pragma GCC unroll 8

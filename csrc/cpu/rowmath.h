@@ -4,13 +4,11 @@
 
 #include <cmath>
 
+#include "../common/group_norm.h"
 #include "vec.h"
 
 namespace deqfuse {
 namespace DEQFUSE_ISA {
-
-template <class T>
-constexpr T kGroupNormEps = T(1e-5);
 
 // Sum of body(k, v) over k < count for each vector of a row of the tile. Several partial sums, since one would wait
 // for its own latency; which term goes to which depends on k alone, so a row's sum does not depend on the tile's width.
@@ -48,8 +46,7 @@ DEQFUSE_INLINE void moments(const T* y, int64_t width, bool rectify, Vec<T> (&me
       const Vec<T> a = load(y + k * R + v * W) - mean[v];
       return fma(a, a, s);
     });
-  for (int v = 0; v < NV; ++v)
-    rstd[v] = splat(T(1)) / square_root<T>(fma(square[v], inv, splat(kGroupNormEps<T>)));
+  for (int v = 0; v < NV; ++v) rstd[v] = inverse_deviation<VecLane<T>>(square[v], T(1) / T(width));
 }
 
 // How one GroupNorm of the layer is dressed: relu on its input, a skip added to its output, relu last.
@@ -72,7 +69,7 @@ void group_norm(T* __restrict y, const T* gamma, const T* beta, const T* skip, i
       for (int v = 0; v < NV; ++v) {
         T* p = group + k * R + v * W;
         Vec<T> a = load(p);
-        a = ((form.rectify_input ? relu(a) : a) - mean[v]) * rstd[v];
+        a = standardised<VecLane<T>>(form.rectify_input ? relu(a) : a, mean[v], rstd[v]);
         a = fma(a, scale, shift);
         if (skip) a += load(skip + g * width * R + k * R + v * W);
         store(p, form.rectify_output ? relu(a) : a);
@@ -93,7 +90,7 @@ void normalise(const T* __restrict y, T* __restrict x_hat, T* __restrict rstd, i
     for (int64_t k = g * width; k < (g + 1) * width; ++k)
       for (int v = 0; v < NV; ++v) {
         const Vec<T> a = load(y + k * R + v * W);
-        store(x_hat + k * R + v * W, ((rectify ? relu(a) : a) - mean[v]) * inv[v]);
+        store(x_hat + k * R + v * W, standardised<VecLane<T>>(rectify ? relu(a) : a, mean[v], inv[v]));
       }
     for (int v = 0; v < NV; ++v) store(rstd + g * R + v * W, inv[v]);
   }
@@ -126,7 +123,7 @@ void group_norm_backward(const T* t, const T* gate_in, const T* gamma, const T* 
       const Vec<T> r = load(rstd + g * R + v * W), m = sum[v] * inv, p = projected[v] * inv;
       for (int64_t k = 0; k < width; ++k) {
         const int64_t o = at + k * R + v * W;
-        Vec<T> a = r * (load(out + o) - m - load(x_hat + o) * p);
+        Vec<T> a = norm_symmetric<VecLane<T>>(load(out + o), m, load(x_hat + o), p, r);
         if (gate_out) a = load(gate_out + o) > zero ? a : zero;
         store(out + o, a);
       }

@@ -6,6 +6,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "../common/lane.h"
+
 #if defined(__aarch64__)
 #include <arm_neon.h>
 #endif
@@ -40,8 +42,6 @@ template <class T>
 using Mask = typename VecTraits<T>::M;
 template <class T>
 constexpr int kLanes = kBytes / int(sizeof(T));
-
-#define DEQFUSE_INLINE static inline __attribute__((always_inline))
 
 template <class T>
 DEQFUSE_INLINE Vec<T> load(const T* p) {
@@ -104,6 +104,17 @@ DEQFUSE_INLINE Vec<T> square_root(Vec<T> a) {
   for (int l = 0; l < kLanes<T>; ++l) r[l] = sizeof(T) == 4 ? __builtin_sqrtf(a[l]) : __builtin_sqrt(a[l]);
   return r;
 }
+
+// A vector of rows as a lane of csrc/common.
+template <class T>
+struct VecLane {
+  using Scalar = T;
+  using Value = Vec<T>;
+  static DEQFUSE_INLINE Value splat(T s) { return DEQFUSE_ISA::splat(s); }
+  static DEQFUSE_INLINE Value fma(Value a, Value b, Value c) { return DEQFUSE_ISA::fma(a, b, c); }
+  static DEQFUSE_INLINE Value square_root(Value a) { return DEQFUSE_ISA::square_root<T>(a); }
+  static DEQFUSE_INLINE Value maximum(Value a, Value b) { return DEQFUSE_ISA::maximum(a, b); }
+};
 
 }  // namespace DEQFUSE_ISA
 }  // namespace deqfuse

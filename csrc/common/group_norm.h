@@ -1,0 +1,32 @@
+// GroupNorm value by value; whoever sums over a group's features sums as suits its machine.
+#pragma once
+
+#include "lane.h"
+
+namespace deqfuse {
+namespace DEQFUSE_ISA {
+
+template <class T>
+constexpr T kGroupNormEps = T(1e-5);
+
+// 1 / sqrt(var + eps), from the sum of squares of the centred values; `inv_width` is one over their number.
+template <class L>
+DEQFUSE_INLINE typename L::Value inverse_deviation(typename L::Value squares, typename L::Scalar inv_width) {
+  using T = typename L::Scalar;
+  return L::splat(T(1)) / L::square_root(L::fma(squares, L::splat(inv_width), L::splat(kGroupNormEps<T>)));
+}
+
+template <class L>
+DEQFUSE_INLINE typename L::Value standardised(typename L::Value a, typename L::Value mean, typename L::Value rstd) {
+  return (a - mean) * rstd;
+}
+
+// S t, S the symmetric part of GroupNorm's Jacobian: rstd (t - mean(t) - x_hat mean(t x_hat)).
+template <class L>
+DEQFUSE_INLINE typename L::Value norm_symmetric(typename L::Value t, typename L::Value mean, typename L::Value x_hat,
+                                                typename L::Value projected, typename L::Value rstd) {
+  return rstd * (t - mean - x_hat * projected);
+}
+
+}  // namespace DEQFUSE_ISA
+}  // namespace deqfuse
