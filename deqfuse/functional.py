@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from deqfuse import autograd as rule
-from deqfuse import backends, checks, ops, reporting
+from deqfuse import backends, checks, ops, reporting, transforms
 from deqfuse.backends import cpu, maps, reference
 from deqfuse.backends.maps import CellParams, FuseParams, Variant
 from deqfuse.backends.problem import Solved, SolvedLayer, compute_dtype
@@ -131,12 +131,15 @@ def solve_cells(
             solved = reference.solve_cells(x, flat, _detach(z0), num_groups, variant, solver)
     else:
         options = (num_groups, variant, solver.code, adjoint.code, name, on_failure)
-        if torch.compiler.is_compiling():
-            output = ops.solve_cells(x, flat, _detach(z0), *options)
-        elif not torch.is_grad_enabled():
-            output = ops.run_solve_cells(x, flat, _detach(z0), *options)
+        start = _detach(z0)
+        if ops.traced(x):
+            output = ops.solve_cells(x, flat, start, *options)
+        elif transforms.active():
+            output = transforms.SolveCells.apply(x, start, options, *flat)
+        elif torch.is_grad_enabled():
+            output = rule.SolveCells.apply(x, start, options, *flat)
         else:
-            output = rule.SolveCells.apply(x, _detach(z0), options, *flat)
+            output = ops.run_solve_cells(x, flat, start, *options)
         solved = Solved(*output)
     return solved.z, _block_info(solved, reporting.CELLS, solver, on_failure), name
 
@@ -190,12 +193,14 @@ def solve_fuse(
         options = (
             num_modalities, num_groups, variant, solver.code, adjoint.code, name, on_failure,
         )  # fmt: skip
-        if torch.compiler.is_compiling():
+        if ops.traced(x_fuse):
             output = ops.solve_fuse(x_fuse, cell_sum, flat, mask, start, *options)
-        elif not torch.is_grad_enabled():
-            output = ops.run_solve_fuse(x_fuse, cell_sum, flat, mask, start, *options)
-        else:
+        elif transforms.active():
+            output = transforms.SolveFuse.apply(x_fuse, cell_sum, mask, start, options, *flat)
+        elif torch.is_grad_enabled():
             output = rule.SolveFuse.apply(x_fuse, cell_sum, mask, start, options, *flat)
+        else:
+            output = ops.run_solve_fuse(x_fuse, cell_sum, flat, mask, start, *options)
         solved = Solved(*output)
     return solved.z, _block_info(solved, reporting.FUSE, solver, on_failure), name
 
@@ -224,11 +229,13 @@ def solve_layer(
     name = _choose(x[0], num_groups, solver, adjoint, backend)
     starts = mask, _detach(z0_fuse), _detach(z0_cells)
     options = (num_groups, variant, solver.code, adjoint.code, name, on_failure)
-    if torch.compiler.is_compiling():
+    if ops.traced(x[0]):
         output = ops.solve_layer(x, params, *starts, *options)
     else:
         try:
-            if torch.is_grad_enabled():
+            if transforms.active():
+                output = transforms.SolveLayer.apply(len(x), *starts, options, *x, *params)
+            elif torch.is_grad_enabled():
                 output = rule.SolveLayer.apply(len(x), *starts, options, *x, *params)
             else:
                 output = ops.run_solve_layer(x, params, *starts, *options)
@@ -238,7 +245,9 @@ def solve_layer(
             checks.parameters(params[cells : cells + len(FuseParams._fields)], x[0], 2, 2)
             raise
     solved = SolvedLayer(*output)
-    reporting.report_layer(solved.outcome, solved.residual, solver, on_failure)
+    if not ops.traced(solved.outcome):
+        statistics = ops.unwrapped(solved.outcome), ops.unwrapped(solved.residual)
+        reporting.report_layer(*statistics, solver, on_failure)
     return solved, name
 
 
@@ -319,7 +328,8 @@ def _choose(
 def _block_info(solved: Any, what: str, solver: SolverOption, on_failure: str) -> BlockInfo:
     """Statistics as users see them, and the report on rows that failed."""
     residual, outcome = solved.residual.detach(), solved.outcome
-    reporting.report(what, outcome, residual, solver, on_failure)
+    if not ops.traced(outcome):
+        reporting.report(what, ops.unwrapped(outcome), ops.unwrapped(residual), solver, on_failure)
     return BlockInfo(residual, solved.nfe, outcome, solved.trace if solver.trace else None)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from deqfuse import backends
 from deqfuse.backends import native
@@ -62,6 +63,18 @@ def full_precision(device: torch.device) -> AbstractContextManager[Any]:
     if not torch.is_autocast_enabled(device.type):
         return nullcontext()  # entering torch.autocast costs more than it looks
     return torch.autocast(device_type=device.type, enabled=False)
+
+
+def traced(t: Tensor) -> bool:
+    """Whether a call is recorded rather than run: ``t`` has a shape and no values to look at."""
+    return torch.compiler.is_compiling() or isinstance(t, FakeTensor)
+
+
+def unwrapped(t: Tensor) -> Tensor:
+    """``t`` without the wrappers of ``torch.func``, which hide its values."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(t):
+        t = torch._C._functorch.get_unwrapped(t)
+    return t
 
 
 def run_solve_cells(x, params, z0, num_groups, variant, solver, adjoint, backend, on_failure):  # type: ignore[no-untyped-def]
