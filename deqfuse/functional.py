@@ -32,6 +32,11 @@ __all__ = [
 
 output_norm = maps.output_norm
 
+# What torch.compile(fullgraph=True) says about loops whose length depends on the data.
+_ITERATES = "iterates until every row has converged, which no graph can hold. Remedy: "
+_COMPILE_F = f"DEQ(f) {_ITERATES}compile f itself, DEQ(torch.compile(f)), or leave fullgraph out"
+_UNROLLED = f"Unrolled() {_ITERATES}Implicit(), or leave fullgraph out"
+
 
 def residual_cell(
     z: Tensor,  # (B, d)
@@ -127,8 +132,7 @@ def solve_cells(
     _check_z0(z0, x, "(N, B, d)")
     name = _choose(x, num_groups, solver, adjoint, backend)
     if isinstance(adjoint, Unrolled):
-        with ops.full_precision(x.device):
-            solved = reference.solve_cells(x, flat, _detach(z0), num_groups, variant, solver)
+        solved = _unrolled(reference.solve_cells, x, flat, _detach(z0), num_groups, variant, solver)
     else:
         options = (num_groups, variant, solver.code, adjoint.code, name, on_failure)
         start = _detach(z0)
@@ -185,10 +189,10 @@ def solve_fuse(
     name = _choose(x_fuse, num_groups, solver, adjoint, backend)
     start = _detach(z0)
     if isinstance(adjoint, Unrolled):
-        with ops.full_precision(x_fuse.device):
-            solved = reference.solve_fuse(
-                x_fuse, cell_sum, flat, mask, start, num_modalities, num_groups, variant, solver
-            )
+        solved = _unrolled(
+            reference.solve_fuse,
+            x_fuse, cell_sum, flat, mask, start, num_modalities, num_groups, variant, solver,
+        )  # fmt: skip
     else:
         options = (
             num_modalities, num_groups, variant, solver.code, adjoint.code, name, on_failure,
@@ -241,6 +245,11 @@ def solve_layer(
                 output = ops.run_solve_layer(x, params, *starts, *options)
         except (RuntimeError, TypeError, AttributeError):
             cells = len(x) * len(CellParams._fields)
+            if any(hasattr(p, "full_tensor") for p in params):
+                raise TypeError(
+                    "params: expected plain tensors, got sharded ones (DTensor). Remedy: give "
+                    "fully_shard the layer as one module; it reads its cells' parameters itself"
+                ) from None
             checks.parameters(params[:cells], x[0], 2, 6)
             checks.parameters(params[cells : cells + len(FuseParams._fields)], x[0], 2, 2)
             raise
@@ -251,6 +260,7 @@ def solve_layer(
     return solved, name
 
 
+@torch.compiler.disable(reason=_COMPILE_F)
 def fixed_point(
     f: Callable[[Tensor], Tensor],
     z0: Tensor,  # (B, n)
@@ -276,6 +286,11 @@ def fixed_point(
     checks.tensor("z0", z0)
     if z0.dim() != 2:
         raise ValueError(f"z0: expected (B, n), got shape {tuple(z0.shape)}")
+    if transforms.active():
+        raise NotImplementedError(
+            "deqfuse: DEQ(f) inside torch.func transforms (vmap, grad, jvp, ...) or forward-mode "
+            "differentiation is not supported. Remedy: backward(); a mapped dimension as more rows"
+        )
 
     def checked(z: Tensor) -> Tensor:
         # A copy of its own, in its own dtype: an f that works in place must not reach the solver's
@@ -323,6 +338,13 @@ def _choose(
         backend = "reference"  # the only one whose steps autograd can follow
     problem = backends.Problem(x.device, x.dtype, x.shape[-1], num_groups, solver, adjoint)
     return backends.choose(backend, problem)
+
+
+@torch.compiler.disable(reason=_UNROLLED)
+def _unrolled(solve_block: Callable[..., Solved], x: Tensor, *problem: Any) -> Solved:
+    """A solve on the reference path whose steps autograd records."""
+    with ops.full_precision(x.device):
+        return solve_block(x, *problem)
 
 
 def _block_info(solved: Any, what: str, solver: SolverOption, on_failure: str) -> BlockInfo:

@@ -1,4 +1,4 @@
-"""The operators under ``torch.func``: vmap rules, and the gradient rule as transforms can follow it.
+"""The operators under ``torch.func``: vmap rules; the gradient rule in a form transforms follow.
 
 Rows are independent, so a mapped call is one call with more rows. Where parameters, or their
 gradients, differ from call to call, it is a loop. Forward mode is refused: the kernels know
@@ -19,8 +19,9 @@ from deqfuse import autograd as rule
 from deqfuse import ops
 
 FORWARD_MODE = (
-    "deqfuse: forward-mode differentiation (torch.func.jvp, jacfwd, hessian, dual tensors) through "
-    "an implicit gradient is not supported. Remedy: torch.func.vjp or jacrev, or backward()"
+    "deqfuse: forward-mode differentiation (torch.func.jvp, jacfwd, hessian, dual tensors, "
+    "NewtonKrylov() around this layer) through an implicit gradient is not supported. "
+    "Remedy: torch.func.vjp or jacrev, or backward()"
 )
 
 
@@ -52,8 +53,10 @@ def _vmap(name: str, info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[A
             operator(*(_map(_select, a, d, i) for a, d in zip(args, in_dims, strict=True)))
             for i in range(size)
         ]
-        outputs = [_stack(parts, _new_dim(k, features, backward)) for k, parts in
-                   enumerate(zip(*calls, strict=True))]  # fmt: skip
+        outputs = [
+            _stack(parts, _new_dim(k, features, backward))
+            for k, parts in enumerate(zip(*calls, strict=True))
+        ]
     else:
         joined = [
             a if k == at or not _has_rows(a) else _map(_join, a, d, size)

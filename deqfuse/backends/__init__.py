@@ -66,7 +66,7 @@ def _objection(name: str, problem: Problem) -> str | None:
 
 def allowed(name: str) -> bool:
     """Whether the environment leaves the choice open or names this backend."""
-    return os.environ.get(ENVIRONMENT, "auto") in ("auto", name)
+    return (os.environ.get(ENVIRONMENT) or "auto") in ("auto", name)
 
 
 def choose(requested: str, problem: Problem) -> str:
