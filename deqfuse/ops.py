@@ -113,7 +113,7 @@ def run_solve_layer(  # type: ignore[no-untyped-def]
 def run_adjoint_cells(grad_z, z, x, params, num_groups, variant, adjoint, backend, want_params):  # type: ignore[no-untyped-def]
     with full_precision(z.device):
         dx, dparams, statistics = backends.load(backend).adjoint_cells(
-            grad_z, z, x, params, num_groups, variant, from_code(adjoint), want_params
+            grad_z, z.contiguous(), x, params, num_groups, variant, from_code(adjoint), want_params
         )
     return dx, dparams, *statistics
 
@@ -124,7 +124,7 @@ def run_adjoint_fuse(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     with full_precision(z.device):
         dx, dcell_sum, dparams, statistics = backends.load(backend).adjoint_fuse(
-            grad_z, z, x_fuse, cell_sum, params, mask, num_modalities,
+            grad_z, z.contiguous(), x_fuse, cell_sum, params, mask, num_modalities,
             num_groups, variant, from_code(adjoint), want_params,
         )  # fmt: skip
     return dx, dcell_sum, dparams, *statistics
@@ -135,7 +135,7 @@ def run_adjoint_layer(  # type: ignore[no-untyped-def]
 ):
     with full_precision(states.device):
         dx, dparams, statistics = backends.load(backend).adjoint_layer(
-            grad_z, grad_cells, states, x, params, mask,
+            grad_z, grad_cells, states.contiguous(), x, params, mask,
             num_groups, variant, from_code(adjoint), want_params,
         )  # fmt: skip
     return dx, dparams, *statistics
