@@ -81,7 +81,7 @@ def test_a_compiled_model_inside_ddp(ranks):
     assert all(found["compiled"] <= BOUNDS["float64"] for found in ranks)
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
 def test_the_example_trains_and_tells_each_ranks_evaluations(strategy):
     *_, head, last = torchrun(EXAMPLE, "--strategy", strategy, "--epochs=2").splitlines()
     epoch, _, accuracy, converged, imbalance, *evaluations = last.split()
