@@ -49,8 +49,14 @@ def operators(program: torch.export.ExportedProgram) -> list[str]:
     return [target for target in targets if target.startswith("deqfuse")]
 
 
-@pytest.mark.parametrize("strict", [True, False], ids=["strict", "non_strict"])
-@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize(
+    ("backend", "strict"),
+    [
+        ("auto", False),
+        pytest.param("auto", True, marks=pytest.mark.slow),
+        pytest.param("reference", False, marks=pytest.mark.slow),
+    ],
+)
 def test_an_exported_model_is_one_operator_and_right_at_any_size(backend, strict, tmp_path):
     model = Classifier(backend=backend)
     program = exported(model, strict=strict)
