@@ -233,7 +233,7 @@ def solve_layer(
     name = _choose(x[0], num_groups, solver, adjoint, backend)
     starts = mask, _detach(z0_fuse), _detach(z0_cells)
     options = (num_groups, variant, solver.code, adjoint.code, name, on_failure)
-    if ops.traced(x[0]):
+    if traced := ops.traced(x[0]):
         output = ops.solve_layer(x, params, *starts, *options)
     else:
         try:
@@ -254,7 +254,7 @@ def solve_layer(
             checks.parameters(params[cells : cells + len(FuseParams._fields)], x[0], 2, 2)
             raise
     solved = SolvedLayer(*output)
-    if not ops.traced(solved.outcome):
+    if not traced:
         statistics = ops.unwrapped(solved.outcome), ops.unwrapped(solved.residual)
         reporting.report_layer(*statistics, solver, on_failure)
     return solved, name

@@ -72,6 +72,8 @@ def traced(t: Tensor) -> bool:
 
 def unwrapped(t: Tensor) -> Tensor:
     """``t`` without the wrappers of ``torch.func``, which hide its values."""
+    if not torch._C._are_functorch_transforms_active():
+        return t
     while torch._C._functorch.is_functorch_wrapped_tensor(t):
         t = torch._C._functorch.get_unwrapped(t)
     return t
