@@ -6,8 +6,10 @@ Parameters are passed explicitly, so these also serve hand-made modules. The mod
 
 from __future__ import annotations
 
+import functools
+import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -36,6 +38,25 @@ output_norm = maps.output_norm
 _ITERATES = "iterates until every row has converged, which no graph can hold. Remedy: "
 _COMPILE_F = f"DEQ(f) {_ITERATES}compile f itself, DEQ(torch.compile(f)), or leave fullgraph out"
 _UNROLLED = f"Unrolled() {_ITERATES}Implicit(), or leave fullgraph out"
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def _uncompiled(reason: str) -> Callable[[_F], _F]:
+    """``torch.compiler.disable``, without loading the compiler when deqfuse is imported."""
+
+    def mark(f: _F) -> _F:
+        @functools.wraps(f)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if "torch._dynamo" not in sys.modules:
+                return f(*args, **kwargs)
+            return torch.compiler.disable(f, reason=reason)(*args, **kwargs)
+
+        call._torchdynamo_disable = True  # type: ignore[attr-defined]
+        call._torchdynamo_disable_msg = reason  # type: ignore[attr-defined]
+        return cast(_F, call)
+
+    return mark
 
 
 def residual_cell(
@@ -260,7 +281,7 @@ def solve_layer(
     return solved, name
 
 
-@torch.compiler.disable(reason=_COMPILE_F)
+@_uncompiled(_COMPILE_F)
 def fixed_point(
     f: Callable[[Tensor], Tensor],
     z0: Tensor,  # (B, n)
@@ -340,7 +361,7 @@ def _choose(
     return backends.choose(backend, problem)
 
 
-@torch.compiler.disable(reason=_UNROLLED)
+@_uncompiled(_UNROLLED)
 def _unrolled(solve_block: Callable[..., Solved], x: Tensor, *problem: Any) -> Solved:
     """A solve on the reference path whose steps autograd records."""
     with ops.full_precision(x.device):
