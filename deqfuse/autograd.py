@@ -23,20 +23,22 @@ from deqfuse.solvers.options import GradientOption, from_code
 
 # ---- the layer's blocks --------------------------------------------------------------------------
 
+Door = Callable[[str], Callable[..., Any]]  # how an adjoint is called, given the operator's name
 
-def _cells_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+
+def cells_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, params, _, *ctx.options = inputs
     ctx.save_for_backward(output[0], x, *params)
     ctx.mark_non_differentiable(*output[1:])
 
 
 def _cells_gradient(
-    ctx: Any, run: Callable[..., Any], grad_z: Tensor, want_params: bool
+    ctx: Any, door: Door, grad_z: Tensor, want_params: bool
 ) -> tuple[Tensor, list[Any]]:
     z, x, *params = ctx.saved_tensors
     num_groups, variant, solver, adjoint, backend, on_failure = ctx.options
     adjoint = _in_force(adjoint, solver)
-    dx, dparams, residual, _, outcome = run(
+    dx, dparams, residual, _, outcome = door("adjoint_cells")(
         grad_z, z, x, params, num_groups, variant, adjoint, backend, want_params
     )
     _report(f"the backward solve of {reporting.CELLS}", outcome, residual, adjoint, on_failure)
@@ -44,23 +46,23 @@ def _cells_gradient(
 
 
 def _cells_backward(ctx: Any, grad_z: Tensor, *_: Any) -> tuple[Any, ...]:
-    dx, dparams = _cells_gradient(ctx, ops.adjoint_cells, grad_z, any(ctx.needs_input_grad[1]))
+    dx, dparams = _cells_gradient(ctx, _operator, grad_z, any(ctx.needs_input_grad[1]))
     return dx, dparams, None, *[None] * len(ctx.options)
 
 
-def _fuse_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def fuse_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x_fuse, cell_sum, params, mask, _, *ctx.options = inputs
     ctx.save_for_backward(output[0], x_fuse, cell_sum, mask, *params)
     ctx.mark_non_differentiable(*output[1:])
 
 
 def _fuse_gradient(
-    ctx: Any, run: Callable[..., Any], grad_z: Tensor, want_params: bool
+    ctx: Any, door: Door, grad_z: Tensor, want_params: bool
 ) -> tuple[Tensor, Tensor, list[Any]]:
     z, x_fuse, cell_sum, mask, *params = ctx.saved_tensors
     n, num_groups, variant, solver, adjoint, backend, on_failure = ctx.options
     adjoint = _in_force(adjoint, solver)
-    dx, dcell_sum, dparams, residual, _, outcome = run(
+    dx, dcell_sum, dparams, residual, _, outcome = door("adjoint_fuse")(
         grad_z, z, x_fuse, cell_sum, params, mask, n,
         num_groups, variant, adjoint, backend, want_params,
     )  # fmt: skip
@@ -70,11 +72,11 @@ def _fuse_gradient(
 
 def _fuse_backward(ctx: Any, grad_z: Tensor, *_: Any) -> tuple[Any, ...]:
     want_params = any(ctx.needs_input_grad[2])
-    dx, dcell_sum, dparams = _fuse_gradient(ctx, ops.adjoint_fuse, grad_z, want_params)
+    dx, dcell_sum, dparams = _fuse_gradient(ctx, _operator, grad_z, want_params)
     return dx, dcell_sum, dparams, None, None, *[None] * len(ctx.options)
 
 
-def _layer_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def layer_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, params, mask, _, _, *ctx.options = inputs
     ctx.num_modalities = len(x)
     # `states` holds every equilibrium in memory of the operator's own: callers may write into z.
@@ -85,7 +87,7 @@ def _layer_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
 
 def _layer_gradient(
     ctx: Any,
-    run: Callable[..., Any],
+    door: Door,
     grad_z: Tensor | None,
     grad_states: Tensor | None,
     want_params: bool,
@@ -100,21 +102,21 @@ def _layer_gradient(
         return [None] * len(x), [None] * len(params)
     if grad_z is None:  # only the cells were used: the fuse step, failed or not, has no part in it
         own = ctx.num_modalities * len(CellParams._fields)
-        run_cells = ops.adjoint_cells if run is ops.adjoint_layer else ops.run_adjoint_cells
-        dx, dcells, residual, _, outcome = run_cells(
+        dx, dcells, residual, _, outcome = door("adjoint_cells")(
             grad_cells, states[:-1], torch.stack(x), params[:own],
             num_groups, variant, adjoint, backend, want_params,
         )  # fmt: skip
         what = f"the backward solve of {reporting.CELLS}"
         _report(what, outcome, residual, adjoint, on_failure)
         return list(dx.unbind()), [*(dcells or [None] * own), *[None] * (len(params) - own)]
-    dx, dparams, residual, _, outcome = run(
+    dx, dparams, residual, _, outcome = door("adjoint_layer")(
         grad_z, grad_cells, states, x, params, mask,
         num_groups, variant, adjoint, backend, want_params,
     )  # fmt: skip
     option: GradientOption = from_code(adjoint)
-    if option.reports:
-        reporting.report_layer(outcome, residual, option, on_failure, backward=True)
+    if option.reports and not ops.traced(outcome):
+        statistics = ops.unwrapped(outcome), ops.unwrapped(residual)
+        reporting.report_layer(*statistics, option, on_failure, backward=True)
     return dx, dparams or [None] * len(params)
 
 
@@ -122,7 +124,7 @@ def _layer_backward(
     ctx: Any, grad_z: Tensor | None, grad_states: Tensor | None, *_: Any
 ) -> tuple[Any, ...]:
     want_params = any(ctx.needs_input_grad[1])
-    dx, dparams = _layer_gradient(ctx, ops.adjoint_layer, grad_z, grad_states, want_params)
+    dx, dparams = _layer_gradient(ctx, _operator, grad_z, grad_states, want_params)
     return dx, dparams, None, None, None, *[None] * len(ctx.options)
 
 
@@ -135,26 +137,48 @@ def _in_force(adjoint: str, solver: str) -> str:
 
 def _report(what: str, outcome: Tensor, residual: Tensor, adjoint: str, on_failure: str) -> None:
     option: GradientOption = from_code(adjoint)
-    if option.reports:
-        reporting.report(what, outcome, residual, option, on_failure)
+    if option.reports and not ops.traced(outcome):
+        statistics = ops.unwrapped(outcome), ops.unwrapped(residual)
+        reporting.report(what, *statistics, option, on_failure)
 
 
 def _refuse(ctx: Any, *grads: Any) -> Any:
     raise DoubleBackwardError
 
 
-torch.library.register_autograd("deqfuse::solve_cells", _cells_backward, setup_context=_cells_setup)
-torch.library.register_autograd("deqfuse::solve_fuse", _fuse_backward, setup_context=_fuse_setup)
-torch.library.register_autograd("deqfuse::solve_layer", _layer_backward, setup_context=_layer_setup)
+torch.library.register_autograd("deqfuse::solve_cells", _cells_backward, setup_context=cells_setup)
+torch.library.register_autograd("deqfuse::solve_fuse", _fuse_backward, setup_context=fuse_setup)
+torch.library.register_autograd("deqfuse::solve_layer", _layer_backward, setup_context=layer_setup)
 torch.library.register_autograd("deqfuse::adjoint_layer", _refuse)
 torch.library.register_autograd("deqfuse::adjoint_cells", _refuse)
 torch.library.register_autograd("deqfuse::adjoint_fuse", _refuse)
 
 
-def _eager(adjoint: str) -> Callable[..., Any]:
-    """The body of an adjoint; with ``create_graph=True`` the operator, which refuses another."""
-    run: Callable[..., Any] = getattr(ops, adjoint if torch.is_grad_enabled() else f"run_{adjoint}")
+def _operator(name: str) -> Callable[..., Any]:
+    """The operator itself, which compilers see and which refuses to be differentiated."""
+    operator: Callable[..., Any] = getattr(ops, name)
+    return operator
+
+
+def _eager(name: str) -> Callable[..., Any]:
+    """Its body; with ``create_graph=True`` the operator; under a transform what that can follow."""
+    if torch._C._are_functorch_transforms_active():
+        return functools.partial(_guarded, getattr(ops, name))
+    run: Callable[..., Any] = getattr(ops, name if torch.is_grad_enabled() else f"run_{name}")
     return run
+
+
+def _guarded(operator: Callable[..., Any], *args: Any) -> tuple[Any, ...]:
+    """An adjoint operator under a transform: the refusal of a second derivative rides along."""
+    with torch.no_grad():
+        *grads, residual, nfe, outcome = operator(*args)
+    if torch.is_grad_enabled():  # always so in torch.func.grad
+        flat = [t for g in grads for t in (g if isinstance(g, list) else [g])]
+        tracked = [t for a in args for t in (a if isinstance(a, list) else [a])]
+        tracked = [t for t in tracked if isinstance(t, Tensor)]
+        passed = iter(_NoSecond.apply(len(flat), *flat, *tracked))
+        grads = [[next(passed) for _ in g] if isinstance(g, list) else next(passed) for g in grads]
+    return *grads, residual, nfe, outcome
 
 
 class SolveCells(torch.autograd.Function):
@@ -170,13 +194,12 @@ class SolveCells(torch.autograd.Function):
     ) -> Any:
         inputs = (x, list(params), z0, *options)
         output = ops.run_solve_cells(*inputs)
-        _cells_setup(ctx, inputs, output)
+        cells_setup(ctx, inputs, output)
         return output
 
     @staticmethod
     def backward(ctx: Any, grad_z: Tensor, *_: Any) -> tuple[Any, ...]:
-        run, want_params = _eager("adjoint_cells"), any(ctx.needs_input_grad[3:])
-        dx, dparams = _cells_gradient(ctx, run, grad_z, want_params)
+        dx, dparams = _cells_gradient(ctx, _eager, grad_z, any(ctx.needs_input_grad[3:]))
         return dx, None, None, *dparams
 
 
@@ -195,13 +218,13 @@ class SolveFuse(torch.autograd.Function):
     ) -> Any:
         inputs = (x_fuse, cell_sum, list(params), mask, z0, *options)
         output = ops.run_solve_fuse(*inputs)
-        _fuse_setup(ctx, inputs, output)
+        fuse_setup(ctx, inputs, output)
         return output
 
     @staticmethod
     def backward(ctx: Any, grad_z: Tensor, *_: Any) -> tuple[Any, ...]:
-        run, want_params = _eager("adjoint_fuse"), any(ctx.needs_input_grad[5:])
-        dx, dcell_sum, dparams = _fuse_gradient(ctx, run, grad_z, want_params)
+        want_params = any(ctx.needs_input_grad[5:])
+        dx, dcell_sum, dparams = _fuse_gradient(ctx, _eager, grad_z, want_params)
         return dx, dcell_sum, None, None, None, *dparams
 
 
@@ -221,7 +244,7 @@ class SolveLayer(torch.autograd.Function):
         x, params = list(tensors[:num_modalities]), list(tensors[num_modalities:])
         inputs = (x, params, mask, z0_fuse, z0_cells, *options)
         output = ops.run_solve_layer(*inputs)
-        _layer_setup(ctx, inputs, output)
+        layer_setup(ctx, inputs, output)
         return output
 
     @staticmethod
@@ -229,8 +252,7 @@ class SolveLayer(torch.autograd.Function):
         ctx: Any, grad_z: Tensor | None, grad_states: Tensor | None, *_: Any
     ) -> tuple[Any, ...]:
         want_params = any(ctx.needs_input_grad[5 + ctx.num_modalities :])
-        run = _eager("adjoint_layer")
-        dx, dparams = _layer_gradient(ctx, run, grad_z, grad_states, want_params)
+        dx, dparams = _layer_gradient(ctx, _eager, grad_z, grad_states, want_params)
         return None, None, None, None, None, *dx, *dparams
 
 
@@ -278,16 +300,24 @@ class ImplicitGradient(torch.autograd.Function):
             )
         u = solution.z
         # With create_graph=True, u depends on z* and the parameters in ways that no graph records.
-        return (_NoSecond.apply(u, image) if torch.is_grad_enabled() else u), None, None, None
+        if torch.is_grad_enabled():
+            (u,) = _NoSecond.apply(1, u, image)
+        return u, None, None, None
 
 
 class _NoSecond(torch.autograd.Function):
-    """Passes ``u`` on and refuses to be differentiated."""
+    """Passes the first ``count`` tensors on and refuses to be differentiated by any of them all."""
+
+    generate_vmap_rule = True
 
     @staticmethod
-    def forward(ctx: Any, u: Tensor, image: Tensor) -> Tensor:
-        return u.clone()
+    def forward(count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(t.clone() for t in tensors[:count])
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        """Nothing to keep."""
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
         raise DoubleBackwardError

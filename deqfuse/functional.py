@@ -6,14 +6,16 @@ Parameters are passed explicitly, so these also serve hand-made modules. The mod
 
 from __future__ import annotations
 
+import functools
+import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from deqfuse import autograd as rule
-from deqfuse import backends, checks, ops, reporting
+from deqfuse import backends, checks, ops, reporting, transforms
 from deqfuse.backends import maps, reference
 from deqfuse.backends.maps import CellParams, FuseParams, Variant
 from deqfuse.backends.problem import Solved, SolvedLayer, compute_dtype
@@ -31,6 +33,30 @@ __all__ = [
 ]
 
 output_norm = maps.output_norm
+
+# What torch.compile(fullgraph=True) says about loops whose length depends on the data.
+_ITERATES = "iterates until every row has converged, which no graph can hold. Remedy: "
+_COMPILE_F = f"DEQ(f) {_ITERATES}compile f itself, DEQ(torch.compile(f)), or leave fullgraph out"
+_UNROLLED = f"Unrolled() {_ITERATES}Implicit(), or leave fullgraph out"
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def _uncompiled(reason: str) -> Callable[[_F], _F]:
+    """``torch.compiler.disable``, without loading the compiler when deqfuse is imported."""
+
+    def mark(f: _F) -> _F:
+        @functools.wraps(f)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if "torch._dynamo" not in sys.modules:
+                return f(*args, **kwargs)
+            return torch.compiler.disable(f, reason=reason)(*args, **kwargs)
+
+        call._torchdynamo_disable = True  # type: ignore[attr-defined]
+        call._torchdynamo_disable_msg = reason  # type: ignore[attr-defined]
+        return cast(_F, call)
+
+    return mark
 
 
 def residual_cell(
@@ -127,16 +153,18 @@ def solve_cells(
     _check_z0(z0, x, "(N, B, d)")
     name = _choose(x, num_groups, solver, adjoint, backend)
     if isinstance(adjoint, Unrolled):
-        with ops.full_precision(x.device):
-            solved = reference.solve_cells(x, flat, _detach(z0), num_groups, variant, solver)
+        solved = _unrolled(reference.solve_cells, x, flat, _detach(z0), num_groups, variant, solver)
     else:
         options = (num_groups, variant, solver.code, adjoint.code, name, on_failure)
-        if torch.compiler.is_compiling():
-            output = ops.solve_cells(x, flat, _detach(z0), *options)
-        elif not torch.is_grad_enabled():
-            output = ops.run_solve_cells(x, flat, _detach(z0), *options)
+        start = _detach(z0)
+        if ops.traced(x):
+            output = ops.solve_cells(x, flat, start, *options)
+        elif transforms.active():
+            output = transforms.SolveCells.apply(x, start, options, *flat)
+        elif torch.is_grad_enabled():
+            output = rule.SolveCells.apply(x, start, options, *flat)
         else:
-            output = rule.SolveCells.apply(x, _detach(z0), options, *flat)
+            output = ops.run_solve_cells(x, flat, start, *options)
         solved = Solved(*output)
     return solved.z, _block_info(solved, reporting.CELLS, solver, on_failure), name
 
@@ -182,20 +210,22 @@ def solve_fuse(
     name = _choose(x_fuse, num_groups, solver, adjoint, backend)
     start = _detach(z0)
     if isinstance(adjoint, Unrolled):
-        with ops.full_precision(x_fuse.device):
-            solved = reference.solve_fuse(
-                x_fuse, cell_sum, flat, mask, start, num_modalities, num_groups, variant, solver
-            )
+        solved = _unrolled(
+            reference.solve_fuse,
+            x_fuse, cell_sum, flat, mask, start, num_modalities, num_groups, variant, solver,
+        )  # fmt: skip
     else:
         options = (
             num_modalities, num_groups, variant, solver.code, adjoint.code, name, on_failure,
         )  # fmt: skip
-        if torch.compiler.is_compiling():
+        if ops.traced(x_fuse):
             output = ops.solve_fuse(x_fuse, cell_sum, flat, mask, start, *options)
-        elif not torch.is_grad_enabled():
-            output = ops.run_solve_fuse(x_fuse, cell_sum, flat, mask, start, *options)
-        else:
+        elif transforms.active():
+            output = transforms.SolveFuse.apply(x_fuse, cell_sum, mask, start, options, *flat)
+        elif torch.is_grad_enabled():
             output = rule.SolveFuse.apply(x_fuse, cell_sum, mask, start, options, *flat)
+        else:
+            output = ops.run_solve_fuse(x_fuse, cell_sum, flat, mask, start, *options)
         solved = Solved(*output)
     return solved.z, _block_info(solved, reporting.FUSE, solver, on_failure), name
 
@@ -224,24 +254,34 @@ def solve_layer(
     name = _choose(x[0], num_groups, solver, adjoint, backend)
     starts = mask, _detach(z0_fuse), _detach(z0_cells)
     options = (num_groups, variant, solver.code, adjoint.code, name, on_failure)
-    if torch.compiler.is_compiling():
+    if traced := ops.traced(x[0]):
         output = ops.solve_layer(x, params, *starts, *options)
     else:
         try:
-            if torch.is_grad_enabled():
+            if transforms.active():
+                output = transforms.SolveLayer.apply(len(x), *starts, options, *x, *params)
+            elif torch.is_grad_enabled():
                 output = rule.SolveLayer.apply(len(x), *starts, options, *x, *params)
             else:
                 output = ops.run_solve_layer(x, params, *starts, *options)
         except (RuntimeError, TypeError, AttributeError):
             cells = len(x) * len(CellParams._fields)
+            if any(hasattr(p, "full_tensor") for p in params):
+                raise TypeError(
+                    "params: expected plain tensors, got sharded ones (DTensor). Remedy: give "
+                    "fully_shard the layer as one module; it reads its cells' parameters itself"
+                ) from None
             checks.parameters(params[:cells], x[0], 2, 6)
             checks.parameters(params[cells : cells + len(FuseParams._fields)], x[0], 2, 2)
             raise
     solved = SolvedLayer(*output)
-    reporting.report_layer(solved.outcome, solved.residual, solver, on_failure)
+    if not traced:
+        statistics = ops.unwrapped(solved.outcome), ops.unwrapped(solved.residual)
+        reporting.report_layer(*statistics, solver, on_failure)
     return solved, name
 
 
+@_uncompiled(_COMPILE_F)
 def fixed_point(
     f: Callable[[Tensor], Tensor],
     z0: Tensor,  # (B, n)
@@ -267,6 +307,11 @@ def fixed_point(
     checks.tensor("z0", z0)
     if z0.dim() != 2:
         raise ValueError(f"z0: expected (B, n), got shape {tuple(z0.shape)}")
+    if transforms.active():
+        raise NotImplementedError(
+            "deqfuse: DEQ(f) inside torch.func transforms (vmap, grad, jvp, ...) or forward-mode "
+            "differentiation is not supported. Remedy: backward(); a mapped dimension as more rows"
+        )
 
     def checked(z: Tensor) -> Tensor:
         # A copy of its own, in its own dtype: an f that works in place must not reach the solver's
@@ -312,10 +357,18 @@ def _choose(
     return backends.choose(backend, problem)
 
 
+@_uncompiled(_UNROLLED)
+def _unrolled(solve_block: Callable[..., Solved], x: Tensor, *problem: Any) -> Solved:
+    """A solve on the reference path whose steps autograd records."""
+    with ops.full_precision(x.device):
+        return solve_block(x, *problem)
+
+
 def _block_info(solved: Any, what: str, solver: SolverOption, on_failure: str) -> BlockInfo:
     """Statistics as users see them, and the report on rows that failed."""
     residual, outcome = solved.residual.detach(), solved.outcome
-    reporting.report(what, outcome, residual, solver, on_failure)
+    if not ops.traced(outcome):
+        reporting.report(what, ops.unwrapped(outcome), ops.unwrapped(residual), solver, on_failure)
     return BlockInfo(residual, solved.nfe, outcome, solved.trace if solver.trace else None)
 
 

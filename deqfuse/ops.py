@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from deqfuse import backends
 from deqfuse.backends import native
@@ -64,6 +65,20 @@ def full_precision(device: torch.device) -> AbstractContextManager[Any]:
     return torch.autocast(device_type=device.type, enabled=False)
 
 
+def traced(t: Tensor) -> bool:
+    """Whether a call is recorded rather than run: ``t`` has a shape and no values to look at."""
+    return torch.compiler.is_compiling() or isinstance(t, FakeTensor)
+
+
+def unwrapped(t: Tensor) -> Tensor:
+    """``t`` without the wrappers of ``torch.func``, which hide its values."""
+    if not torch._C._are_functorch_transforms_active():
+        return t
+    while torch._C._functorch.is_functorch_wrapped_tensor(t):
+        t = torch._C._functorch.get_unwrapped(t)
+    return t
+
+
 def run_solve_cells(x, params, z0, num_groups, variant, solver, adjoint, backend, on_failure):  # type: ignore[no-untyped-def]
     with full_precision(x.device):
         return tuple(
@@ -100,7 +115,7 @@ def run_solve_layer(  # type: ignore[no-untyped-def]
 def run_adjoint_cells(grad_z, z, x, params, num_groups, variant, adjoint, backend, want_params):  # type: ignore[no-untyped-def]
     with full_precision(z.device):
         dx, dparams, statistics = backends.load(backend).adjoint_cells(
-            grad_z, z, x, params, num_groups, variant, from_code(adjoint), want_params
+            grad_z, z.contiguous(), x, params, num_groups, variant, from_code(adjoint), want_params
         )
     return dx, dparams, *statistics
 
@@ -111,7 +126,7 @@ def run_adjoint_fuse(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     with full_precision(z.device):
         dx, dcell_sum, dparams, statistics = backends.load(backend).adjoint_fuse(
-            grad_z, z, x_fuse, cell_sum, params, mask, num_modalities,
+            grad_z, z.contiguous(), x_fuse, cell_sum, params, mask, num_modalities,
             num_groups, variant, from_code(adjoint), want_params,
         )  # fmt: skip
     return dx, dcell_sum, dparams, *statistics
@@ -122,7 +137,7 @@ def run_adjoint_layer(  # type: ignore[no-untyped-def]
 ):
     with full_precision(states.device):
         dx, dparams, statistics = backends.load(backend).adjoint_layer(
-            grad_z, grad_cells, states, x, params, mask,
+            grad_z, grad_cells, states.contiguous(), x, params, mask,
             num_groups, variant, from_code(adjoint), want_params,
         )  # fmt: skip
     return dx, dparams, *statistics

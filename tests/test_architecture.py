@@ -19,6 +19,7 @@ LEVELS = (
     ("backends",),
     ("ops",),
     ("autograd",),
+    ("transforms",),
     ("functional",),
     ("nn", "checkpoints"),
     ("testing", "data", "info", "robustness"),

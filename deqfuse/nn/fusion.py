@@ -326,11 +326,14 @@ class DEQFusion(nn.Module):
                 z = self._fuse_map(self._x_fuse(x), zs.sum(0), self.combine.flat(), mask)(z)
             else:
                 z = self._combined(z, zs.to(x.dtype), x, mask)
-        with torch.no_grad():
-            fuse = _last_step(before[0], z, self.solver, steps)
-            cells = _last_step(before[1], zs, self.solver, steps)
-        info = SolveInfo(fuse, cells, "reference")
-        return _Found(z.clone(), lambda: zs, lambda: info)
+
+        def info() -> SolveInfo:
+            with torch.no_grad():
+                fuse = _last_step(before[0], z, self.solver, steps)
+                cells = _last_step(before[1], zs, self.solver, steps)
+            return SolveInfo(fuse, cells, "reference")
+
+        return _Found(z.clone(), lambda: zs, info)
 
     def _mask(self, like: Tensor) -> Tensor | None:
         """One draw of dropout factors (B, d), where they apply."""

@@ -1,0 +1,141 @@
+"""One process of test_distributed.py, started by torchrun; writes what it found as JSON."""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from deqfuse import Anderson, DEQFusion, Implicit, SolveInfo
+
+DIM, N, ROWS = 16, 3, 12
+
+
+class Model(nn.Module):
+    """An encoder per feature, the layer, a head."""
+
+    def __init__(self, dtype: torch.dtype, **options: Any) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        tol = 1e-13 if dtype == torch.float64 else 1e-6
+        given = {"solver": Anderson(tol=tol, max_iter=300), "adjoint": Implicit(tol=tol),
+                 "num_groups": 2, **options}  # fmt: skip
+        self.encoders = nn.ModuleList(nn.Linear(6, DIM) for _ in range(N))
+        self.fusion = DEQFusion(DIM, N, **given)
+        self.head = nn.Linear(DIM, 4)
+        self.to(dtype)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, SolveInfo]:  # (N, B, 6)
+        features = [encode(view) for encode, view in zip(self.encoders, x, strict=True)]
+        z, info = self.fusion(features, return_info=True)
+        return self.head(z), info
+
+
+def wrapped(model: Model, strategy: str) -> nn.Module:
+    if strategy == "ddp":
+        return DistributedDataParallel(model)
+    if strategy == "fsdp_of_layers":
+        for part in (*model.encoders, model.fusion):
+            fully_shard(part)  # reshards after forward: the backward gathers the parameters again
+    return fully_shard(model)
+
+
+def named_gradients(model: nn.Module) -> dict[str, Tensor]:
+    grads = {n.removeprefix("module."): p.grad for n, p in model.named_parameters()}
+    return {n: g.full_tensor() if hasattr(g, "full_tensor") else g for n, g in grads.items()}
+
+
+def gradient_error(strategy: str, dtype: torch.dtype, **options: Any) -> float:
+    """Largest relative difference to one process that sees all rows, over the parameters."""
+    torch.manual_seed(1)
+    x, y = torch.randn(N, ROWS, 6, dtype=dtype), torch.randn(ROWS, 4, dtype=dtype)
+    alone = Model(dtype, **options)
+    (alone(x)[0] - y).square().mean().backward()
+    rank, size = dist.get_rank(), dist.get_world_size()
+    share = slice(rank * ROWS // size, (rank + 1) * ROWS // size)
+    together = wrapped(Model(dtype, **options), strategy)
+    (together(x[:, share])[0] - y[share]).square().mean().backward()
+    expected, given = named_gradients(alone), named_gradients(together)
+    assert expected.keys() == given.keys()
+    return max(((given[n] - g).norm() / g.norm()).item() for n, g in expected.items())
+
+
+def uneven(strategy: str) -> dict[str, Any]:
+    """Three steps in which rank 0 has few easy rows and the others many hard ones, or none."""
+    torch.manual_seed(0)
+    rank = dist.get_rank()
+    options = {"init": "torch", "on_failure": "ignore", "solver": Anderson(max_iter=200)}
+    model = wrapped(Model(torch.float32, **options), strategy)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    evaluations = []
+    for rows in ((3, 40), (40, 3), (5, 0)):
+        x = torch.randn(N, rows[min(rank, 1)], 6) * (100.0 if rank == 0 else 0.1)
+        logits, info = model(x)
+        optimizer.zero_grad()
+        logits.square().sum().backward()
+        optimizer.step()
+        evaluations.append(int((info.fuse.nfe.sum() + info.cells.nfe.sum()).item()))
+    whole = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in model.parameters()]
+    return {"evaluations": evaluations, "checksum": [p.double().sum().item() for p in whole]}
+
+
+def sharded_cells() -> str:
+    """What a user is told who shards the cells one by one."""
+    model = Model(torch.float32)
+    for cell in model.fusion.cells:
+        fully_shard(cell)
+    try:
+        model(torch.randn(N, 2, 6))
+    except TypeError as error:
+        return str(error)
+    return "nothing"
+
+
+def compiled_error() -> float:
+    """DDP around a compiled model, against the eager one on the same rows."""
+    torch.manual_seed(1)
+    x, found = torch.randn(N, 4, 6, dtype=torch.float64), []
+    for compiled in (False, True):
+        model = Model(torch.float64)
+        if compiled:
+            model.compile(backend="aot_eager", fullgraph=True)
+        together = DistributedDataParallel(model)
+        together(x)[0].square().mean().backward()
+        found.append(torch.cat([g.flatten() for g in named_gradients(together).values()]))
+    return ((found[1] - found[0]).norm() / found[0].norm()).item()
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    found: dict[str, Any] = {}
+    for strategy in ("ddp", "fsdp", "fsdp_of_layers"):
+        for dtype in (torch.float32, torch.float64):
+            for name, options in {
+                "paper": {},
+                "released": {"variant": "released"},
+                "identity": {"cell": "identity"},
+                "reference": {"backend": "reference"},
+            }.items():
+                if name == "released" and strategy != "ddp":
+                    continue  # FSDP2 takes no scalar parameters, and injection_bias is one
+                key = f"{strategy} {str(dtype).removeprefix('torch.')} {name}"
+                found[key] = gradient_error(strategy, dtype, **options)
+        found[f"{strategy} uneven"] = uneven(strategy)
+    found["sharded cells"] = sharded_cells()
+    found["compiled"] = compiled_error()
+    (folder / f"{dist.get_rank()}.json").write_text(json.dumps(found))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    main(Path(sys.argv[1]))
