@@ -22,7 +22,7 @@ LEVELS = (
     ("functional",),
     ("nn", "checkpoints"),
     ("testing", "data", "info"),
-    ("cli",),
+    ("cli", "experiments"),
 )
 LAZY = {"result": {"diagnostics"}, "nn.fusion": {"checkpoints"}}  # imported inside a function
 
