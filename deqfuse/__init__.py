@@ -17,6 +17,7 @@ from deqfuse.nn.cells import PurifyCombine as PurifyCombine
 from deqfuse.nn.cells import ResidualCell as ResidualCell
 from deqfuse.nn.deq import DEQ as DEQ
 from deqfuse.nn.fusion import DEQFusion as DEQFusion
+from deqfuse.nn.progressive import ProFusion as ProFusion
 from deqfuse.outcome import Outcome as Outcome
 from deqfuse.result import BlockInfo as BlockInfo
 from deqfuse.result import SolveInfo as SolveInfo
@@ -45,6 +46,7 @@ __all__ = [
     "OneStep",
     "Outcome",
     "Picard",
+    "ProFusion",
     "PurifyCombine",
     "ResidualCell",
     "SolveInfo",

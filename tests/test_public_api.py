@@ -41,6 +41,7 @@ PUBLIC = [
     "OneStep",
     "Outcome",
     "Picard",
+    "ProFusion",
     "PurifyCombine",
     "ResidualCell",
     "SolveInfo",

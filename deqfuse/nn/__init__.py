@@ -4,3 +4,4 @@ from deqfuse.nn.cells import PurifyCombine as PurifyCombine
 from deqfuse.nn.cells import ResidualCell as ResidualCell
 from deqfuse.nn.deq import DEQ as DEQ
 from deqfuse.nn.fusion import DEQFusion as DEQFusion
+from deqfuse.nn.progressive import ProFusion as ProFusion

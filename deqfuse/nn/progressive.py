@@ -1,0 +1,343 @@
+"""``ProFusion``: progressive fusion of any late-fusion model, unrolled or at its equilibrium."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from deqfuse import checks, functional
+from deqfuse.nn.sites import EncoderRun, RandomState, Site, find_site, tensors
+from deqfuse.result import BlockInfo, SolveInfo
+from deqfuse.solvers.options import (
+    Anderson,
+    GradientOption,
+    Implicit,
+    SolverOption,
+    Unrolled,
+)
+from deqfuse.solvers.rows import Rows
+
+
+class ProFusion(nn.Module):
+    """Progressive fusion (Shankar et al., arXiv 2209.00302) around a given late-fusion model.
+
+    The fused vector is projected back to the unimodal encoders and the model is applied again,
+    with the same weights::
+
+        c_0 = 0,    c_t = fusion([encoder_i(x_i + V_i c_{t-1}) for i]),    output = head(c_R)
+
+    with ``steps=R`` by backpropagation through the steps, with ``solver=`` at the equilibrium
+    ``c = fusion(...c...)`` by the implicit gradient. ``steps=1`` is the given model, bit for bit.
+
+    All applications of one forward share their random draws (dropout): they are applications of
+    one map, and the generators move on as in one call of the given model.
+
+    Args:
+        encoders: N modules, each with one positional argument.
+        fusion: module that maps the list of N unimodal representations to the context
+            (B, context_dim), or to a tuple whose first entry it is.
+        context_dim: width of the context.
+        steps: R >= 1 applications of the model; 2 when neither ``steps`` nor ``solver`` is given.
+        solver, adjoint: forward solver of the equilibrium and how gradients pass; instead of
+            ``steps``. An equilibrium needs rows that do not depend on each other: batch norm behind
+            a site must be in eval mode.
+        inject: "add" (x_i + V_i c), or "concat": V_i c as extra input columns, zero at first. They
+            are added to the site's first Linear, as parameters of this module; an encoder whose
+            first Linear takes more columns than ``in_dims[i]`` says has them already.
+        in_dims: widths of the injection sites, read off the first Linear (convolution, recurrent
+            layer) of each site when not given.
+        sites: per encoder the name of a submodule whose input is the injection site; "" (or None)
+            is the encoder's own input. What an encoder computes before its site is computed once.
+        head: module applied to the last context.
+        on_failure: "warn", "raise" or "ignore" when rows do not converge.
+
+    Attributes:
+        back_projections: V_i, bias-free Linear layers with weights (d_i, context_dim).
+
+    Example:
+        >>> model = ProFusion(encoders, fusion, 64, steps=3, head=nn.Linear(64, 10))
+        >>> logits = model([x1, x2])
+        >>> logits, contexts = model([x1, x2], return_contexts=True)  # contexts (3, B, 64)
+    """
+
+    def __init__(
+        self,
+        encoders: Sequence[nn.Module],
+        fusion: nn.Module,
+        context_dim: int,
+        *,
+        steps: int | None = None,
+        solver: SolverOption | None = None,
+        adjoint: GradientOption = Implicit(),  # noqa: B008 - frozen
+        inject: Literal["add", "concat"] = "add",
+        in_dims: Sequence[int] | None = None,
+        sites: Sequence[str | None] | None = None,
+        head: nn.Module | None = None,
+        on_failure: str = "warn",
+    ) -> None:
+        super().__init__()
+        _check_modules(encoders, fusion, head)
+        checks.positive_int("context_dim", context_dim)
+        if steps is not None and solver is not None:
+            raise ValueError(
+                f"steps, solver: expected one of them, got steps={steps!r} and solver={solver!r}"
+            )
+        if solver is None:
+            steps = 2 if steps is None else steps
+            checks.positive_int("steps", steps)
+        checks.options(Anderson() if solver is None else solver, adjoint, on_failure)
+        checks.one_of("inject", inject, ("add", "concat"))
+        names = _per_encoder("sites", sites, len(encoders), "names of submodules")
+        widths = _per_encoder("in_dims", in_dims, len(encoders), "widths")
+
+        self.encoders = nn.ModuleList(encoders)
+        self.fusion, self.head, self.context_dim = fusion, head, context_dim
+        self.steps, self.solver, self.adjoint = steps, solver, adjoint
+        self.inject, self.on_failure = inject, on_failure
+        self.back_projections = nn.ModuleList()
+        self.extra_columns = nn.ModuleDict()  # by number of the encoder, with inject="concat"
+        self._sites: list[Site] = []
+        for i, (encoder, name, width) in enumerate(zip(encoders, names, widths, strict=True)):
+            site, linear = find_site(f"[{i}]", encoder, name or "", width, inject)
+            like = _like_parameters(encoder)
+            self._sites.append(site)
+            self.back_projections.append(nn.Linear(context_dim, site.width, bias=False, **like))
+            if linear is not None:
+                columns = nn.Linear(site.width, linear.out_features, bias=False, **like)
+                bound = 1 / math.sqrt(linear.in_features + site.width)  # as of one wider Linear
+                nn.init.uniform_(columns.weight, -bound, bound)
+                self.extra_columns[str(i)] = columns
+
+    def forward(
+        self,
+        inputs: Sequence[Any],  # N inputs, each (B, ...) or a sequence that starts with such
+        *,
+        return_contexts: bool = False,
+        return_info: bool = False,
+    ) -> Any:
+        """The model's output after the last application.
+
+        Args:
+            inputs: what each encoder takes.
+            return_contexts: also return c_1 .. c_R as one tensor (R, B, context_dim); for an
+                equilibrium R = 1. With ``encode`` this gives the unimodal representations of every
+                step.
+            return_info: also return a :class:`SolveInfo` whose ``fuse`` block has shape (B,). With
+                ``steps`` its residual is the last step's change, and "converged" says whether that
+                happens to be below Anderson's default tolerance.
+
+        Returns:
+            ``head(c_R)``, or c_R (B, context_dim) without a head; with the flags a tuple
+            ``(output, contexts)``, ``(output, info)`` or ``(output, contexts, info)``.
+
+        Raises:
+            ValueError, TypeError: inputs or the fused tensor of a wrong number, type or shape.
+            ConvergenceError: rows did not converge and ``on_failure="raise"``.
+        """
+        model = _Model(self, inputs, again=self.steps != 1)
+        contexts, info = self._unrolled(model) if self.solver is None else self._equilibrium(model)
+        output = contexts[-1] if self.head is None else self.head(contexts[-1])
+        outputs = [output]
+        if return_contexts:
+            outputs.append(torch.stack(contexts))
+        if return_info:
+            outputs.append(info())
+        return outputs[0] if len(outputs) == 1 else tuple(outputs)
+
+    def encode(
+        self,
+        inputs: Sequence[Any],
+        context: Tensor | None = None,  # (B, context_dim)
+    ) -> list[Any]:
+        """Unimodal representations given a context; without one, those of the given model.
+
+        ``encode(xs)`` are the representations of step 1, ``encode(xs, contexts[t - 1])`` those of
+        step t + 1 (Appendix G probes them).
+        """
+        model = _Model(self, inputs, again=context is not None)
+        if context is None:
+            return model.encoded
+        with RandomState.kept(model.device):
+            return model.encode(context)
+
+    @property
+    def parameter_overhead(self) -> float:
+        """Parameters that progressive fusion adds, as a share of those of the given model.
+
+        Table 10 of the paper reports 1.8% to 4.3%. NaN for a model without parameters.
+        """
+        given = [self.encoders, self.fusion, *([] if self.head is None else [self.head])]
+        known = {p for module in given for p in module.parameters()}
+        base = sum(p.numel() for p in known)
+        added = sum(p.numel() for p in self.parameters() if p not in known)
+        return added / base if base else math.nan
+
+    def _unrolled(self, model: _Model) -> tuple[list[Tensor], Callable[[], SolveInfo]]:
+        contexts = [model.fuse(model.encoded)]
+        while len(contexts) < (self.steps or 1):
+            contexts.append(model.apply(contexts[-1]))
+
+        def info() -> SolveInfo:
+            new = contexts[-1].detach().flatten(1)
+            old = contexts[-2].detach().flatten(1) if len(contexts) > 1 else torch.zeros_like(new)
+            rows = Rows(old, Anderson().tol, max_iter=1)
+            rows.observe(old, new, cost=len(contexts))
+            found = rows.solution()
+            return SolveInfo(BlockInfo(found.residual, found.nfe, found.outcome), None, "reference")
+
+        return contexts, info
+
+    def _equilibrium(self, model: _Model) -> tuple[list[Tensor], Callable[[], SolveInfo]]:
+        model.check_rows()
+        first = model.fuse(model.encoded)
+        # Solvers begin with f(0), which is the given model's answer: it is there already.
+        known = [
+            first.flatten(1) if isinstance(self.adjoint, Unrolled) else first.detach().flatten(1)
+        ]
+
+        def rows(z: Tensor) -> Tensor:
+            return known.pop() if known else model.apply(z.view_as(first)).flatten(1)
+
+        z, block, backend = functional.fixed_point(
+            rows,
+            torch.zeros_like(first.detach()).flatten(1),
+            solver=self.solver or Anderson(),
+            adjoint=self.adjoint,
+            on_failure=self.on_failure,
+        )
+        star = z.detach()
+        info = SolveInfo(block, None, backend, (lambda: (rows, star),))
+        return [z.view_as(first)], lambda: info
+
+    def extra_repr(self) -> str:
+        how = f"steps={self.steps}" if self.solver is None else f"solver={self.solver}"
+        sites = [site.name for site in self._sites]
+        return f"context_dim={self.context_dim}, {how}, inject={self.inject!r}, sites={sites}"
+
+
+class _Model:
+    """The given model on one batch: its own answer, then further applications of the same map."""
+
+    def __init__(self, owner: ProFusion, inputs: Sequence[Any], *, again: bool) -> None:
+        checks.sequence("inputs", inputs, "inputs, one per encoder")
+        if len(inputs) != len(owner.encoders):
+            raise ValueError(
+                f"inputs: expected one for each of {len(owner.encoders)} encoders, got "
+                f"{len(inputs)}"
+            )
+        self.owner = owner
+        self.device = next((x.device for x in tensors(inputs)), torch.device("cpu"))
+        # The solver may evaluate the map any number of times; each starts from these.
+        self.buffers = list(_buffers(owner)) if again and owner.solver is not None else []
+        self.runs = [
+            EncoderRun(encoder, f"encoders[{i}]", site, value, self.device)
+            for i, (encoder, site, value) in enumerate(
+                zip(owner.encoders, owner._sites, inputs, strict=True)
+            )
+        ]
+        self.encoded = [run.first(again) for run in self.runs]
+        self.drawing = RandomState(self.device)  # where the fusion begins to draw
+
+    def fuse(self, encoded: list[Any]) -> Tensor:
+        """Unimodal representations -> context (B, context_dim)."""
+        out = self.owner.fusion(encoded)
+        fused = out[0] if isinstance(out, tuple) else out
+        checks.tensor("fusion's output", fused)
+        width = self.owner.context_dim
+        if fused.dim() < 2 or fused.shape[-1] != width:
+            raise ValueError(
+                f"fusion's output: expected shape (B, {width}) = (B, context_dim), got "
+                f"{tuple(fused.shape)}. Remedy: context_dim = the fusion's width"
+            )
+        return fused
+
+    def encode(self, context: Tensor) -> list[Any]:
+        """Unimodal representations given a context."""
+        owner = self.owner
+        encoded = []
+        for i, run in enumerate(self.runs):
+            injected = owner.back_projections[i](context)
+            if run.site.how == "extend":
+                injected = owner.extra_columns[str(i)](injected)
+            encoded.append(run.again(injected))
+        return encoded
+
+    def apply(self, context: Tensor) -> Tensor:
+        """One application of the map; random draws are those of the first."""
+        for buffer, version, saved in self.buffers:
+            if buffer._version != version:
+                buffer.copy_(saved)
+        with RandomState.kept(self.device):
+            encoded = self.encode(context)
+            self.drawing.restore()
+            return self.fuse(encoded)
+
+    def check_rows(self) -> None:
+        """An equilibrium is solved row by row: refuse statistics over the batch behind the sites.
+
+        And keep buffers that only the part before a site writes out of ``apply``'s reach.
+        """
+        before = {module for run in self.runs for module in run.skipped()}
+        own = {id(buffer) for module in before for buffer in module.buffers(recurse=False)}
+        self.buffers = [entry for entry in self.buffers if id(entry[0]) not in own]
+        for name, module in self.owner.named_modules():
+            if (
+                isinstance(module, nn.modules.batchnorm._BatchNorm)
+                and not name.startswith("head")
+                and module not in before
+                and (module.training or module.running_mean is None)
+            ):
+                raise ValueError(
+                    f"{name}: expected rows that do not depend on each other, got "
+                    f"{type(module).__name__} with statistics over the batch, behind the injection "
+                    "site of an equilibrium. Remedy: eval() for this module, a site behind it, "
+                    "LayerNorm or GroupNorm instead, or steps= instead of solver="
+                )
+
+
+def _buffers(owner: nn.Module) -> Iterator[tuple[Tensor, int, Tensor]]:
+    """Buffers that a forward may write to (batch norm, spectral norm), version and content."""
+    for module in owner.modules():
+        if module.training:
+            for buffer in module.buffers(recurse=False):
+                yield buffer, buffer._version, buffer.detach().clone()
+
+
+def _check_modules(encoders: Any, fusion: Any, head: Any) -> None:
+    if not isinstance(encoders, nn.ModuleList):
+        checks.sequence("encoders", encoders, "modules")
+    if not len(encoders):
+        raise ValueError("encoders: expected at least one module, got none")
+    named = [(f"encoders[{i}]", encoder) for i, encoder in enumerate(encoders)]
+    named.append(("fusion", fusion))
+    if head is not None:
+        named.append(("head", head))
+    for name, module in named:
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"{name}: expected a torch.nn.Module, got {type(module).__name__}")
+
+
+def _per_encoder(name: str, values: Any, count: int, of: str) -> Sequence[Any]:
+    """One value per encoder, None where nothing is given."""
+    if values is None:
+        return [None] * count
+    if isinstance(values, str):
+        raise TypeError(f"{name}: expected a sequence of {of}, got {values!r}")
+    checks.sequence(name, values, of)
+    if len(values) != count:
+        raise ValueError(
+            f"{name}: expected {of}, one for each of {count} encoders, got {len(values)}"
+        )
+    return values
+
+
+def _like_parameters(encoder: nn.Module) -> dict[str, Any]:
+    """dtype and device of an encoder's first floating-point parameter."""
+    for parameter in encoder.parameters():
+        if parameter.is_floating_point():
+            return {"dtype": parameter.dtype, "device": parameter.device}
+    return {}
