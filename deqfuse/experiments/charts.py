@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from deqfuse.cli.plots import GRID, INK
 
@@ -38,7 +39,6 @@ class Panel:
     ylabel: str
     lines: Sequence[Line]
     log_y: bool = False
-    log_x: bool = False
     level: float | None = None  # a horizontal line, e.g. a tolerance
 
 
@@ -56,7 +56,8 @@ def lines(panels: Sequence[Panel], columns: int = 3, share_y: bool = False) -> F
         if panel.level is not None:
             axis.axhline(panel.level, color=INK, linewidth=0.8, linestyle=(0, (4, 3)))
         axis.set_yscale("log" if panel.log_y else "linear")
-        axis.set_xscale("log" if panel.log_x else "linear")
+        if all(isinstance(x, int) for line in panel.lines for x in line.x):
+            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     for axis in grid.flat[len(panels) :]:
         axis.set_axis_off()
     drawn: dict[str, Any] = {}
@@ -138,7 +139,7 @@ def surfaces(
         style(axis, title, xlabel, ylabel)
         filled = axis.contourf(x, y, table, shades, cmap="RdBu")
         axis.contour(x, y, table, [0.0], colors=INK, linewidths=0.8)
-        axis.plot(*np.meshgrid(x, y), ".", color=INK, markersize=2)
+        axis.plot(*np.meshgrid(x, y), ".", color=INK, markersize=3, clip_on=False, zorder=3)
     for axis in grid.flat[len(titles) :]:
         axis.set_axis_off()
     bar = figure.colorbar(filled, ax=grid, shrink=0.8)

@@ -9,9 +9,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from deqfuse.cli.output import OutputFolder
+from deqfuse.experiments.audiovisual import AudiovisualStudy
+from deqfuse.experiments.numerals import NumeralsStudy
 from deqfuse.experiments.omics import OmicsStudy
 from deqfuse.experiments.runner import run_study
 from deqfuse.experiments.study import Study
+from deqfuse.experiments.synthetic import Size, SyntheticStudy
+from deqfuse.experiments.training import Recipe
 
 __all__ = ["experiment"]
 
@@ -23,15 +27,46 @@ def experiment(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     return run_study(study, OutputFolder(options.out), options.jobs, options.threads, command)
 
 
-def _omics(options: argparse.Namespace) -> Study:
-    study = OmicsStudy(Path(options.data), seeds=options.seeds)
-    recipe = study.recipe
+def _recipe(options: argparse.Namespace, recipe: Recipe) -> Recipe:
+    epochs = 2 if options.quick else options.epochs or recipe.epochs
+    return replace(recipe, epochs=epochs)
+
+
+def _seeds(options: argparse.Namespace) -> int:
+    return min(2, options.seeds) if options.quick else options.seeds
+
+
+def _synthetic(options: argparse.Namespace) -> Study:
+    study = SyntheticStudy(seeds=_seeds(options))
     if options.quick:
-        return replace(study, seeds=min(2, options.seeds), recipe=replace(recipe, epochs=2), dim=32)
-    return replace(study, recipe=replace(recipe, epochs=options.epochs or recipe.epochs))
+        return replace(study, sizes=(Size(4, 40, 16),), etas=(0.0, 1.0), sigmas=(0.0, 1.0), steps=4)
+    return replace(study, steps=options.epochs or study.steps)
 
 
-_STUDIES: dict[str, Callable[[argparse.Namespace], Study]] = {"omics": _omics}
+def _numerals(options: argparse.Namespace) -> Study:
+    study = NumeralsStudy(seeds=_seeds(options))
+    study = replace(study, recipe=_recipe(options, study.recipe))
+    return replace(study, train_rows=(100,), held_rows=50) if options.quick else study
+
+
+def _omics(options: argparse.Namespace) -> Study:
+    study = OmicsStudy(Path(options.data), seeds=_seeds(options))
+    study = replace(study, recipe=_recipe(options, study.recipe))
+    return replace(study, dim=32) if options.quick else study
+
+
+def _audiovisual(options: argparse.Namespace) -> Study:
+    study = AudiovisualStudy(Path(options.images), Path(options.audio), seeds=_seeds(options))
+    study = replace(study, recipe=_recipe(options, study.recipe))
+    return replace(study, rows=(64, 32, 32)) if options.quick else study
+
+
+_STUDIES: dict[str, Callable[[argparse.Namespace], Study]] = {
+    "synthetic": _synthetic,
+    "numerals": _numerals,
+    "omics": _omics,
+    "audiovisual": _audiovisual,
+}
 
 
 def _public(argument: str) -> str:

@@ -44,7 +44,7 @@ def build(
     pairs = {key: group for key, group in groups.items() if group}
     several = [views for views in subsets if len(views) > 1]
     metrics = [name for name in METRIC_NAMES if name in runs[0].values["test"]]
-    timing = next(record.values for record in records if "timing" in record.params)
+    timing = next(dict(record.values) for record in records if "timing" in record.params)
     sections = [
         Section(
             "Results",
@@ -104,7 +104,7 @@ def _table(pairs: _Pairs, metrics: Sequence[str], settings: dict[str, Any]) -> T
         "converged, training",
         "ms/step",
     )
-    rows = []
+    rows: list[tuple[str, ...]] = []
     reported = REPORTED.get(settings["data"])
     if reported and metrics == ["accuracy", "f1", "auc"]:
         blank = (NOTHING,) * 5
