@@ -46,7 +46,7 @@ def _synthetic(options: argparse.Namespace) -> Study:
 def _numerals(options: argparse.Namespace) -> Study:
     study = NumeralsStudy(seeds=_seeds(options))
     study = replace(study, recipe=_recipe(options, study.recipe))
-    return replace(study, train_rows=(100,), held_rows=50) if options.quick else study
+    return replace(study, train_rows=(100,), held_rows=50, timed=2) if options.quick else study
 
 
 def _omics(options: argparse.Namespace) -> Study:

@@ -26,7 +26,6 @@ __all__ = ["NumeralsStudy"]
 
 NOISE_LEVELS = (0.0, 0.5, 1.0, 2.0, 3.0, 4.0)  # standard deviations of the feature
 STEPS = (1, 2, 3, 4, 6, 8)  # R of the cost measurement
-TIMED = 30
 
 # The demonstration's recipe.
 RECIPE = Recipe(
@@ -50,6 +49,7 @@ class NumeralsStudy(Study):
         train_rows: sizes of the training set, of 500 rows.
         held_rows: at most so many validation and test rows (None: all).
         models: keys of ``LABELS``.
+        timed: repetitions of the cost measurement.
     """
 
     seeds: int = 10
@@ -57,6 +57,7 @@ class NumeralsStudy(Study):
     train_rows: tuple[int, ...] = (500, 100)
     held_rows: int | None = None
     models: tuple[str, ...] = MODELS
+    timed: int = 30
     name = "numerals"
 
     def settings(self) -> dict[str, Any]:
@@ -146,8 +147,8 @@ class NumeralsStudy(Study):
             forwards[name] = functools.partial(predict, model, batch)
         with count_convergence_warnings():
             return {
-                "step_ms": probes.median_ms(steps, TIMED),
-                "forward_ms": probes.median_ms(forwards, TIMED),
+                "step_ms": probes.median_ms(steps, self.timed),
+                "forward_ms": probes.median_ms(forwards, self.timed),
                 "rows": batch.num_rows,
                 "tol": Anderson().tol,
             }
