@@ -21,7 +21,7 @@ LEVELS = (
     ("autograd",),
     ("functional",),
     ("nn", "checkpoints"),
-    ("testing", "data", "info"),
+    ("testing", "data", "info", "robustness"),
     ("cli", "experiments"),
 )
 LAZY = {"result": {"diagnostics"}, "nn.fusion": {"checkpoints"}}  # imported inside a function

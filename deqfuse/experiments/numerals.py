@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from deqfuse import Anderson, ProFusion
 from deqfuse.cli.metrics import accuracy
@@ -21,6 +22,7 @@ from deqfuse.experiments import numerals_measured, numerals_report, probes
 from deqfuse.experiments.numerals_models import FUSIONS, LABELS, MODELS, NumeralsModel
 from deqfuse.experiments.study import Record, Report, Study, Trial
 from deqfuse.experiments.training import History, Recipe, evaluate, fit, predict, train_step
+from deqfuse.robustness import robustness_curve
 
 __all__ = ["NumeralsStudy"]
 
@@ -163,18 +165,18 @@ def _one_step(
 
 def _noise(model: NumeralsModel, splits: Splits, seed: int) -> dict[str, list[float]]:
     """Test accuracy per noise level: on all views at once, and on one view (mean over views)."""
-    views = range(len(splits.test.views))
-    result: dict[str, list[float]] = {"all views": [], "one view": []}
-    for level in NOISE_LEVELS:
-        scores = []
-        for disturbed in ([*views], *([i] for i in views)):
-            data = probes.disturbed(splits.test, disturbed, level, seed)
-            with count_convergence_warnings():
-                logits, _ = predict(model, data)
-            scores.append(accuracy(logits.argmax(1), data.labels))
-        result["all views"].append(scores[0])
-        result["one view"].append(sum(scores[1:]) / len(scores[1:]))
-    return result
+    test = splits.test
+
+    def score(views: list[Tensor]) -> float:
+        with count_convergence_warnings():
+            logits, _ = predict(model, replace(test, views=views))
+        return accuracy(logits.argmax(1), test.labels)
+
+    def curve(views: Sequence[int] | int | None) -> Tensor:
+        return robustness_curve(score, test.views, NOISE_LEVELS, modalities=views, seed=seed)
+
+    single = torch.stack([curve(i) for i in range(len(test.views))])
+    return {"all views": curve(None).tolist(), "one view": single.mean(0).tolist()}
 
 
 @functools.lru_cache(maxsize=1)

@@ -1,11 +1,10 @@
-"""What is measured on trained models: residuals, early stops, noise, probes, times."""
+"""What is measured on trained models: residuals, early stops, probes, times."""
 
 from __future__ import annotations
 
 import copy
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from statistics import median
 from typing import Any
 
@@ -22,7 +21,6 @@ from deqfuse.experiments.numerals_models import NumeralsModel
 from deqfuse.experiments.training import predict
 
 __all__ = [
-    "disturbed",
     "median_ms",
     "probe_steps",
     "residual_curves",
@@ -131,15 +129,6 @@ def median_ms(actions: dict[str, Callable[[], Any]], repeats: int) -> dict[str, 
             if i >= 2:  # the first ones allocate
                 seconds[name].append(time.perf_counter() - started)
     return {name: round(1000 * median(values), 4) for name, values in seconds.items()}
-
-
-def disturbed(data: MultiviewData, views: Sequence[int], level: float, seed: int) -> MultiviewData:
-    """Gaussian noise of standard deviation ``level`` on some views; the same for every model."""
-    changed = [*data.views]
-    for i in views:
-        generator = torch.Generator().manual_seed(1000 * seed + i)
-        changed[i] = changed[i] + level * torch.randn(changed[i].shape, generator=generator)
-    return replace(data, views=changed)
 
 
 def _rounded(values: Tensor) -> list[float]:

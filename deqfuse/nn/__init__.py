@@ -5,3 +5,4 @@ from deqfuse.nn.cells import ResidualCell as ResidualCell
 from deqfuse.nn.deq import DEQ as DEQ
 from deqfuse.nn.fusion import DEQFusion as DEQFusion
 from deqfuse.nn.progressive import ProFusion as ProFusion
+from deqfuse.nn.with_info import WithInfo as WithInfo
