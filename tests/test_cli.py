@@ -44,6 +44,7 @@ def test_demo_writes_its_report(quick_report: Path) -> None:
     assert [run["fusion"] for run in results["runs"]] == [
         "concatenation",
         "weighted sum",
+        "Pro-Fusion",
         "5 tied steps",
         "DEQ Fusion",
     ]

@@ -13,6 +13,7 @@ from deqfuse.cli.metrics import accuracy
 from deqfuse.cli.models import DIM, GROUPS
 from deqfuse.cli.training import Run, count_convergence_warnings, predict
 from deqfuse.data import MultiviewData
+from deqfuse.robustness import robustness_curve
 
 __all__ = ["NOISE_LEVELS", "Curve", "convergence_curves", "noise_accuracy"]
 
@@ -69,18 +70,19 @@ def noise_accuracy(
 ) -> Tensor:
     """Test accuracy with Gaussian noise on one view at a time: (views, levels), float64.
 
-    Every fusion gets the same noise (it depends on the seed and the view only), scaled by the
-    level, so differences between fusions are not differences between draws.
+    Every fusion gets the same noise, so differences between fusions are not differences between
+    draws.
     """
-    result = torch.zeros(len(data.views), len(NOISE_LEVELS), dtype=torch.float64)
-    for i, view in enumerate(data.views):
-        generator = torch.Generator().manual_seed(1000 * run.seed + i)
-        noise = torch.randn(view.shape, generator=generator).to(view.device)
-        for j, level in enumerate(NOISE_LEVELS):
-            views = [*data.views]
-            views[i] = view + level * noise
-            with count_convergence_warnings():
-                logits, _ = predict(run.model, replace(data, views=views))
-            result[i, j] = accuracy(logits.argmax(1), data.labels)
+
+    def evaluate(views: list[Tensor]) -> float:
+        with count_convergence_warnings():
+            logits, _ = predict(run.model, replace(data, views=views))
+        return accuracy(logits.argmax(1), data.labels)
+
+    curves = []
+    for i in range(len(data.views)):
+        curves.append(
+            robustness_curve(evaluate, data.views, NOISE_LEVELS, modalities=i, seed=run.seed)
+        )
         on_view()
-    return result
+    return torch.stack(curves)

@@ -19,7 +19,7 @@ from deqfuse.cli.training import Run
 
 __all__ = ["report_files"]
 
-LEAD = "Four ways to join the views of a sample, trained and measured by deqfuse."
+LEAD = "Five ways to join the views of a sample, trained and measured by deqfuse."
 
 
 def report_files(

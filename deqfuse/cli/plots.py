@@ -20,14 +20,21 @@ from deqfuse.cli.training import Run
 __all__ = ["convergence_figure", "robustness_figure", "to_png", "training_figure"]
 
 # Okabe-Ito colours: distinct for colour-blind readers too; line styles repeat the distinction.
-COLOURS = {"concat": "#0072B2", "weighted": "#E69F00", "tied": "#009E73", "deq": "#B3123C"}
+COLOURS = {
+    "concat": "#0072B2",
+    "weighted": "#E69F00",
+    "progressive": "#56B4E9",
+    "tied": "#009E73",
+    "deq": "#B3123C",
+}
 DASHES = {
     "concat": (0, (1, 1.2)),
     "weighted": (0, (5, 1.5)),
+    "progressive": (0, (3, 1, 1, 1, 1, 1)),
     "tied": (0, (5, 1.5, 1, 1.5)),
     "deq": "-",
 }
-MARKERS = {"concat": "s", "weighted": "^", "tied": "D", "deq": "o"}
+MARKERS = {"concat": "s", "weighted": "^", "progressive": "v", "tied": "D", "deq": "o"}
 INK, GRID = "#333333", "#e4e4e4"
 MAX_PANELS = 12
 

@@ -159,7 +159,7 @@ def _steps(kind: FusionKind, group: list[Run]) -> tuple[str, str]:
             f"{median(s.fuse_nfe[0] for s in solves):g} / {max(s.fuse_nfe[1] for s in solves)}",
         )
     fixed = f"{kind.steps} fixed" if kind.steps else NOTHING
-    return fixed, fixed
+    return (fixed if kind.key == "tied" else NOTHING), fixed
 
 
 def _share_converged(group: list[Run]) -> str:
