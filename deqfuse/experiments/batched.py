@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from deqfuse import DEQ, DEQFusion, Implicit
+from deqfuse import DEQ, Anderson, DEQFusion, Implicit
 
 __all__ = ["MODELS", "BatchedModel", "ModelName", "initial_parameters"]
 
@@ -51,8 +51,12 @@ class BatchedModel(nn.Module):
         self.deq: DEQ | None = None
         if name == "pro equilibrium":
             # Rows are few numbers wide: GMRES would spend its time on its basis.
-            adjoint = Implicit(solver="anderson")
-            self.deq = DEQ(self._again, adjoint=adjoint, on_failure="ignore")
+            self.deq = DEQ(
+                self._again,
+                solver=Anderson(tol=1e-3, max_iter=30),
+                adjoint=Implicit(solver="anderson", tol=1e-3, max_iter=30),
+                on_failure="ignore",
+            )
         self._views: Sequence[Tensor] = ()
 
     def forward(self, views: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:

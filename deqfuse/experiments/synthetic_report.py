@@ -184,11 +184,12 @@ def _method(settings: dict[str, Any]) -> tuple[str, ...]:
         "setting up to eta and sigma2, and all models start from the same values where they have "
         "the same parameters.",
         "Three-layer ReLU networks: two layers per view, concatenation, a third layer. Pro-Fusion "
-        "adds the back-projected concatenation to the inputs; the equilibrium is found per row and "
-        "differentiated implicitly. DEQ Fusion takes the two encodings in the place of the "
+        "adds the back-projected concatenation to the inputs; the equilibrium is found per row to "
+        "1e-3 and differentiated implicitly. DEQ Fusion takes the two encodings in the place of the "
         "concatenation, without Jacobian penalty.",
-        f"{settings['steps']} full-batch steps of Adam, learning rate "
-        f"{settings['learning_rate']:g}, cosine schedule, gradient norm clipped at 1. Of every "
+        f"At most {settings['steps']} full-batch steps of Adam, learning rate "
+        f"{settings['learning_rate']:g}, cosine schedule, gradient norm clipped at 1; all end when "
+        f"none has had a better step for {settings['patience']}. Of every "
         f"model the step of best validation error is kept ({settings['held']} rows, every "
         f"{settings['evaluate_every']} steps) and tested once on {2 * settings['held']} rows. All "
         "problems of a setting are trained at once, which changes nothing for any of them.",
