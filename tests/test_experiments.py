@@ -136,7 +136,7 @@ def test_killed_process_goes_on(tmp_path: Path) -> None:
 
 def test_processes_change_nothing(tmp_path: Path) -> None:
     study = SyntheticStudy(
-        seeds=2, sizes=(Size(3, 20, 8),), etas=(1.0,), sigmas=(0.0, 1.0), steps=2
+        seeds=2, sizes=(Size(3, 20, 8),), etas=(0.0, 1.0), sigmas=(0.0, 1.0), steps=2
     )
     alone = run(study, tmp_path / "alone")
     assert run(study, tmp_path / "together", jobs=2) == alone
@@ -290,7 +290,7 @@ def test_statistics() -> None:
     assert describe([None])["mean"] is None
     assert percent([0.5, 0.7]) == "60.0 ± 14.1"
     assert percent([0.5, None]) == "-"
-    assert versus([0.5, 0.7, 0.7], [0.4, 0.7, 0.8], 100) == "+0.0 ± 5.8 (1 up, 1 down)"
+    assert versus([0.5, 0.75, 0.5], [0.25, 0.75, 0.0], 100) == "+25.0 ± 14.4 (2 up, 0 down)"
 
 
 def test_page_has_tables_and_pictures() -> None:

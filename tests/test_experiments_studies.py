@@ -91,7 +91,9 @@ def test_problems_of_a_batch_do_not_see_each_other(model: str) -> None:
     trial = Trial("x", {"size": list(SIZE), "eta": 1.0, "sigma": 0.5, "model": model})
     study = synthetic.SyntheticStudy(steps=3, evaluate_every=1)
     many, one = (replace(study, seeds=seeds).run(trial) for seeds in (3, 1))
-    assert many["test_mse"][0] == pytest.approx(one["test_mse"][0], rel=1e-5)
+    # bmm rounds differently for another batch; a solve to 1e-3 may then stop a step earlier.
+    rel = 1e-2 if model in ("pro equilibrium", "deq") else 1e-5
+    assert many["test_mse"][0] == pytest.approx(one["test_mse"][0], rel=rel)
     assert many["chosen_step"][0] == one["chosen_step"][0]
     assert len(set(many["test_mse"])) == 3
 

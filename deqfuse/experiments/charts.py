@@ -106,7 +106,8 @@ def bars(
     low, high = min(everything), max(everything)
     margin = 0.15 * (high - low) or 1.0
     axis.set_ylim(low - margin, high + margin)
-    axis.legend(frameon=False, fontsize=8, loc="lower right", ncols=len(series))
+    if len(series) > 1:
+        axis.legend(frameon=False, fontsize=8, loc="lower right", ncols=len(series))
     return figure
 
 

@@ -71,4 +71,5 @@ _STUDIES: dict[str, Callable[[argparse.Namespace], Study]] = {
 
 def _public(argument: str) -> str:
     """A report is for others: where a folder lies on this machine is none of their business."""
-    return Path(argument).name if argument.startswith("/") else argument
+    option, equals, value = argument.rpartition("=")
+    return option + equals + (Path(value).name if value.startswith("/") else value)

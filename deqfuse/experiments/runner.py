@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from deqfuse.cli.output import OutputFolder
+from deqfuse.cli.output import MANIFEST, OutputFolder
 from deqfuse.cli.progress import Stage, make_console
 from deqfuse.cli.report import machine_facts
 from deqfuse.experiments.markdown import render
@@ -41,9 +41,9 @@ def run_study(study: Study, out: OutputFolder, jobs: int, threads: int, command:
     names = [PAGE, SUMMARY, *study.files()]
     out.check(names)
     store = TrialStore(out.path)
-    trials = study.trials()
+    settings, trials = study.settings(), study.trials()  # reads the data: mistakes come first
     done = store.load(study)
-    if not out.path.exists():
+    if not (out.path / MANIFEST).exists():
         out.write({})  # makes the folder ours, for the next call
     store.begin(study)
 
@@ -71,7 +71,7 @@ def run_study(study: Study, out: OutputFolder, jobs: int, threads: int, command:
     summary = {
         "study": study.name,
         "facts": dict(facts),
-        "settings": study.settings(),
+        "settings": settings,
         **report.summary,
     }
     text = json.dumps(summary, indent=1, allow_nan=False) + "\n"
