@@ -219,10 +219,14 @@ def _converged_text(runs: Sequence[Record]) -> str:
     worst = min(values["train_converged_worst_step"] for values in group)
     mean = fmean(values["train_converged"] for values in group)
     warnings = sum(values["convergence_warnings"] for values in group)
+    curves = [values["train_converged_curve"] for values in group]
+    begin = fmean(curve[0] for curve in curves)
+    after = fmean(fmean(curve[1:] or curve) for curve in curves)
     return (
         f"Over all steps of all {len(group)} trainings {100 * mean:.4f}% of the rows reached the "
-        f"tolerance in every block; the worst single step had {100 * worst:.1f}%. Convergence "
-        f"warnings, forward and backward: {warnings}."
+        f"tolerance in every block; the worst single step had {100 * worst:.1f}%. In the first "
+        f"{100 / len(curves[0]):.0f}% of training it was {100 * begin:.1f}%, after that "
+        f"{100 * after:.3f}%. Convergence warnings, forward and backward: {warnings}."
     )
 
 
