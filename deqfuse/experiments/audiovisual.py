@@ -104,8 +104,8 @@ class AudiovisualStudy(Study):
             "progressive fusion adds (the paper's models: 1.8% to 4.3%)."
         )
         series = {"": [[100 * v for v in scores[key]] for key in LABELS]}
-        figure = charts.bars("", "test accuracy, %", list(LABELS.values()), series)
-        picture = Picture(to_png(figure), PICTURE, "Bars: mean over seeds. Dots: the seeds.")
+        figure = charts.dots("", "test accuracy, %", list(LABELS.values()), series)
+        picture = Picture(to_png(figure), PICTURE, "Lines: mean over seeds. Dots: the seeds.")
         settings = self.settings()
         method = (
             f"{settings['images'][0]} + {settings['images'][1]} images, {settings['recordings']} "

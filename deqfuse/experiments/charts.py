@@ -13,12 +13,13 @@ from matplotlib.ticker import MaxNLocator
 
 from deqfuse.cli.plots import GRID, INK
 
-__all__ = ["Line", "Panel", "bars", "lines", "surfaces"]
+__all__ = ["Line", "Panel", "dots", "lines", "surfaces"]
 
 # Okabe-Ito: distinct for colour-blind readers too; styles and markers repeat the distinction.
 COLOURS = ("#B3123C", "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#555555")
 DASHES = ("-", (0, (1, 1.2)), (0, (5, 1.5)), (0, (5, 1.5, 1, 1.5)))
 MARKERS = "os^DvPXd"
+FIRST = ("DEQ Fusion", "concatenation")  # these look the same in every picture
 
 
 @dataclass(frozen=True)
@@ -49,10 +50,11 @@ def lines(panels: Sequence[Panel], columns: int = 3, share_y: bool = False) -> F
     figure = Figure(figsize=(max(3.3 * columns, 5.6), 2.7 * rows + 0.6), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False, sharey=share_y)
     labels = list(dict.fromkeys(line.label for panel in panels for line in panel.lines))
+    looks = _looks(labels)
     for axis, panel in zip(grid.flat, panels, strict=False):
         style(axis, panel.title, panel.xlabel, panel.ylabel)
         for line in panel.lines:
-            _draw(axis, line, labels.index(line.label))
+            _draw(axis, line, looks[line.label])
         if panel.level is not None:
             axis.axhline(panel.level, color=INK, linewidth=0.8, linestyle=(0, (4, 3)))
         axis.set_yscale("log" if panel.log_y else "linear")
@@ -76,13 +78,13 @@ def lines(panels: Sequence[Panel], columns: int = 3, share_y: bool = False) -> F
     return figure
 
 
-def bars(
+def dots(
     title: str,
     ylabel: str,
     groups: Sequence[str],
     series: Mapping[str, Sequence[Sequence[float]]],
 ) -> Figure:
-    """Mean per group and series, and a dot for every seed.
+    """A line at the mean per group and series, and a dot for every seed.
 
     Args:
         title, ylabel: of the axes.
@@ -93,21 +95,23 @@ def bars(
     axis = figure.subplots()
     style(axis, title, "", ylabel)
     width = 0.8 / len(series)
+    looks = _looks(list(series))
     for k, (label, values) in enumerate(series.items()):
         centers = [i - 0.4 + (k + 0.5) * width for i in range(len(groups))]
-        colour = COLOURS[k % len(COLOURS)]
+        colour = COLOURS[looks[label] % len(COLOURS)]
         means = [float(np.mean(v)) for v in values]
-        axis.bar(centers, means, 0.9 * width, color=colour, alpha=0.35, label=label)
+        left, right = ([c + side * 0.42 * width for c in centers] for side in (-1, 1))
+        axis.hlines(means, left, right, color=colour, linewidth=2.5, alpha=0.5, label=label)
         for center, seeds in zip(centers, values, strict=True):
             spread = np.linspace(-0.3, 0.3, len(seeds)) * width if len(seeds) > 1 else [0.0]
-            axis.scatter(center + np.asarray(spread), seeds, s=9, color=colour, zorder=3)
+            axis.scatter(center + np.asarray(spread), seeds, s=11, color=colour, zorder=3)
     axis.set_xticks(range(len(groups)), groups)
     everything = [v for values in series.values() for seeds in values for v in seeds]
     low, high = min(everything), max(everything)
-    margin = 0.15 * (high - low) or 1.0
+    margin = 0.1 * (high - low) or 1.0
     axis.set_ylim(low - margin, high + margin)
     if len(series) > 1:
-        axis.legend(frameon=False, fontsize=8, loc="lower right", ncols=len(series))
+        figure.legend(loc="outside upper center", ncols=len(series), frameon=False, fontsize=8)
     return figure
 
 
@@ -160,6 +164,13 @@ def style(axis: Axes, title: str, xlabel: str, ylabel: str) -> None:
         axis.spines[side].set_visible(False)
     for side in ("left", "bottom"):
         axis.spines[side].set_color("#999999")
+
+
+def _looks(labels: Sequence[str]) -> dict[str, int]:
+    """Label -> number of its colour, style and marker."""
+    fixed = {label: number for number, label in enumerate(FIRST) if label in labels}
+    others = (label for label in labels if label not in fixed)
+    return fixed | {label: number for number, label in enumerate(others, start=len(FIRST))}
 
 
 def _draw(axis: Axes, line: Line, index: int) -> None:

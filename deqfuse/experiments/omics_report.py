@@ -50,7 +50,7 @@ def build(
             "Results",
             _verdict(pairs, several, metrics),
             _table(pairs, metrics, settings),
-            _bars(pairs, several),
+            _dots(pairs, several),
         ),
         Section("Difference, seed by seed", (), _differences(pairs, several, metrics)),
         Section(
@@ -187,15 +187,15 @@ def _verdict(
     )
 
 
-def _bars(pairs: _Pairs, subsets: Sequence[tuple[int, ...]]) -> Picture:
+def _dots(pairs: _Pairs, subsets: Sequence[tuple[int, ...]]) -> Picture:
     series = {
         label: [
             [100 * r.values["test"]["accuracy"] for r in pairs[views, fusion]] for views in subsets
         ]
         for fusion, label in LABELS.items()
     }
-    figure = charts.bars("", "test accuracy, %", [f"views {_name(v)}" for v in subsets], series)
-    return Picture(to_png(figure), ACCURACY, "Bars: mean over seeds. Dots: the seeds.")
+    figure = charts.dots("", "test accuracy, %", [f"views {_name(v)}" for v in subsets], series)
+    return Picture(to_png(figure), ACCURACY, "Lines: mean over seeds. Dots: the seeds.")
 
 
 def _curves(pairs: _Pairs, subsets: Sequence[tuple[int, ...]]) -> Picture:
