@@ -17,9 +17,10 @@ import pytest
 import torch
 
 from deqfuse import ConvergenceWarning
-from deqfuse.cli import experiment, metrics, training
+from deqfuse.cli import experiment, metrics, summary, training
 from deqfuse.cli.main import main
 from deqfuse.cli.measure import Curve
+from deqfuse.cli.models import FUSIONS
 from deqfuse.cli.output import MANIFEST, OutputFolder, OutputRefused
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -313,6 +314,19 @@ def test_auc_counts_pairs_and_halves_ties() -> None:
     assert metrics.auc(-scores, positive) == pytest.approx(0.5 / 4)
     nothing = metrics.auc(scores, torch.zeros(4, dtype=torch.bool))
     assert nothing != nothing
+
+
+def test_rivals_of_the_best_are_listed() -> None:
+    """Whoever lies within the spread of the best mean is named with it."""
+    scores = {"concat": 0.95, "weighted": 0.949, "progressive": 0.951, "tied": 0.8, "deq": 0.948}
+    runs = [
+        training.Run(kind, seed, torch.nn.Identity(), metrics={"accuracy": scores[kind.key] + d})  # type: ignore[arg-type]
+        for kind in FUSIONS
+        for seed, d in enumerate((-0.005, 0.005))
+    ]
+    text = summary.comparison_text(runs)
+    assert "Pro-Fusion (concatenation, weighted sum and DEQ Fusion within the spread of it)" in text
+    assert "lowest: 5 tied steps, 15.1 points below" in text
 
 
 def test_curve_holds_the_last_residual_of_stopped_rows() -> None:

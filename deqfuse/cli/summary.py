@@ -91,7 +91,8 @@ def comparison_text(runs: Sequence[Run]) -> str:
         for label in means
         if label != best and means[best] - means[label] <= max(spreads[best], spreads[label])
     ]
-    tied = f" ({' and '.join(rivals)} within the spread of it)" if rivals else ""
+    names = " and ".join([", ".join(rivals[:-1]), rivals[-1]] if rivals[1:] else rivals)
+    tied = f" ({names} within the spread of it)" if rivals else ""
     return (
         f"Best mean accuracy: {best}{tied}; lowest: {worst}, {gap:.1f} points below. Differences "
         "smaller than the spread mean nothing, and a few seeds on one split say little about "

@@ -240,7 +240,6 @@ class _Model:
             )
         ]
         self.encoded = [run.first(again) for run in self.runs]
-        self.drawing = RandomState(self.device)  # where the fusion begins to draw
 
     def fuse(self, encoded: list[Any]) -> Tensor:
         """Unimodal representations -> context (B, context_dim)."""
@@ -272,9 +271,7 @@ class _Model:
             if buffer._version != version:
                 buffer.copy_(saved)
         with RandomState.kept(self.device):
-            encoded = self.encode(context)
-            self.drawing.restore()
-            return self.fuse(encoded)
+            return self.fuse(self.encode(context))  # encode ends where the first one ended
 
     def check_rows(self) -> None:
         """An equilibrium is solved row by row: refuse statistics over the batch behind the sites.

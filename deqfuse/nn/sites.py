@@ -8,7 +8,6 @@ the submodules that had finished before the site replaced by what they returned 
 from __future__ import annotations
 
 import contextlib
-from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any, Literal, NamedTuple
 
@@ -114,7 +113,7 @@ class _Finished(NamedTuple):
     module: nn.Module
     output: Any
     versions: tuple[int, ...]  # of the tensors in `output`: in-place writes raise them
-    state: RandomState
+    drawing: RandomState  # afterwards
 
 
 class EncoderRun:
@@ -136,6 +135,7 @@ class EncoderRun:
         self.device = device
         self.drawing = RandomState(device)  # when the site is reached
         self.finished: list[_Finished] = []
+        self.stand_ins: list[tuple[nn.Module, str, nn.Module, _Remembered]] | None = None
 
     def first(self, again: bool) -> Any:
         """The encoder's output without injection.
@@ -170,6 +170,12 @@ class EncoderRun:
 
     def _nothing_injected(self, x: Tensor) -> Tensor:
         """A copy, since what follows may work in place; with zeros behind it for "concat"."""
+        if self.site.how == "extend" and x.shape[-1] != self.site.width:
+            raise ValueError(
+                f"{self.name}: expected {self.site.width} columns at its first Linear, got "
+                f"{x.shape[-1]}. Remedy: in_dims, if the Linear was built with extra columns for "
+                "the context"
+            )
         if self.site.how != "pad":
             return x.clone()
         return torch.cat([x, x.new_zeros(*x.shape[:-1], self.site.width)], dim=-1)
@@ -222,25 +228,31 @@ class EncoderRun:
                     lambda module, args, out: out + _aligned(injected, out, -1)
                 )
             )
-        waiting: dict[nn.Module, deque[_Finished]] = {}
-        for call in self.finished:
-            waiting.setdefault(call.module, deque()).append(call)
-        stand_ins = {m: _Remembered(m, calls, self.name) for m, calls in waiting.items()}
-        swapped = [
-            (parent, key, child)
-            for parent in (self.encoder.modules() if waiting else ())
-            for key, child in parent._modules.items()
-            if child in stand_ins
-        ]
+        if self.stand_ins is None:
+            self.stand_ins = self._prepare()
         try:
-            for parent, key, child in swapped:
-                parent._modules[key] = stand_ins[child]
+            for parent, key, _, stand_in in self.stand_ins:
+                parent._modules[key] = stand_in
+                stand_in.begin()
             return self.encoder(self.value)
         finally:
-            for parent, key, child in swapped:
-                parent._modules[key] = child
+            for parent, key, original, _ in self.stand_ins:
+                parent._modules[key] = original
             for handle in handles:
                 handle.remove()
+
+    def _prepare(self) -> list[tuple[nn.Module, str, nn.Module, _Remembered]]:
+        """Every place in the encoder that holds a remembered module, and what to put there."""
+        calls: dict[nn.Module, list[_Finished]] = {}
+        for call in self.finished:
+            calls.setdefault(call.module, []).append(call)
+        stand_ins = {module: _Remembered(module, own, self.name) for module, own in calls.items()}
+        return [
+            (parent, key, child, stand_ins[child])
+            for parent in (self.encoder.modules() if calls else ())
+            for key, child in parent._modules.items()
+            if child is not None and child in stand_ins
+        ]
 
     def _inject(self, x: Tensor, injected: Tensor) -> Tensor:
         aligned = _aligned(injected, x, self.site.axis)
@@ -258,7 +270,7 @@ class EncoderRun:
     def _with_features(self, args: tuple[Any, ...], change: Callable[[Tensor], Tensor]) -> Any:
         """Positional arguments with the features changed: a tensor, or the first of a sequence."""
         value: Any = args[0] if args else None
-        packed = isinstance(value, (list, tuple)) and len(value) > 0  # [values, lengths]
+        packed = type(value) in (list, tuple) and len(value) > 0  # [values, lengths]
         x = value[0] if packed else value
         if not isinstance(x, Tensor):
             raise TypeError(
@@ -283,21 +295,27 @@ def _aligned(injected: Tensor, like: Tensor, axis: int) -> Tensor:
 class _Remembered(nn.Module):
     """Stands in for a submodule: its earlier outputs first, then the submodule itself."""
 
-    def __init__(self, original: nn.Module, calls: deque[_Finished], name: str) -> None:
+    def __init__(self, original: nn.Module, calls: list[_Finished], name: str) -> None:
         super().__init__()
-        self.__dict__.update(original=original, calls=calls, name=name)
+        # Not registered: it belongs to the encoder.
+        self.__dict__.update(original=original, calls=calls, name=name, used=0)
+
+    def begin(self) -> None:
+        """Start with the first output again."""
+        self.__dict__["used"] = 0
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if not self.calls:
+        if self.used == len(self.calls):
             return self.original(*args, **kwargs)
-        call = self.calls.popleft()
+        call = self.calls[self.used]
+        self.__dict__["used"] += 1
         if tuple(t._version for t in tensors(call.output)) != call.versions:
             raise RuntimeError(
                 f"{self.name}: what {type(self.original).__name__} computed before the injection "
                 "site was written to in place after it, so that it cannot be used again. Remedy: "
                 "inplace=False, or the encoder's input as the site"
             )
-        call.state.restore()
+        call.drawing.restore()
         return call.output
 
     def __getattr__(self, key: str) -> Any:
