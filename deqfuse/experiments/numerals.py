@@ -19,7 +19,13 @@ from deqfuse.cli.metrics import accuracy
 from deqfuse.cli.training import count_convergence_warnings
 from deqfuse.data import Splits, load_numerals, split_numerals, split_stratified
 from deqfuse.experiments import numerals_measured, numerals_report, probes
-from deqfuse.experiments.numerals_models import FUSIONS, LABELS, MODELS, NumeralsModel
+from deqfuse.experiments.numerals_models import (
+    FUSIONS,
+    LABELS,
+    MODELS,
+    PRO_EQUILIBRIA,
+    NumeralsModel,
+)
 from deqfuse.experiments.study import Record, Report, Study, Trial
 from deqfuse.experiments.training import History, Recipe, evaluate, fit, predict, train_step
 from deqfuse.robustness import robustness_curve
@@ -54,7 +60,7 @@ class NumeralsStudy(Study):
         timed: repetitions of the cost measurement.
     """
 
-    seeds: int = 10
+    seeds: int = 5
     recipe: Recipe = field(default_factory=lambda: RECIPE)
     train_rows: tuple[int, ...] = (500, 100)
     held_rows: int | None = None
@@ -67,7 +73,6 @@ class NumeralsStudy(Study):
             "train_rows": list(self.train_rows),
             "held_rows": self.held_rows,
             "noise_levels": list(NOISE_LEVELS),
-            "models": list(self.models),
             **asdict(self.recipe),
         }
 
@@ -104,7 +109,7 @@ class NumeralsStudy(Study):
         if model.pro is not None and key != "base":
             values["overhead"] = model.pro.parameter_overhead
             values["probes"] = probes.probe_steps(model, splits)
-        if key in ("deq", "pro equilibrium"):
+        if key in ("deq", *PRO_EQUILIBRIA):
             values["residuals"] = probes.residual_curves(model, splits.test)
             values["stopped"] = probes.stopped_accuracy(model, splits.test)
         return values
@@ -136,7 +141,7 @@ class NumeralsStudy(Study):
         batch = train.rows(torch.arange(min(train.num_rows, self.recipe.batch_size or 100)))
         steps: dict[str, Callable[[], Any]] = {}
         forwards: dict[str, Callable[[], Any]] = {}
-        names = [*(f"R = {r}" for r in STEPS), "pro equilibrium", "concat", "tied", "deq"]
+        names = [*(f"R = {r}" for r in STEPS), *PRO_EQUILIBRIA, "concat", "tied", "deq"]
         for name in names:
             torch.manual_seed(0)
             key = "pro 2" if name.startswith("R") else name

@@ -11,7 +11,7 @@ from deqfuse.cli.report import Picture
 from deqfuse.cli.summary import Table
 from deqfuse.experiments import charts
 from deqfuse.experiments.markdown import file_name
-from deqfuse.experiments.numerals_models import FUSIONS, LABELS
+from deqfuse.experiments.numerals_models import FUSIONS, LABELS, PRO_EQUILIBRIA
 from deqfuse.experiments.statistics import percent, spread, versus
 from deqfuse.experiments.study import Record, select
 from deqfuse.robustness import effective_robustness, robust_auc
@@ -39,12 +39,12 @@ _MEASURES = {
     "RobustAUC one": (robust_auc, "one view"),
     "effective": (effective_robustness, "all views"),
 }
-PRO = ("pro 2", "pro 3", "pro equilibrium")
+PRO = ("pro 2", "pro 3", *PRO_EQUILIBRIA)
 
 
 def stopped(runs: Sequence[Record], sizes: Sequence[int]) -> Table:
     table = []
-    for model in ("deq", "pro equilibrium"):
+    for model in ("deq", *PRO_EQUILIBRIA):
         for rows in sizes:
             group = select(runs, rows=rows, model=model)
             if group:
@@ -61,6 +61,7 @@ def residuals(runs: Sequence[Record], sizes: Sequence[int]) -> Picture:
         ("deq", "cells", "DEQ Fusion, cells"),
         ("deq", "fuse", "DEQ Fusion, fuse map"),
         ("pro equilibrium", "fuse", "Pro-Fusion"),
+        ("pro penalised", "fuse", "Pro-Fusion, penalty"),
     ):
         drawn = []
         for solver in ("Anderson", "plain iteration"):
@@ -78,7 +79,7 @@ def residuals(runs: Sequence[Record], sizes: Sequence[int]) -> Picture:
         "from lowest to highest; a row that has stopped counts with its last residual. Dashed: "
         "the layer's tolerance. Anderson is allowed to go on to 1e-6."
     )
-    return Picture(to_png(charts.lines(panels)), RESIDUALS, caption)
+    return Picture(to_png(charts.lines(panels, columns=2)), RESIDUALS, caption)
 
 
 def cost_table(cost: dict[str, Any]) -> Table:
@@ -106,7 +107,7 @@ def cost_picture(cost: dict[str, Any]) -> Picture:
         values = cost[key]
         steps = [int(name.split()[2]) for name in values if name.startswith("R =")]
         drawn = [charts.Line("Pro-Fusion, R steps", steps, [[values[f"R = {r}"] for r in steps]])]
-        for name in ("pro equilibrium", "deq", "concat"):
+        for name in (*PRO_EQUILIBRIA, "deq", "concat"):
             drawn.append(charts.Line(LABELS[name], steps, [[values[name]] * len(steps)]))
         panels.append(charts.Panel(title, "R", "ms", drawn))
     caption = "Time of one batch against the number of applications; equilibria as level lines."

@@ -13,7 +13,15 @@ from deqfuse import Anderson, DEQFusion, ProFusion, SolveInfo
 from deqfuse.cli.models import DIM, DROPOUT, GROUPS, TIED_STEPS
 from deqfuse.data import MultiviewData
 
-__all__ = ["ABLATIONS", "FUSIONS", "LABELS", "MODELS", "Joined", "NumeralsModel"]
+__all__ = [
+    "ABLATIONS",
+    "FUSIONS",
+    "LABELS",
+    "MODELS",
+    "PRO_EQUILIBRIA",
+    "Joined",
+    "NumeralsModel",
+]
 
 LABELS = {
     "concat": "concatenation",
@@ -24,11 +32,13 @@ LABELS = {
     "pro 2": "Pro-Fusion, R = 2",
     "pro 3": "Pro-Fusion, R = 3",
     "pro equilibrium": "Pro-Fusion, equilibrium",
+    "pro penalised": "Pro-Fusion, equilibrium, penalty",
     "no cell": "no cell (z_i = x_i)",
     "no combine": "no combine (z_f = sum z_i)",
     "no gate": "no gate",
 }
-FUSIONS = ("concat", "weighted", "tied", "deq", "base", "pro 2", "pro 3", "pro equilibrium")
+PRO_EQUILIBRIA = ("pro equilibrium", "pro penalised")
+FUSIONS = ("concat", "weighted", "tied", "deq", "base", "pro 2", "pro 3", *PRO_EQUILIBRIA)
 # Tables 6 and 7 of arXiv 2306.16645; "tied" has no equilibrium, "weighted" nothing but x_f.
 ABLATIONS = ("weighted", "tied", "no cell", "no combine", "no gate", "deq")
 MODELS = tuple(LABELS)
@@ -95,9 +105,9 @@ class NumeralsModel(nn.Module):
         return self.head(fused), None if self.key in ("weighted", "tied") else info
 
     def loss(self, batch: MultiviewData) -> tuple[Tensor, SolveInfo | None]:
-        """Cross-entropy; only DEQ Fusion and its ablations get a Jacobian penalty."""
+        """Cross-entropy; "pro equilibrium" alone gets no Jacobian penalty for its solve."""
         logits, info = self.logits(batch.views)
-        if info is not None and self.pro is not None:
+        if info is not None and self.key == "pro equilibrium":
             info = dataclasses.replace(info, blocks=())
         return F.cross_entropy(logits, batch.labels), info
 
@@ -114,7 +124,7 @@ _FUSION: dict[str, Callable[[int], DEQFusion]] = {
 
 def _progressive(key: str, encoders: list[nn.Sequential], num_classes: int) -> ProFusion:
     fusion, head = Joined(len(encoders)), nn.Linear(DIM, num_classes)
-    if key == "pro equilibrium":
+    if key in PRO_EQUILIBRIA:
         return ProFusion(encoders, fusion, DIM, solver=Anderson(), head=head)
     steps = 1 if key == "base" else int(key.split()[1])
     return ProFusion(encoders, fusion, DIM, steps=steps, head=head)

@@ -63,7 +63,9 @@ def build(records: Sequence[Record], settings: dict[str, Any]) -> Report:
     summary = {
         "accuracy": {
             f"{rows} rows": {
-                LABELS[m]: describe(_accuracy(runs, rows, m)) for m in settings["models"]
+                LABELS[m]: describe(_accuracy(runs, rows, m))
+                for m in LABELS
+                if select(runs, model=m)
             }
             for rows in sizes
         },
@@ -180,7 +182,7 @@ def _method(settings: dict[str, Any]) -> tuple[str, ...]:
         "Encoders: linear, ReLU, dropout 0.3, 64 features. Pro-Fusion's base joins the encodings "
         "by a layer on their concatenation; its context goes back to the encoders' inputs. DEQ "
         "Fusion and its ablations with equilibria train with the Jacobian penalty (weight "
-        f"{settings['jacobian_weight']:g}), Pro-Fusion without.",
+        f"{settings['jacobian_weight']:g}), Pro-Fusion without unless it says so.",
         f"AdamW, learning rate {settings['learning_rate']:g}, cosine schedule, "
         f"{settings['epochs']} epochs, batches of {settings['batch_size']} or a fifth of the "
         "training rows. The epoch of best validation accuracy, the loss deciding ties, is tested "

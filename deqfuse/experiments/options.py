@@ -24,7 +24,7 @@ _HELP = {
     "omics": "MM-Dynamics with concatenation against DEQ Fusion",
     "audiovisual": "digits seen (MNIST format) and spoken (free-spoken-digit format)",
 }
-_SEEDS = {"synthetic": 30, "numerals": 10, "omics": 10, "audiovisual": 3}
+_SEEDS = {"synthetic": 30, "numerals": 5, "omics": 10, "audiovisual": 3}
 _SEEDS_HELP = {"synthetic": "trials per setting"}
 
 
