@@ -16,7 +16,10 @@ from deqfuse.cli.plots import GRID, INK
 __all__ = ["Line", "Panel", "dots", "lines", "surfaces"]
 
 # Okabe-Ito: distinct for colour-blind readers too; styles and markers repeat the distinction.
-COLOURS = ("#B3123C", "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#555555")
+COLOURS = (
+    "#B3123C", "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#555555",
+    "#8C6D31", "#6A3D9A",
+)  # fmt: skip
 DASHES = ("-", (0, (1, 1.2)), (0, (5, 1.5)), (0, (5, 1.5, 1, 1.5)))
 MARKERS = "os^DvPXd"
 FIRST = ("DEQ Fusion", "concatenation")  # these look the same in every picture
@@ -71,7 +74,7 @@ def lines(panels: Sequence[Panel], columns: int = 3, share_y: bool = False) -> F
         [drawn[label] for label in labels],
         labels,
         loc="outside upper center",
-        ncols=min(len(labels), 4),
+        ncols=min(len(labels), int(figure.get_figwidth() // 2.1)),
         frameon=False,
         fontsize=8,
     )

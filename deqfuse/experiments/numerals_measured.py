@@ -96,8 +96,8 @@ def cost_table(cost: dict[str, Any]) -> Table:
 
 def cost_text(cost: dict[str, Any]) -> str:
     return (
-        f"One batch of {cost['rows']} rows at initialisation, taking turns, tolerance "
-        f"{cost['tol']:g}; DEQ Fusion's step includes the Jacobian penalty."
+        f"One batch of {cost['rows']} rows in the first steps of training, taking turns, "
+        f"tolerance {cost['tol']:g}; DEQ Fusion's step includes the Jacobian penalty."
     )
 
 
