@@ -23,7 +23,7 @@ LEVELS = (
     ("functional",),
     ("nn", "checkpoints"),
     ("testing", "data", "info", "robustness"),
-    ("cli",),
+    ("cli", "experiments"),
 )
 LAZY = {"result": {"diagnostics"}, "nn.fusion": {"checkpoints"}}  # imported inside a function
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import deqfuse
 from deqfuse.cli.errors import UserError
+from deqfuse.experiments.options import add_experiment
 
 __all__ = ["main"]
 
@@ -19,6 +20,7 @@ Deep-equilibrium multimodal fusion for PyTorch.
 
   deqfuse demo               train and compare fusions on real data, about 2 minutes
   deqfuse train --data DIR   the same on your own multi-view data
+  deqfuse experiment NAME    the papers' experiments; minutes to hours
   deqfuse info               versions, devices, backends: what works here, what not and why
 """
 
@@ -55,7 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _dispatch(options, arguments)
     except KeyboardInterrupt:
-        sys.stderr.write("\ndeqfuse: interrupted, no report written.\n")
+        kept = " Finished trials are kept." if options.command == "experiment" else ""
+        sys.stderr.write(f"\ndeqfuse: interrupted, no report written.{kept}\n")
         return EXIT_INTERRUPTED
     except UserError as error:
         sys.stderr.write(f"deqfuse {options.command}: {error}\n")
@@ -70,6 +73,7 @@ def _dispatch(options: argparse.Namespace, arguments: Sequence[str]) -> int:
         return 0
     try:
         from deqfuse.cli import commands  # pulls in matplotlib and rich
+        from deqfuse.experiments import command
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("deqfuse"):
             raise
@@ -77,8 +81,8 @@ def _dispatch(options: argparse.Namespace, arguments: Sequence[str]) -> int:
             f"needs the Python package {error.name}, which is not installed. "
             f"Remedy: {sys.executable} -m pip install {error.name}"
         ) from error
-    run = commands.demo if options.command == "demo" else commands.train
-    return run(options, arguments)
+    runs = {"demo": commands.demo, "train": commands.train, "experiment": command.experiment}
+    return runs[options.command](options, arguments)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -121,6 +125,8 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="which rows those are (default %(default)s)",
     )
+
+    add_experiment(commands, _positive)
 
     commands.add_parser(
         "info", help="versions, devices, backends", description="Same as `python -m deqfuse.info`."

@@ -1,0 +1,1 @@
+"""The papers' experiments: ``deqfuse experiment NAME``. ``import deqfuse`` does not import this."""

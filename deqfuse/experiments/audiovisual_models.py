@@ -1,0 +1,104 @@
+"""The models of the audiovisual study.
+
+Encoders are those of AVMNIST in MultiBench, LeNets of 4 and 6 convolutions on 28 x 28 images and
+112 x 112 spectrograms, with GroupNorm instead of batch norm: the rows of an equilibrium must not
+depend on each other.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from deqfuse import Anderson, DEQFusion, ProFusion, SolveInfo
+from deqfuse.data import MultiviewData
+
+__all__ = ["LABELS", "AudiovisualModel"]
+
+DIM = 64
+CHANNELS, IMAGE_LAYERS, AUDIO_LAYERS = 6, 4, 6
+LABELS = {
+    "image": "image only",
+    "audio": "recording only",
+    "base": "concatenation + layer",
+    "pro 2": "Pro-Fusion, R = 2",
+    "pro 3": "Pro-Fusion, R = 3",
+    "pro equilibrium": "Pro-Fusion, equilibrium",
+    "deq": "DEQ Fusion",
+}
+
+
+class Encoder(nn.Module):
+    """Convolutions that double the channels and halve the side, then a layer onto ``DIM``."""
+
+    def __init__(self, layers: int) -> None:
+        super().__init__()
+        blocks: list[nn.Module] = []
+        width = 1
+        for k in range(layers):
+            out = CHANNELS * 2**k
+            blocks += [nn.Conv2d(width, out, 5, padding=2, bias=False), nn.GroupNorm(2, out)]
+            blocks += [nn.ReLU(), nn.MaxPool2d(2)]
+            width = out
+        self.features = nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.project = nn.Linear(width, DIM)  # the injection site: the rest is computed once
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, 1, H, W) -> (B, d)
+        return torch.relu(self.project(self.features(x)))
+
+
+class Joined(nn.Module):
+    """A layer on the concatenation."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.layer = nn.Linear(count * DIM, DIM)
+
+    def forward(self, xs: Sequence[Tensor]) -> Tensor:
+        return torch.relu(self.layer(torch.cat(tuple(xs), dim=-1)))
+
+
+class AudiovisualModel(nn.Module):
+    """A classifier of the study; ``key`` is one of ``LABELS``."""
+
+    def __init__(self, key: str, num_classes: int = 10) -> None:
+        super().__init__()
+        self.key = key
+        encoders = [Encoder(IMAGE_LAYERS), Encoder(AUDIO_LAYERS)]
+        self.chosen = {"image": (0,), "audio": (1,)}.get(key, (0, 1))
+        encoders = [encoders[i] for i in self.chosen]
+        self.fusion: nn.Module
+        if key == "deq":
+            self.encoders = nn.ModuleList(encoders)
+            self.fusion, self.head = DEQFusion(DIM, 2), nn.Linear(DIM, num_classes)
+            return
+        how: dict[str, Any] = {"steps": int(key.split()[1]) if key[-1].isdigit() else 1}
+        if key == "pro equilibrium":
+            how = {"solver": Anderson()}
+        joined, head = Joined(len(encoders)), nn.Linear(DIM, num_classes)
+        self.fusion = ProFusion(
+            encoders, joined, DIM, sites=["project"] * len(encoders), head=head, **how
+        )
+
+    def logits(self, views: Sequence[Tensor]) -> tuple[Tensor, SolveInfo | None]:
+        """Images (B, 1, 28, 28) and spectrograms (B, 1, 112, 112) -> (B, C)."""
+        chosen = [views[i] for i in self.chosen]
+        if self.key == "deq":
+            encodings = [e(x) for e, x in zip(self.encoders, chosen, strict=True)]
+            fused, info = self.fusion(encodings, return_info=True)
+            return self.head(fused), info
+        if self.key == "pro equilibrium":
+            return self.fusion(chosen, return_info=True)
+        return self.fusion(chosen), None
+
+    def loss(self, batch: MultiviewData) -> tuple[Tensor, SolveInfo | None]:
+        """Cross-entropy; only DEQ Fusion gets a Jacobian penalty."""
+        logits, info = self.logits(batch.views)
+        if info is not None and self.key != "deq":
+            info = dataclasses.replace(info, blocks=())
+        return F.cross_entropy(logits, batch.labels), info

@@ -1,0 +1,189 @@
+"""``deqfuse experiment numerals``: fusions and ablations on the handwritten numerals.
+
+What the shipped data can say about arXiv 2306.16645 (Tables 6, 7 and 9, Figure 3) and 2209.00302
+(Figure 10b, Appendices C.1 and G).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deqfuse import Anderson, ProFusion
+from deqfuse.cli.metrics import accuracy
+from deqfuse.cli.training import count_convergence_warnings
+from deqfuse.data import Splits, load_numerals, split_numerals, split_stratified
+from deqfuse.experiments import numerals_measured, numerals_report, probes
+from deqfuse.experiments.numerals_models import (
+    FUSIONS,
+    LABELS,
+    MODELS,
+    PRO_EQUILIBRIA,
+    NumeralsModel,
+)
+from deqfuse.experiments.study import Record, Report, Study, Trial
+from deqfuse.experiments.training import History, Recipe, evaluate, fit, predict, train_step
+from deqfuse.robustness import robustness_curve
+
+__all__ = ["NumeralsStudy"]
+
+NOISE_LEVELS = (0.0, 0.5, 1.0, 2.0, 3.0, 4.0)  # standard deviations of the feature
+STEPS = (1, 2, 3, 4, 6, 8)  # R of the cost measurement
+
+# The demonstration's recipe.
+RECIPE = Recipe(
+    epochs=60,
+    learning_rate=2e-3,
+    weight_decay=1e-2,
+    clip_norm=1.0,
+    batch_size=100,
+    optimizer="adamw",
+)
+
+
+@dataclass(frozen=True)
+class NumeralsStudy(Study):
+    """All fusions and ablations, two sizes of the training set, ``seeds`` seeds each.
+
+    Args:
+        seeds: how many; a seed decides initial values, batches, dropout, noise, and which rows a
+            small training set gets.
+        recipe: how to train.
+        train_rows: sizes of the training set, of 500 rows.
+        held_rows: at most so many validation and test rows (None: all).
+        models: keys of ``LABELS``.
+        timed: repetitions of the cost measurement.
+    """
+
+    seeds: int = 5
+    recipe: Recipe = field(default_factory=lambda: RECIPE)
+    train_rows: tuple[int, ...] = (500, 100)
+    held_rows: int | None = None
+    models: tuple[str, ...] = MODELS
+    timed: int = 30
+    name = "numerals"
+
+    def settings(self) -> dict[str, Any]:
+        return {
+            "train_rows": list(self.train_rows),
+            "held_rows": self.held_rows,
+            "noise_levels": list(NOISE_LEVELS),
+            **asdict(self.recipe),
+        }
+
+    def trials(self) -> list[Trial]:
+        runs = [
+            Trial(
+                f"{rows} rows, {LABELS[model]}, seed {seed}",
+                {"rows": rows, "model": model, "seed": seed},
+            )
+            for seed in range(self.seeds)
+            for rows in self.train_rows
+            for model in self.models
+        ]
+        return [*runs, Trial("cost against R", {"cost": True}, alone=True)]
+
+    def run(self, trial: Trial) -> dict[str, Any]:
+        if trial.params.get("cost"):
+            return self._cost()
+        rows, key, seed = (trial.params[name] for name in ("rows", "model", "seed"))
+        splits = self._splits(rows, seed)
+        torch.manual_seed(seed)
+        model = NumeralsModel(key, splits.train.widths, splits.train.num_classes)
+        batch_size = min(self.recipe.batch_size or rows, max(rows // 5, 1))
+        recipe = replace(self.recipe, batch_size=batch_size)
+        history = fit(model, splits.train, splits.validation, recipe, seed)
+        # The test rows are read from here on, when the epoch has been chosen.
+        values = {
+            "test": evaluate(model, splits.test),
+            "parameters": model.num_parameters,
+            **history.values(),
+        }
+        if key in FUSIONS:
+            values["noise"] = _noise(model, splits, seed)
+        if model.pro is not None and key != "base":
+            values["overhead"] = model.pro.parameter_overhead
+            values["probes"] = probes.probe_steps(model, splits)
+        if key in ("deq", *PRO_EQUILIBRIA):
+            values["residuals"] = probes.residual_curves(model, splits.test)
+            values["stopped"] = probes.stopped_accuracy(model, splits.test)
+        return values
+
+    def report(self, records: Sequence[Record]) -> Report:
+        return numerals_report.build(records, self.settings())
+
+    def files(self) -> list[str]:
+        return list(numerals_measured.FILES)
+
+    def _splits(self, rows: int, seed: int) -> Splits:
+        splits = _numerals()
+        train, held = splits.train, self.held_rows
+        if rows < train.num_rows:
+            share = rows / train.num_rows
+            train = train.rows(split_stratified(train.labels, (share, 1 - share), seed=seed)[0])
+        parts = [train, splits.validation, splits.test]
+        if held is not None:
+            # Evenly, as rows are sorted by class.
+            parts[1:] = [
+                p.rows(torch.arange(0, p.num_rows, -(-p.num_rows // held))) for p in parts[1:]
+            ]
+        return Splits(*parts).standardized()
+
+    def _cost(self) -> dict[str, Any]:
+        """Time of a training step and of a forward against R, at one batch of the recipe."""
+        splits = self._splits(self.train_rows[0], 0)
+        train = splits.train
+        batch = train.rows(torch.arange(min(train.num_rows, self.recipe.batch_size or 100)))
+        steps: dict[str, Callable[[], Any]] = {}
+        forwards: dict[str, Callable[[], Any]] = {}
+        names = [*(f"R = {r}" for r in STEPS), *PRO_EQUILIBRIA, "concat", "tied", "deq"]
+        for name in names:
+            torch.manual_seed(0)
+            key = "pro 2" if name.startswith("R") else name
+            model = NumeralsModel(key, train.widths, train.num_classes)
+            if name.startswith("R"):
+                assert isinstance(model.pro, ProFusion)
+                model.pro.steps = int(name.split()[2])
+            optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+            steps[name] = functools.partial(_one_step, model, batch, optimizer, self.recipe)
+            forwards[name] = functools.partial(predict, model, batch)
+        with count_convergence_warnings():
+            return {
+                "step_ms": probes.median_ms(steps, self.timed),
+                "forward_ms": probes.median_ms(forwards, self.timed),
+                "rows": batch.num_rows,
+                "tol": Anderson().tol,
+            }
+
+
+def _one_step(
+    model: NumeralsModel, batch: Any, optimizer: torch.optim.Optimizer, recipe: Recipe
+) -> None:
+    model.train()
+    train_step(model, batch, optimizer, recipe, History())
+
+
+def _noise(model: NumeralsModel, splits: Splits, seed: int) -> dict[str, list[float]]:
+    """Test accuracy per noise level: on all views at once, and on one view (mean over views)."""
+    test = splits.test
+
+    def score(views: list[Tensor]) -> float:
+        with count_convergence_warnings():
+            logits, _ = predict(model, replace(test, views=views))
+        return accuracy(logits.argmax(1), test.labels)
+
+    def curve(views: Sequence[int] | int | None) -> Tensor:
+        return robustness_curve(score, test.views, NOISE_LEVELS, modalities=views, seed=seed)
+
+    single = torch.stack([curve(i) for i in range(len(test.views))])
+    return {"all views": curve(None).tolist(), "one view": single.mean(0).tolist()}
+
+
+@functools.lru_cache(maxsize=1)
+def _numerals() -> Splits:
+    return split_numerals(load_numerals())

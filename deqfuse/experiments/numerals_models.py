@@ -1,0 +1,130 @@
+"""The models of the numerals study: same encoders and head, what joins them differs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from deqfuse import Anderson, DEQFusion, ProFusion, SolveInfo
+from deqfuse.cli.models import DIM, DROPOUT, GROUPS, TIED_STEPS
+from deqfuse.data import MultiviewData
+
+__all__ = [
+    "ABLATIONS",
+    "FUSIONS",
+    "LABELS",
+    "MODELS",
+    "PRO_EQUILIBRIA",
+    "Joined",
+    "NumeralsModel",
+]
+
+LABELS = {
+    "concat": "concatenation",
+    "weighted": "weighted sum",
+    "tied": f"{TIED_STEPS} weight-tied steps",
+    "deq": "DEQ Fusion",
+    "base": "concatenation + layer",
+    "pro 2": "Pro-Fusion, R = 2",
+    "pro 3": "Pro-Fusion, R = 3",
+    "pro equilibrium": "Pro-Fusion, equilibrium",
+    "pro penalised": "Pro-Fusion, equilibrium, penalty",
+    "no cell": "no cell (z_i = x_i)",
+    "no combine": "no combine (z_f = sum z_i)",
+    "no gate": "no gate",
+}
+PRO_EQUILIBRIA = ("pro equilibrium", "pro penalised")
+FUSIONS = ("concat", "weighted", "tied", "deq", "base", "pro 2", "pro 3", *PRO_EQUILIBRIA)
+# Tables 6 and 7 of arXiv 2306.16645; "tied" has no equilibrium, "weighted" nothing but x_f.
+ABLATIONS = ("weighted", "tied", "no cell", "no combine", "no gate", "deq")
+MODELS = tuple(LABELS)
+
+
+class Joined(nn.Module):
+    """Late fusion by a layer on the concatenation: N x (B, d) -> (B, d)."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.layer = nn.Linear(count * DIM, DIM)
+
+    def forward(self, xs: Sequence[Tensor]) -> Tensor:
+        return torch.relu(self.layer(torch.cat(tuple(xs), dim=-1)))
+
+
+class NumeralsModel(nn.Module):
+    """A classifier of the study.
+
+    Args:
+        key: one of ``MODELS``.
+        widths: features of each view.
+        num_classes: C.
+    """
+
+    def __init__(self, key: str, widths: Sequence[int], num_classes: int) -> None:
+        super().__init__()
+        self.key = key
+        # Encoders first: under one seed they start from the same values whatever joins them.
+        encoders = [
+            nn.Sequential(nn.Linear(width, DIM), nn.ReLU(), nn.Dropout(DROPOUT)) for width in widths
+        ]
+        count = len(widths)
+        self.pro: ProFusion | None = None
+        if key == "base" or key.startswith("pro"):
+            self.pro = _progressive(key, encoders, num_classes)
+            return
+        self.encoders = nn.ModuleList(encoders)
+        self.fusion = None if key == "concat" else _FUSION[key](count)
+        self.head = nn.Linear(DIM * count if key == "concat" else DIM, num_classes)
+
+    @property
+    def num_parameters(self) -> int:
+        """Trainable numbers that the model uses: "base" has no use for back-projections."""
+        total = sum(p.numel() for p in self.parameters())
+        if self.key == "base" and self.pro is not None:
+            return round(total / (1 + self.pro.parameter_overhead))
+        return total
+
+    def encode(self, views: Sequence[Tensor]) -> list[Tensor]:
+        """Per view (B, features) -> (B, d)."""
+        return [encoder(view) for encoder, view in zip(self.encoders, views, strict=True)]
+
+    def logits(self, views: Sequence[Tensor]) -> tuple[Tensor, SolveInfo | None]:
+        """Per view (B, features) -> (B, C); the solve of an equilibrium."""
+        if self.pro is not None:
+            if self.pro.solver is None:
+                return self.pro(views), None
+            return self.pro(views, return_info=True)
+        encodings = self.encode(views)
+        if self.fusion is None:
+            return self.head(torch.cat(encodings, dim=-1)), None
+        fused, info = self.fusion(encodings, return_info=True)
+        return self.head(fused), None if self.key in ("weighted", "tied") else info
+
+    def loss(self, batch: MultiviewData) -> tuple[Tensor, SolveInfo | None]:
+        """Cross-entropy; "pro equilibrium" alone gets no Jacobian penalty for its solve."""
+        logits, info = self.logits(batch.views)
+        if info is not None and self.key == "pro equilibrium":
+            info = dataclasses.replace(info, blocks=())
+        return F.cross_entropy(logits, batch.labels), info
+
+
+_FUSION: dict[str, Callable[[int], DEQFusion]] = {
+    "weighted": lambda n: DEQFusion(DIM, n, combine="weighted_sum"),
+    "tied": lambda n: DEQFusion(DIM, n, num_groups=GROUPS, weight_tied_steps=TIED_STEPS),
+    "deq": lambda n: DEQFusion(DIM, n, num_groups=GROUPS),
+    "no cell": lambda n: DEQFusion(DIM, n, num_groups=GROUPS, cell="identity"),
+    "no combine": lambda n: DEQFusion(DIM, n, num_groups=GROUPS, combine="sum"),
+    "no gate": lambda n: DEQFusion(DIM, n, num_groups=GROUPS, gate=False),
+}
+
+
+def _progressive(key: str, encoders: list[nn.Sequential], num_classes: int) -> ProFusion:
+    fusion, head = Joined(len(encoders)), nn.Linear(DIM, num_classes)
+    if key in PRO_EQUILIBRIA:
+        return ProFusion(encoders, fusion, DIM, solver=Anderson(), head=head)
+    steps = 1 if key == "base" else int(key.split()[1])
+    return ProFusion(encoders, fusion, DIM, steps=steps, head=head)

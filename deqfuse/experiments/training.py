@@ -1,0 +1,195 @@
+"""The one training loop of the studies. It sees training and validation rows, nothing else."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from deqfuse import SolveInfo
+from deqfuse.cli.metrics import accuracy, evaluate_metrics
+from deqfuse.cli.training import SolveStatistics, count_convergence_warnings
+from deqfuse.data import MultiviewData
+
+__all__ = ["Classifier", "History", "Recipe", "evaluate", "fit", "predict", "train_step"]
+
+CURVE_POINTS = 50  # of what is recorded through training
+
+
+class Classifier(Protocol):
+    """A model that the loop can train."""
+
+    def loss(self, batch: MultiviewData) -> tuple[Tensor, SolveInfo | None]:
+        """Training loss without the Jacobian penalty, and how the solve went."""
+
+    def logits(self, views: Sequence[Tensor]) -> tuple[Tensor, SolveInfo | None]:
+        """(B, classes), and how the solve went; None where there is no equilibrium."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train. ``batch_size=None``: all rows in every step."""
+
+    epochs: int
+    learning_rate: float
+    weight_decay: float
+    clip_norm: float
+    batch_size: int | None = None
+    optimizer: Literal["adam", "adamw"] = "adam"
+    schedule: Literal["cosine", "step"] = "cosine"
+    decay_every: int = 500  # of "step": epochs
+    decay_factor: float = 0.2
+    jacobian_weight: float = 20.0  # of SolveInfo.jacobian_penalty
+    evaluate_every: int = 1  # epochs
+
+
+@dataclass
+class History:
+    """What happened in training; the model holds the parameters of the chosen epoch."""
+
+    chosen_epoch: int = 0  # counted from 1
+    validation: list[float] = field(default_factory=list)  # accuracy at every evaluation
+    converged: list[Tensor] = field(default_factory=list)  # per step: share of rows
+    fuse_nfe: list[Tensor] = field(default_factory=list)  # per step: mean over rows
+    step_seconds: list[float] = field(default_factory=list)
+    num_warnings: int = 0
+
+    def values(self) -> dict[str, Any]:
+        """For the trial's record."""
+        out: dict[str, Any] = {
+            "chosen_epoch": self.chosen_epoch,
+            "validation_accuracy": max(self.validation),
+            "step_ms": round(1000 * median(self.step_seconds), 3),
+        }
+        if self.converged:
+            shares = torch.stack(self.converged).double()
+            out |= {
+                "train_converged": shares.mean().item(),
+                "train_converged_worst_step": shares.min().item(),
+                "train_converged_curve": _curve(shares),
+                "train_fuse_nfe_curve": _curve(torch.stack(self.fuse_nfe).double()),
+                "convergence_warnings": self.num_warnings,
+            }
+        return out
+
+
+def fit(
+    model: nn.Module,  # a Classifier
+    train: MultiviewData,
+    validation: MultiviewData,
+    recipe: Recipe,
+    seed: int,
+) -> History:
+    """Train; keep the epoch of best validation accuracy, the validation loss deciding ties.
+
+    Args:
+        model: a :class:`Classifier`, trained in place.
+        train, validation: rows to learn from and rows to choose the epoch by.
+        recipe: how to train.
+        seed: of the order of the rows; dropout draws from torch's own generator.
+    """
+    optimizer = _optimizer(model, recipe)
+    schedule = _schedule(optimizer, recipe)
+    order = torch.Generator().manual_seed(seed)  # its own stream: same batches for every model
+    history = History()
+    best, best_state = (-1.0, float("-inf")), copy.deepcopy(model.state_dict())
+    with count_convergence_warnings() as messages:
+        for epoch in range(1, recipe.epochs + 1):
+            model.train()
+            for batch in _batches(train, recipe, order):
+                train_step(model, batch, optimizer, recipe, history)
+            schedule.step()
+            if epoch % recipe.evaluate_every and epoch != recipe.epochs:
+                continue
+            logits, _ = predict(model, validation)
+            score = accuracy(logits.argmax(1), validation.labels)
+            loss = nn.functional.cross_entropy(logits, validation.labels).item()
+            history.validation.append(score)
+            if (score, -loss) > best:
+                best, best_state = (score, -loss), copy.deepcopy(model.state_dict())
+                history.chosen_epoch = epoch
+    history.num_warnings = len(messages)
+    model.load_state_dict(best_state)
+    return history
+
+
+def train_step(
+    model: nn.Module,
+    batch: MultiviewData,
+    optimizer: torch.optim.Optimizer,
+    recipe: Recipe,
+    history: History,
+) -> None:
+    """One update of the parameters."""
+    started = time.perf_counter()
+    optimizer.zero_grad(set_to_none=True)
+    loss, info = model.loss(batch)  # type: ignore[operator]
+    if info is not None:
+        history.converged.append(info.converged.double().mean())
+        history.fuse_nfe.append(info.fuse.nfe.double().mean())
+        if recipe.jacobian_weight and info.blocks:
+            loss = loss + recipe.jacobian_weight * info.jacobian_penalty()
+    loss.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_norm)
+    optimizer.step()
+    history.step_seconds.append(time.perf_counter() - started)
+
+
+def predict(model: nn.Module, data: MultiviewData) -> tuple[Tensor, SolveInfo | None]:
+    """Logits (rows, classes) in evaluation mode, without gradient."""
+    model.eval()
+    with torch.no_grad():
+        logits, info = model.logits(data.views)  # type: ignore[operator]
+    return logits, info
+
+
+def evaluate(model: nn.Module, data: MultiviewData) -> dict[str, Any]:
+    """Metrics of a trained model on rows that it has not seen, and how their solves went."""
+    with count_convergence_warnings():  # the share of converged rows says it
+        logits, info = predict(model, data)
+    values: dict[str, Any] = {
+        name: None if value != value else value  # AUC of one class: NaN is no JSON
+        for name, value in evaluate_metrics(logits, data.labels).items()
+    }
+    if info is not None:
+        values["converged"] = info.converged.double().mean().item()
+        if info.cells is not None:
+            solve = SolveStatistics.of([info])
+            values |= {"fuse_nfe": list(solve.fuse_nfe), "cells_nfe": list(solve.cells_nfe)}
+        else:
+            nfe = info.fuse.nfe.double()
+            values["fuse_nfe"] = [nfe.median().item(), int(nfe.max().item())]
+    return values
+
+
+def _optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    kind = torch.optim.Adam if recipe.optimizer == "adam" else torch.optim.AdamW
+    return kind(model.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
+
+
+def _schedule(
+    optimizer: torch.optim.Optimizer, recipe: Recipe
+) -> torch.optim.lr_scheduler.LRScheduler:
+    if recipe.schedule == "step":
+        return torch.optim.lr_scheduler.StepLR(
+            optimizer, recipe.decay_every, gamma=recipe.decay_factor
+        )
+    return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, recipe.epochs)
+
+
+def _batches(data: MultiviewData, recipe: Recipe, order: torch.Generator) -> list[MultiviewData]:
+    if recipe.batch_size is None:
+        return [data]
+    shuffled = torch.randperm(data.num_rows, generator=order)
+    return [data.rows(index) for index in shuffled.split(recipe.batch_size)]
+
+
+def _curve(values: Tensor) -> list[float]:
+    """Means over up to ``CURVE_POINTS`` stretches of training."""
+    return [round(part.mean().item(), 5) for part in values.tensor_split(CURVE_POINTS) if len(part)]

@@ -1,0 +1,328 @@
+"""The studies' shared parts: running, resuming, seeding, choosing epochs, the page."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import deqfuse
+from deqfuse.cli.errors import UserError
+from deqfuse.cli.main import main
+from deqfuse.cli.output import MANIFEST, OutputFolder, OutputRefused
+from deqfuse.cli.report import Picture, Section
+from deqfuse.cli.summary import Table
+from deqfuse.data import MultiviewData
+from deqfuse.experiments import runner
+from deqfuse.experiments.markdown import render
+from deqfuse.experiments.statistics import describe, percent, versus
+from deqfuse.experiments.store import TRIALS, TrialStore
+from deqfuse.experiments.study import Record, Report, Study, Trial, select
+from deqfuse.experiments.synthetic import Size, SyntheticStudy
+from deqfuse.experiments.training import Recipe, fit
+
+
+@dataclass
+class Draws(Study):
+    """Trials that draw one number each; ``fails_at`` stands for whatever stops a run."""
+
+    seeds: int = 4
+    scale: float = 1.0
+    fails_at: int | None = None
+    name = "draws"
+
+    def __post_init__(self) -> None:
+        self.ran: list[int] = []
+
+    def settings(self) -> dict[str, Any]:
+        return {"scale": self.scale, "shape": (1, 2)}
+
+    def trials(self) -> list[Trial]:
+        last = Trial("mean", {"seed": -1}, alone=True)
+        return [last, *(Trial(f"seed {seed}", {"seed": seed}) for seed in range(self.seeds))]
+
+    def run(self, trial: Trial) -> dict[str, Any]:
+        seed = trial.params["seed"]
+        if seed == self.fails_at:
+            raise KeyboardInterrupt
+        self.ran.append(seed)
+        unseeded = torch.rand(()).item()  # the runner seeds what the trial forgets to
+        torch.manual_seed(seed)
+        return {"drawn": self.scale * torch.rand(()).item(), "unseeded": unseeded}
+
+    def report(self, records: Any) -> Report:
+        values = [record.values["drawn"] for record in records]
+        table = Table(
+            ("trial", "drawn"), tuple((r.key, str(r.values["drawn"])) for r in records), ()
+        )
+        return Report("Draws", "Numbers.", [Section("All", (), table)], {"drawn": describe(values)})
+
+    def files(self) -> list[str]:
+        return []
+
+
+def run(study: Study, out: Path, jobs: int = 1) -> dict[str, Any]:
+    assert runner.run_study(study, OutputFolder(out), jobs, 1, "deqfuse experiment draws") == 0
+    return stored(out)
+
+
+def stored(out: Path) -> dict[str, Any]:
+    """Key -> values of the finished trials."""
+    lines = (out / TRIALS).read_text().splitlines()[1:]
+    return {record["key"]: record["values"] for record in map(json.loads, lines)}
+
+
+# --- running and resuming ---
+
+
+def test_interrupted_study_goes_on_with_the_same_result(tmp_path: Path) -> None:
+    whole = run(Draws(), tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        run(Draws(fails_at=2), tmp_path / "resumed")
+    assert [*stored(tmp_path / "resumed")] == ["seed 0", "seed 1"]
+    assert not (tmp_path / "resumed" / runner.PAGE).exists()
+    study = Draws()
+    assert run(study, tmp_path / "resumed") == whole
+    assert study.ran == [2, 3, -1]  # nothing twice; what runs alone comes last
+    pages = [(tmp_path / name / runner.SUMMARY).read_text() for name in ("whole", "resumed")]
+    assert json.loads(pages[0])["drawn"] == json.loads(pages[1])["drawn"]
+
+
+def test_more_seeds_keep_the_finished_ones(tmp_path: Path) -> None:
+    first = run(Draws(seeds=2), tmp_path / "out")
+    study = Draws(seeds=3)
+    after = run(study, tmp_path / "out")
+    assert study.ran == [2]
+    assert first.items() <= after.items()
+
+
+def test_line_cut_off_by_a_kill_is_run_again(tmp_path: Path) -> None:
+    whole = run(Draws(), tmp_path / "out")
+    path = tmp_path / "out" / TRIALS
+    content = path.read_bytes()
+    for cut in (len(content) - 5, content.index(b"\n") - 3):  # in the last line, in the first
+        path.write_bytes(content[:cut])
+        assert run(Draws(), tmp_path / "out") == whole
+
+
+def test_killed_process_goes_on(tmp_path: Path) -> None:
+    """A real kill between two trials, and the real command."""
+    arguments = ["experiment", "synthetic", "--quick", "--seeds", "1", "--out"]
+    assert main([*arguments, str(tmp_path / "whole")]) == 0
+    out = tmp_path / "killed"
+    environment = {**os.environ, "PYTHONPATH": str(Path(deqfuse.__file__).parents[1])}
+    command = [sys.executable, "-W", "ignore", "-m", "deqfuse.cli.main", *arguments, str(out)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, env=environment) as process:
+        path = out / TRIALS
+        while not path.exists() or path.read_bytes().count(b"\n") < 3:
+            assert process.poll() is None
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+    done = len(stored(out)) if path.read_bytes().endswith(b"\n") else 2
+    assert 2 <= done < len(stored(tmp_path / "whole"))
+    assert main([*arguments, str(out)]) == 0
+    assert stored(out) == stored(tmp_path / "whole")
+
+
+def test_processes_change_nothing(tmp_path: Path) -> None:
+    study = SyntheticStudy(
+        seeds=2, sizes=(Size(3, 20, 8),), etas=(0.0, 1.0), sigmas=(0.0, 1.0), steps=2
+    )
+    alone = run(study, tmp_path / "alone")
+    assert run(study, tmp_path / "together", jobs=2) == alone
+
+
+def test_random_state_of_the_caller_is_left_alone(tmp_path: Path) -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    first = run(Draws(), tmp_path / "a")
+    assert torch.equal(torch.rand(3), expected)
+    assert run(Draws(), tmp_path / "b") == first
+
+
+def test_interrupt_says_that_trials_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(self: SyntheticStudy, trial: Trial) -> dict[str, Any]:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(SyntheticStudy, "run", stop)
+    assert main(["experiment", "synthetic", "--quick", "--out", str(tmp_path / "out")]) == 130
+    assert "no report written. Finished trials are kept." in capsys.readouterr().err
+
+
+# --- refusals ---
+
+
+def test_other_settings_are_refused(tmp_path: Path) -> None:
+    run(Draws(), tmp_path)
+    with pytest.raises(UserError, match=r"was begun with scale = 1\.0, this command has 2\.0"):
+        run(Draws(scale=2.0), tmp_path)
+    other = SyntheticStudy()
+    with pytest.raises(UserError, match="holds the study 'draws', not 'synthetic'"):
+        run(other, tmp_path)
+    (tmp_path / TRIALS).write_text("no trials\n")
+    with pytest.raises(UserError, match="expected the trials of `deqfuse experiment draws`"):
+        run(Draws(), tmp_path)
+
+
+def test_foreign_files_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("mine")
+    with pytest.raises(OutputRefused, match="was not written by deqfuse"):
+        run(Draws(), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_nan_is_not_written(tmp_path: Path) -> None:
+    store = TrialStore(tmp_path)
+    store.begin(Draws())
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        store.append(Record("seed 0", {}, 1.0, {"auc": float("nan")}))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "the following arguments are required: NAME"),
+        (["dance"], "invalid choice: 'dance'"),
+        (["omics"], "the following arguments are required: --data"),
+        (["audiovisual"], "the following arguments are required: --images, --audio"),
+        (["numerals", "--jobs", "0"], "expected a whole number >= 1, got '0'"),
+    ],
+)
+def test_options_are_checked(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        main(["experiment", *arguments])
+    assert exit_info.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [[], ["omics"], ["audiovisual"]])
+def test_help_reads(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        main(["experiment", *arguments, "--help"])
+    assert exit_info.value.code == 0
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 100
+
+
+# --- choosing the epoch ---
+
+
+class Constant(nn.Module):
+    """Scores that gradient descent cannot change much; one parameter that counts the steps."""
+
+    def __init__(self, scores: list[float]) -> None:
+        super().__init__()
+        self.scores = scores
+        self.step = nn.Parameter(torch.zeros(()))
+
+    def loss(self, batch: MultiviewData) -> tuple[Tensor, None]:
+        return -self.step, None
+
+    def logits(self, views: list[Tensor]) -> tuple[Tensor, None]:
+        """Right for the share of rows that the list gives for the current step."""
+        rows = len(views[0])
+        right = round(rows * self.scores[round(self.step.item()) - 1])
+        truth = torch.arange(rows) < right
+        return torch.stack([truth.float(), (~truth).float()], dim=1), None
+
+
+@pytest.mark.parametrize(
+    ("scores", "chosen"), [([0.2, 0.9, 0.4], 2), ([0.9, 0.4, 0.2], 1), ([0.1, 0.5, 0.5], 2)]
+)
+def test_best_epoch_on_validation_rows_is_kept(scores: list[float], chosen: int) -> None:
+    data = MultiviewData(
+        [torch.zeros(10, 1)], torch.zeros(10, dtype=torch.int64), ("a",), ("0", "1")
+    )
+    model = Constant(scores)
+    # Adam's first steps have length lr: the parameter is the number of the step.
+    recipe = Recipe(
+        epochs=3, learning_rate=1.0, weight_decay=0.0, clip_norm=9.0, schedule="step", decay_every=9
+    )
+    history = fit(model, data, data, recipe, seed=0)
+    assert history.chosen_epoch == chosen
+    assert history.validation == scores
+    assert round(model.step.item()) == chosen
+
+
+def test_batches_depend_on_the_seed_only() -> None:
+    seen: list[list[float]] = []
+
+    class Records(Constant):
+        def loss(self, batch: MultiviewData) -> tuple[Tensor, None]:
+            seen.append(batch.views[0].flatten().tolist())
+            return self.step * 0, None
+
+        def logits(self, views: list[Tensor]) -> tuple[Tensor, None]:
+            return torch.zeros(len(views[0]), 2), None
+
+    labels = torch.zeros(7, dtype=torch.int64)
+    data = MultiviewData([torch.arange(7.0)[:, None]], labels, ("a",), ("0", "1"))
+    recipe = Recipe(2, 1.0, 0.0, 1.0, batch_size=3)
+    for seed in (0, 0, 1):
+        torch.manual_seed(len(seen))
+        fit(Records([]), data, data, recipe, seed)
+    first, again, other = seen[:6], seen[6:12], seen[12:]
+    assert first == again
+    assert first != other
+    assert sorted(x for batch in first[:3] for x in batch) == list(range(7))
+    assert first[:3] != first[3:]  # a new order every epoch
+
+
+# --- numbers and page ---
+
+
+def test_statistics() -> None:
+    assert describe([1.0, 3.0]) == {"mean": 2.0, "std": 2**0.5, "values": [1.0, 3.0]}
+    assert describe([None])["mean"] is None
+    assert percent([0.5, 0.7]) == "60.0 ± 14.1"
+    assert percent([0.5, None]) == "-"
+    assert versus([0.5, 0.75, 0.5], [0.25, 0.75, 0.0], 100) == "+25.0 ± 14.4 (2 up, 0 down)"
+
+
+def test_page_has_tables_and_pictures() -> None:
+    table = Table(("a", "b"), (("x|y", "1"),), ("A note.",))
+    picture = Picture(b"png", "Time against R", "Caption.")
+    page, pictures = render(
+        "Title", "Lead.", [Section("S", ("P.",), table, picture)], [("os", "x")]
+    )
+    assert pictures == {"time-against-r.png": b"png"}
+    for text in (
+        "# Title",
+        "## S",
+        "| a | b |\n|---|---:|\n| x\\|y | 1 |",
+        "A note.",
+        "![Time against R](time-against-r.png)",
+        "- os: `x`",
+    ):
+        assert text in page
+
+
+def test_select_matches_parameters() -> None:
+    records = [Record(str(i), {"a": i, "b": [i]}, 0.0, {}) for i in range(3)]
+    assert select(records, a=1, b=[1]) == [records[1]]
+    assert select(records, c=1) == []
+
+
+def test_report_folder_holds_what_it_says(tmp_path: Path) -> None:
+    run(Draws(), tmp_path)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {runner.PAGE, runner.SUMMARY, TRIALS, MANIFEST}
+    page = (tmp_path / runner.PAGE).read_text()
+    assert "deqfuse experiment draws" in page
+    assert "5 trials" in page
+    summary = json.loads((tmp_path / runner.SUMMARY).read_text(), parse_constant=pytest.fail)
+    assert summary["settings"]["scale"] == 1.0

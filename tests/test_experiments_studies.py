@@ -1,0 +1,368 @@
+"""The studies: their models against plain statements, whole tiny runs, what reads the test rows."""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+import wave
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from deqfuse import Anderson, Implicit, ProFusion
+from deqfuse.cli.main import main
+from deqfuse.data import MultiviewData, Splits
+from deqfuse.experiments import audiovisual, numerals, omics, probes, synthetic
+from deqfuse.experiments.audiovisual_models import LABELS as SENSES
+from deqfuse.experiments.audiovisual_models import AudiovisualModel
+from deqfuse.experiments.batched import MODELS, BatchedModel, initial_parameters
+from deqfuse.experiments.mmdynamics import MMDynamics
+from deqfuse.experiments.numerals_models import ABLATIONS, LABELS, NumeralsModel
+from deqfuse.experiments.study import Study, Trial
+
+# --- synthetic ---
+
+SIZE = synthetic.Size(dim=3, rows=12, width=8)
+
+
+class Joined(nn.Module):
+    def forward(self, xs: list[Tensor]) -> Tensor:
+        return torch.cat(xs, dim=-1)
+
+
+def plain_model(name: str, seed: int) -> nn.Module:
+    """One model of the study from ordinary modules."""
+    values = initial_parameters(seed, name, SIZE.dim, SIZE.width)  # type: ignore[arg-type]
+
+    def linear(key: str, suffix: str) -> nn.Linear:
+        weight, bias = values[f"weight{key}{suffix}"], values[f"bias{key}{suffix}"]
+        layer = nn.Linear(*weight.shape)
+        layer.weight.data, layer.bias.data = weight.T.clone(), bias[0].clone()
+        return layer
+
+    encoders = [
+        nn.Sequential(linear("1", f"_{i}"), nn.ReLU(), linear("2", f"_{i}"), nn.ReLU())
+        for i in range(2)
+    ]
+    how: dict[str, Any] = (
+        {"steps": 1 if name == "base" else int(name[-1])} if name[-1] != "m" else {}
+    )
+    if not how:
+        how = {"solver": Anderson(tol=1e-6), "adjoint": Implicit(tol=1e-6)}
+    model = ProFusion(encoders, Joined(), 2 * SIZE.width, head=linear("3", ""), **how)
+    for i, back in enumerate(model.back_projections):
+        if f"back{i}" in values:
+            back.weight.data = values[f"back{i}"].T.clone()
+    return model
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "deq"])
+def test_batched_models_are_progressive_fusion(name: str) -> None:
+    """Outputs and gradients of every model of a batch are those of the library's module."""
+    problem = synthetic.draw_problem(SIZE, 1.0, 0.5, range(3)).rows(0, SIZE.rows)
+    batch = BatchedModel(name, range(3), SIZE.dim, SIZE.width)  # type: ignore[arg-type]
+    if batch.deq is not None:
+        batch.deq.solver, batch.deq.adjoint = Anderson(tol=1e-6), Implicit(tol=1e-6)
+    predicted, _ = batch(problem.views)
+    (predicted - problem.target).square().mean(1).sum().backward()
+    # Equilibria and adjoints are solved to 1e-6 by both, in float32.
+    tol = 1e-4 if name == "pro equilibrium" else 1e-5
+    for t in range(3):
+        model = plain_model(name, t)
+        expected = model([view[t] for view in problem.views]).squeeze(-1)
+        assert torch.allclose(predicted[t], expected, atol=1e-5)
+        (expected - problem.target[t]).square().mean().backward()
+        encoder = model.encoders[0][0]  # type: ignore[index]
+        grad = batch.shared["weight1_0"].grad
+        assert grad is not None
+        error = (grad[t].T - encoder.weight.grad).norm() / encoder.weight.grad.norm()
+        assert error <= tol
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_problems_of_a_batch_do_not_see_each_other(model: str) -> None:
+    trial = Trial("x", {"size": list(SIZE), "eta": 1.0, "sigma": 0.5, "model": model})
+    study = synthetic.SyntheticStudy(steps=3, evaluate_every=1)
+    many, one = (replace(study, seeds=seeds).run(trial) for seeds in (3, 1))
+    # bmm rounds differently for another batch; a solve to 1e-3 may then stop a step earlier.
+    rel = 1e-2 if model in ("pro equilibrium", "deq") else 1e-5
+    assert many["test_mse"][0] == pytest.approx(one["test_mse"][0], rel=rel)
+    assert many["chosen_step"][0] == one["chosen_step"][0]
+    assert len(set(many["test_mse"])) == 3
+
+
+def test_problem_follows_appendix_b1() -> None:
+    plain, mixed = (synthetic.draw_problem(SIZE, eta, 0.0, range(2)) for eta in (0.0, -0.5))
+    wave, first, disturbed = plain.views[1], plain.views[0], mixed.views[0]
+    assert torch.equal(wave, mixed.views[1])
+    assert torch.equal(plain.target, mixed.target)
+    assert wave.abs().max() <= 1
+    assert torch.allclose(disturbed - first, 2 * 0.5 * wave, atol=1e-6)  # 2 |eta| sin(W2 Z)
+    assert not torch.equal(first[0], first[1])
+    noisy = synthetic.draw_problem(SIZE, 0.0, 2.0, range(2))
+    assert (noisy.views[1] - wave).std() == pytest.approx(2.0, rel=0.05)
+
+
+# --- omics ---
+
+
+def test_mmdynamics_loss_is_the_written_one() -> None:
+    """Against the sum of Han et al., term by term, with the factors of the authors' code."""
+    torch.manual_seed(0)
+    model = MMDynamics([5, 3], 3, "concat", dim=8).eval()
+    batch = MultiviewData(
+        [torch.rand(6, 5), torch.rand(6, 3)],
+        torch.tensor([0, 1, 2, 0, 1, 2]),
+        ("a", "b"),
+        ("0", "1", "2"),
+    )
+    weighted, own = [], []
+    for i, x in enumerate(batch.views):
+        gate = torch.sigmoid(model.gates[i](x))
+        h = F.relu(model.encoders[i](gate * x))
+        confidence = model.confidences[i](h)
+        probabilities = F.softmax(model.classifiers[i](h), dim=1)
+        truth = probabilities[torch.arange(6), batch.labels]
+        weighted.append(h * confidence)
+        own.append(gate.mean() + (confidence[:, 0] - truth).square().mean() - truth.log().mean())
+    fused = F.cross_entropy(model.head(torch.cat(weighted, 1)), batch.labels)
+    loss, info = model.loss(batch)
+    assert info is None
+    assert loss.item() == pytest.approx((1.5**2 * fused + 1.5 * own[0] + own[1]).item(), rel=1e-5)
+
+
+def test_fusions_share_their_initial_values() -> None:
+    states = []
+    for fusion in ("concat", "deq"):
+        torch.manual_seed(3)
+        states.append(MMDynamics([5, 3], 2, fusion, dim=8).state_dict())  # type: ignore[arg-type]
+    for name in states[0]:
+        if not name.startswith(("head", "fusion")):
+            assert torch.equal(states[0][name], states[1][name])
+
+
+def test_omics_scales_on_training_rows() -> None:
+    part = MultiviewData([torch.tensor([[1.0], [3.0]])], torch.tensor([0, 1]), ("a",), ("0", "1"))
+    other = replace(part, views=[torch.tensor([[5.0], [1.0]])])
+    _, validation, test = omics._scaled(Splits(part, other, other))
+    assert validation.views[0].tolist() == test.views[0].tolist() == [[2.0], [0.0]]
+
+
+# --- numerals and digits ---
+
+
+@pytest.mark.parametrize("key", LABELS)
+def test_numerals_models_train(key: str) -> None:
+    """Every parameter that is counted gets a gradient."""
+    torch.manual_seed(0)
+    model = NumeralsModel(key, [4, 6, 5], 3).train()
+    batch = MultiviewData(
+        [torch.randn(5, n) for n in (4, 6, 5)], torch.tensor([0, 1, 2, 0, 1]), ("a", "b", "c"),
+        ("0", "1", "2"),
+    )  # fmt: skip
+    loss, info = model.loss(batch)
+    assert (info is not None) == (
+        key not in ("concat", "weighted", "tied", "base", "pro 2", "pro 3")
+    )
+    loss.backward()
+    used = sum(p.numel() for p in model.parameters() if p.grad is not None)
+    assert used == model.num_parameters
+
+
+def test_ablation_table_has_all_rows() -> None:
+    assert set(ABLATIONS) == {"weighted", "tied", "no cell", "no combine", "no gate", "deq"}
+    layers = {key: NumeralsModel(key, [4, 4], 2).fusion for key in ABLATIONS}
+    assert layers["no cell"].cell == "identity"
+    assert layers["no combine"].combine_kind == "sum"
+    assert layers["no gate"].combine.gate is None
+    assert layers["tied"].weight_tied_steps == 5
+    assert layers["weighted"].combine_kind == "weighted_sum"
+
+
+def test_base_is_one_step_of_progressive_fusion() -> None:
+    views = [torch.randn(5, n) for n in (4, 6)]
+    outputs = []
+    for key in ("base", "pro 2"):
+        torch.manual_seed(0)
+        model = NumeralsModel(key, [4, 6], 3).eval()
+        assert model.pro is not None
+        model.pro.steps = 1
+        outputs.append(model.logits(views)[0])
+    assert torch.equal(*outputs)
+
+
+def test_ridge_probe_separates_what_is_separable() -> None:
+    labels = torch.arange(60) % 3
+    generator = torch.Generator().manual_seed(0)
+    clean = F.one_hot(labels).float() + 0.05 * torch.randn(60, 3, generator=generator)
+    noise = torch.randn(60, 3, generator=generator)
+    assert probes.ridge_probe([clean] * 3, [labels] * 3) == 1.0
+    assert probes.ridge_probe([clean, clean, noise], [labels] * 3) < 0.7
+
+
+@pytest.mark.parametrize("key", SENSES)
+def test_audiovisual_models_train(key: str) -> None:
+    torch.manual_seed(0)
+    model = AudiovisualModel(key).train()
+    views = [torch.rand(3, 1, 28, 28), torch.randn(3, 1, 112, 112)]
+    batch = MultiviewData(views, torch.tensor([0, 1, 2]), ("image", "audio"), tuple("0123456789"))
+    loss, _ = model.loss(batch)
+    loss.backward()
+    assert math.isfinite(loss.item())
+    if key == "pro 2":  # the paper: 1.8% to 4.3%
+        assert 0.01 < model.fusion.parameter_overhead < 0.05
+
+
+def test_pairs_are_of_the_same_digit() -> None:
+    seen, spoken = torch.tensor([3, 1, 3, 1, 0]), torch.tensor([1, 0, 3, 1, 3])
+    chosen = audiovisual.pair_digits(seen, spoken, seed=0)
+    assert torch.equal(spoken[chosen], seen)
+    assert torch.equal(chosen, audiovisual.pair_digits(seen, spoken, seed=0))
+    with pytest.raises(ValueError, match="got none of 7"):
+        audiovisual.pair_digits(torch.tensor([7]), spoken, seed=0)
+
+
+# --- whole runs ---
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Small files in the real formats: MOGONET, MNIST, recordings."""
+    root = tmp_path_factory.mktemp("data")
+    generator = torch.Generator().manual_seed(0)
+    for part, rows in (("tr", 30), ("te", 12)):
+        labels = torch.arange(rows) % 2
+        (root / f"labels_{part}.csv").write_text("".join(f"{i}\n" for i in labels.tolist()))
+        for view in (1, 2):
+            table = torch.rand(rows, 4, generator=generator) + labels[:, None]
+            lines = [",".join(f"{v:.4f}" for v in row) for row in table.tolist()]
+            (root / f"{view}_{part}.csv").write_text("\n".join(lines) + "\n")
+    for prefix, rows in (("train", 60), ("t10k", 30)):
+        pixels = torch.randint(256, (rows, 28, 28), generator=generator).to(torch.uint8)
+        labels = (torch.arange(rows) % 10).to(torch.uint8)
+        for name, kind, values in (("images", 3, pixels), ("labels", 1, labels)):
+            head = struct.pack(f">2xBB{kind}I", 8, kind, *values.shape)
+            path = root / f"{prefix}-{name}-idx{kind}-ubyte"
+            path.write_bytes(head + values.numpy().tobytes())
+    (root / "audio").mkdir()
+    for digit in range(10):
+        for number in (0, 5, 10):
+            tone = 2000 * torch.sin(torch.arange(2000) * 0.1 * (digit + 1))
+            with wave.open(str(root / "audio" / f"{digit}_a_{number}.wav"), "wb") as file:
+                file.setnchannels(1)
+                file.setsampwidth(2)
+                file.setframerate(8000)
+                file.writeframes(struct.pack("<2000h", *tone.short().tolist()))
+    return {"data": root, "images": root, "audio": root / "audio"}
+
+
+STUDIES = {
+    "synthetic": ([], ["DEQ Fusion", "Pro-Fusion as published", "90%"]),
+    "numerals": ([], ["no combine", "RobustAUC", "Table 10", "solver stops after"]),
+    "omics": (["data"], ["DEQ Fusion minus concatenation", "reference", "1+2"]),
+    "audiovisual": (["images", "audio"], ["recording only", "overhead"]),
+}
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_whole_run(name: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    """A quick run of every study: the page, its pictures, the numbers behind it."""
+    wanted, texts = STUDIES[name]
+    arguments = [f"--{option}={folders[option]}" for option in wanted]
+    out = tmp_path / "out"
+    assert main(["experiment", name, "--quick", *arguments, "--out", str(out)]) == 0
+    page = (out / "README.md").read_text()
+    for text in ("Machine, versions, command", torch.__version__, "--quick", *texts):
+        assert text in page
+    assert str(folders["data"]) not in page  # where data lie is nobody's business
+    pictures = sorted(out.glob("*.png"))
+    assert pictures
+    for path in pictures:
+        assert path.read_bytes().startswith(b"\x89PNG")
+        assert f"]({path.name})" in page
+    summary = json.loads((out / "summary.json").read_text(), parse_constant=pytest.fail)
+    assert summary["study"] == name
+
+
+def test_mistakes_in_data_are_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    for arguments in (
+        ["omics", "--data", "nowhere"],
+        ["audiovisual", "--images", str(tmp_path), "--audio", str(tmp_path)],
+    ):
+        assert main(["experiment", *arguments, "--out", str(tmp_path / "out")]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("deqfuse experiment: ")
+        assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+# --- the test rows decide nothing ---
+
+
+def scrambled(data: MultiviewData) -> MultiviewData:
+    return replace(data, views=[v.flip(0) * 3 + 1 for v in data.views], labels=data.labels.roll(1))
+
+
+def omics_case(folders: dict[str, Path], patch: pytest.MonkeyPatch) -> tuple[Study, Trial]:
+    study = omics.OmicsStudy(folders["data"], recipe=replace(omics.PAPER, epochs=20), dim=16)
+    learning, test = omics._read(folders["data"])
+    patch.setattr(omics, "_read", lambda folder: (learning, scrambled(test)))
+    return study, Trial("x", {"views": [0, 1], "fusion": "deq", "seed": 1})
+
+
+def numerals_case(folders: dict[str, Path], patch: pytest.MonkeyPatch) -> tuple[Study, Trial]:
+    recipe = replace(numerals.RECIPE, epochs=2)
+    study = numerals.NumeralsStudy(recipe=recipe, train_rows=(100,), held_rows=50)
+    whole = numerals._numerals()
+    patch.setattr(numerals, "_numerals", lambda: replace(whole, test=scrambled(whole.test)))
+    return study, Trial("x", {"rows": 100, "model": "concat", "seed": 1})
+
+
+def audiovisual_case(folders: dict[str, Path], patch: pytest.MonkeyPatch) -> tuple[Study, Trial]:
+    recipe = replace(audiovisual.RECIPE, epochs=2)
+    study = audiovisual.AudiovisualStudy(
+        folders["images"], folders["audio"], recipe=recipe, rows=(20, 10, 10)
+    )
+    whole = audiovisual._splits(folders["images"], folders["audio"], (20, 10, 10), 1)
+    changed = replace(whole, test=scrambled(whole.test))
+    patch.setattr(audiovisual, "_splits", lambda *arguments: changed)
+    return study, Trial("x", {"model": "deq", "seed": 1})
+
+
+def synthetic_case(folders: dict[str, Path], patch: pytest.MonkeyPatch) -> tuple[Study, Trial]:
+    study = synthetic.SyntheticStudy(seeds=2, steps=6, evaluate_every=1)
+    draw = synthetic.draw_problem
+
+    def other_test_rows(size: synthetic.Size, *arguments: Any) -> synthetic.Problem:
+        problem = draw(size, *arguments)
+        problem.target[:, size.rows + synthetic.HELD :] += 5
+        return problem
+
+    patch.setattr(synthetic, "draw_problem", other_test_rows)
+    return study, Trial("x", {"size": list(SIZE), "eta": 1.0, "sigma": 0.0, "model": "pro 2"})
+
+
+@pytest.mark.parametrize("case", [omics_case, numerals_case, audiovisual_case, synthetic_case])
+def test_selection_never_reads_the_test_rows(
+    case: Callable[..., tuple[Study, Trial]], folders: dict[str, Path]
+) -> None:
+    """With other test rows only what is measured on them changes."""
+    with pytest.MonkeyPatch.context() as patch:
+        study, trial = case(folders, patch)
+        torch.manual_seed(0)
+        changed = study.run(trial)
+    torch.manual_seed(0)
+    values = study.run(trial)
+    measured = {"test", "test_mse", "noise", "step_ms", "probes", "residuals", "stopped"}
+    decided = {"chosen_epoch", "chosen_step", "validation_accuracy", "validation_mse"}
+    assert decided & {*values}
+    for name in {*values} - measured:
+        assert values[name] == changed[name], name
+    assert any(values[name] != changed[name] for name in ("test", "test_mse") if name in values)
