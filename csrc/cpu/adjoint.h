@@ -17,10 +17,10 @@ class AdjointBase {
  public:
   static constexpr int W = kLanes<T>, R = NV * W;
   static constexpr bool kAnswerIsImage = false;
-  static constexpr int kLanesToTake = R;
 
   bool first_is_free() const { return true; }
   Vec<T> scale(int v, Vec<T>) const { return load(scale_ + v * W); }
+  void admit(const LaneMoves<T, NV>&) {}  // a run has one tile of rows, staged where they stay
 
  protected:
   // Solved for g / max|g|, row by row, so that squares neither vanish nor overflow.
@@ -95,7 +95,7 @@ class CellAdjoint : public AdjointBase<T, NV> {
     rstd_ = memory;
   }
 
-  void take(const LaneRows<R>& rows, T* start) {
+  void stage(const LaneRows<R>& rows, T* start, bool) {
     const CellWeights<T>& f = w_.forward;
     this->load_rhs(g_rows_, rows, tiles(d_, groups_), d_);
     std::memcpy(start, this->g_, sizeof(T) * d_ * R);
@@ -193,7 +193,7 @@ class FuseAdjoint : public AdjointBase<T, NV> {
     rstd_ = memory;
   }
 
-  void take(const LaneRows<R>& rows, T* start) {
+  void stage(const LaneRows<R>& rows, T* start, bool) {
     const FuseWeights<T>& f = w_.forward;
     this->load_rhs(g_rows_, rows, tiles(d_, groups_), d_);
     std::memcpy(start, this->g_, sizeof(T) * d_ * R);

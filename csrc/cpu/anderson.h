@@ -1,7 +1,7 @@
 // Fixed points of all rows of a range, R at a time: Anderson mixing or damped iteration in SIMD lanes.
 //
 // Each lane runs its own problem with its own count of steps. When it stops, its answer is written and it takes the
-// next row, together with as many others as make that worth while. History slots are shared in memory but
+// next row, of which a tile is kept ready. History slots are shared in memory but
 // are always read newest first and only as far back as the lane's own count, hence a row's answer does
 // not depend on its neighbours, on its lane, or on when it was taken: bit for bit.
 #pragma once
@@ -42,10 +42,11 @@ struct RowResults {
 // Map: the problem.
 //   tiles()                of d * R values that it needs
 //   first_is_free()        whether rows start with their first evaluation
-//   take(rows, start)      rows' injections into their lanes, and where they start: f(0) if first_is_free(), else z0
+//   stage(rows, start, in_place)   reads rows into waiting lanes, or into those where they are solved; `start`: f(0) if
+//                          first_is_free(), else z0
+//   admit(moves)           moves what it keeps of waiting rows into the lanes where they are solved
 //   operator()(z, f)       evaluate, whole tile
 //   scale(v, norm)         what the residuals of vector v are divided by, given the norms of f(z)
-//   kLanesToTake           idle lanes that make taking rows worth while
 //   kAnswerIsImage         whether f(z) or z itself is the answer of the best iterate z
 template <class T, int NV, class Map>
 class RowSolver {
@@ -83,40 +84,54 @@ class RowSolver {
   }
 
  private:
-  // Idle lanes take the next rows, once there are enough of them. With a free start the rows are judged at once, as
-  // if `slot` held their first evaluation, and those that end there make way for others.
+  // Idle lanes take the next rows. With a free start these are judged at once, as if `slot` held their first
+  // evaluation, and those that end there make way for others.
   void refill(int slot) {
-    while (next_ < end_ && (R - active_ >= Map::kLanesToTake || R - active_ >= end_ - next_)) {
+    while (active_ < R && (staged_ < staged_end_ || next_ < end_)) {
+      const bool in_place = active_ == 0 && staged_ == staged_end_;  // an idle tile needs no waiting room
+      if (staged_ == staged_end_) stage(in_place);
+      LaneMoves<T, NV> moves;
+      moves.whole_tile = in_place;
       LaneRows<R> taken;
       for (int l = 0; l < R; ++l) {
-        taken.row[l] = row_[l] < 0 && next_ < end_ ? next_++ : -1;
-        if (taken.row[l] < 0) continue;
-        row_[l] = taken.row[l];
+        taken.row[l] = -1;
+        if (row_[l] >= 0 || staged_ == staged_end_) continue;
+        moves.add(staged_, l);
+        row_[l] = taken.row[l] = first_staged_ + staged_++;
         count_[l] = best_at_[l] = 0;
         best_[l] = std::numeric_limits<T>::infinity();
         best_saved_[l] = false;
         ++active_;
       }
-      map_.take(taken, start_);
-      if (!map_.first_is_free()) return blend<T, NV>(taken, start_, z_, d_);
-      Vec<T> flag[NV], norm[NV] = {};
-      const Vec<T> zero{};
-      taking<T, NV>(taken, flag);
-      T *f = images_ + n_ * slot, *g = residuals_ + n_ * slot;
-      for (int64_t o = 0; o < n_; o += R)
-        for (int v = 0; v < NV; ++v) {
-          const int64_t at = o + v * W;
-          const Vec<T> s = load(start_ + at);
-          norm[v] = fma(s, s, norm[v]);
-          store(f + at, flag[v] > zero ? s : load(f + at));
-          store(g + at, flag[v] > zero ? s : load(g + at));
-        }
-      for (int v = 0; v < NV; ++v) {
-        gram_[slot][slot][v] = flag[v] > zero ? norm[v] : gram_[slot][slot][v];
-        ff_[v] = flag[v] > zero ? norm[v] : ff_[v];
+      if (!in_place) map_.admit(moves);
+      if (!map_.first_is_free()) {
+        move_lanes(moves, start_, z_, d_);
+        continue;
+      }
+      move_lanes(moves, start_, images_ + n_ * slot, d_);
+      move_lanes(moves, start_, residuals_ + n_ * slot, d_);
+      for (int k = 0; k < moves.count; ++k) {
+        const int l = moves.to[k];
+        gram_[slot][slot][l / W][l % W] = ff_[l / W][l % W] = square_of_start_[moves.from[k]];
       }
       judge(slot, &taken);
     }
+  }
+
+  // A tile of next rows, so that what they start from costs whole vectors: into waiting lanes, or where they stay.
+  void stage(bool in_place) {
+    first_staged_ = next_;
+    staged_ = 0;
+    staged_end_ = end_ - next_ < R ? int(end_ - next_) : R;
+    next_ += staged_end_;
+    map_.stage(lane_rows<R>(first_staged_, staged_end_), start_, in_place);
+    Vec<T> square[NV] = {};
+    for (int64_t o = 0; o < n_; o += R)
+      for (int v = 0; v < NV; ++v) {
+        const Vec<T> s = load(start_ + o + v * W);
+        square[v] = fma(s, s, square[v]);
+      }
+    for (int v = 0; v < NV; ++v) store(square_of_start_ + v * W, square[v]);
   }
 
   // The newest images, of all rows or only of those just taken: counts them, and writes the answers of rows that end.
@@ -230,7 +245,10 @@ class RowSolver {
   Vec<T> ff_[NV] = {};
   T best_[R];
   int64_t row_[R], next_ = 0, end_ = 0;
+  int64_t first_staged_ = 0;
+  int staged_ = 0, staged_end_ = 0;  // waiting lanes whose rows have not been taken
   int count_[R] = {}, best_at_[R] = {}, active_ = 0;
+  alignas(64) T square_of_start_[R];
   Answer answer_[R];
   bool best_saved_[R], ended_[R];
 };

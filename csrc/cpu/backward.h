@@ -18,7 +18,7 @@ void solve_tile(const P& p, Map& map, int64_t begin, int64_t end, T* u, const Ro
   }
   T *now = memory, *next = memory + d * R;
   const LaneRows<R> rows = lane_rows<R>(begin, int(end - begin));
-  map.take(rows, now);
+  map.stage(rows, now, true);
   for (int k = 0; k < p.mode; ++k) {
     map(now, next);
     std::swap(now, next);

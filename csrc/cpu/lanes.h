@@ -53,17 +53,45 @@ DEQFUSE_INLINE void taking(const LaneRows<NV * kLanes<T>>& rows, Vec<T> (&flag)[
   for (int v = 0; v < NV; ++v) flag[v] = load(lane + v * kLanes<T>);
 }
 
-// Lanes that have a row get `from`, the others keep what they hold.
+// Which lanes of one tile go into which lanes of another.
 template <class T, int NV>
-void blend(const LaneRows<NV * kLanes<T>>& rows, const T* from, T* tile, int64_t d) {
+struct LaneMoves {
+  static constexpr int W = kLanes<T>;
+  int count = 0, from[NV * W], to[NV * W];
+  bool whole_tile = false;  // every lane into its namesake, and the others hold nothing
+  Mask<T> source[NV] = {};
+  Vec<T> flag[NV] = {};  // of lanes that receive
+
+  void add(int a, int b) {
+    from[count] = a;
+    to[count++] = b;
+    source[b / W][b % W] = a;
+    flag[b / W][b % W] = T(1);
+  }
+};
+
+template <class T, int NV>
+void move_lanes(const LaneMoves<T, NV>& moves, const T* from, T* to, int64_t d) {
   constexpr int W = kLanes<T>, R = NV * W;
-  Vec<T> flag[NV];
-  taking<T, NV>(rows, flag);
-  for (int64_t i = 0; i < d; ++i)
-    for (int v = 0; v < NV; ++v) {
-      const int64_t o = i * R + v * W;
-      store(tile + o, flag[v] > Vec<T>{} ? load(from + o) : load(tile + o));
+  if (moves.whole_tile) {
+    std::memcpy(to, from, sizeof(T) * d * R);
+    return;
+  }
+#if defined(__GNUC__) && !defined(__clang__)
+  if constexpr (kBytes >= 32 && NV <= 2) {  // shuffles by variable are instructions
+    const Vec<T> zero{};
+    for (int64_t o = 0; o < d * R; o += R) {
+      const Vec<T> a = load(from + o), b = load(from + o + R - W);
+      for (int v = 0; v < NV; ++v) {
+        const Vec<T> moved = __builtin_shuffle(a, b, moves.source[v]);
+        store(to + o + v * W, moves.flag[v] > zero ? moved : load(to + o + v * W));
+      }
     }
+    return;
+  }
+#endif
+  for (int64_t o = 0; o < d * R; o += R)
+    for (int k = 0; k < moves.count; ++k) to[o + moves.to[k]] = from[o + moves.from[k]];
 }
 
 // Lanes that have a row get its values, the others keep what they hold.

@@ -35,28 +35,30 @@ class CellMap {
  public:
   static constexpr int W = kLanes<T>, R = NV * W;
   static constexpr bool kAnswerIsImage = true;
-  static constexpr int kLanesToTake = 1;
-  static int64_t tiles() { return 2; }
+  static int64_t tiles() { return 3; }
 
   CellMap(const CellWeights<T>& w, const T* x, const T* z0, int64_t d, int64_t groups, T* memory)
-      : w_(w), x_rows_(x), z0_(z0), d_(d), groups_(groups), x_(memory), hidden_(memory + d * R) {
+      : w_(w), x_rows_(x), z0_(z0), d_(d), groups_(groups), x_(memory), hidden_(memory + d * R), next_x_(memory + 2 * d * R) {
     std::memset(memory, 0, sizeof(T) * tiles() * d * R);
   }
 
   bool first_is_free() const { return z0_ == nullptr; }
   Vec<T> scale(int, Vec<T> norm) const { return norm + splat(T(1e-5)); }
 
-  void take(const LaneRows<R>& rows, T* start) {
-    rows_to_lanes<T, NV>(x_rows_, rows, x_, d_);
+  void stage(const LaneRows<R>& rows, T* start, bool in_place) {
+    T* x = in_place ? x_ : next_x_;
+    rows_to_lanes<T, NV>(x_rows_, rows, x, d_);
     if (z0_ != nullptr) return rows_to_lanes<T, NV>(z0_, rows, start, d_);
     // f(0): the first product is the bias, the second the same for all rows.
     for (int64_t i = 0; i < d_; ++i)
       for (int v = 0; v < NV; ++v) {
         const int64_t o = i * R + v * W;
-        store(start + o, load(x_ + o) + splat(w_.at_zero[i]));
+        store(start + o, load(x + o) + splat(w_.at_zero[i]));
       }
     finish(start, nullptr);
   }
+
+  void admit(const LaneMoves<T, NV>& moves) { move_lanes(moves, next_x_, x_, d_); }
 
   void operator()(const T* z, T* f) {
     product<T, NV>(w_.w1, z, w_.b1, nullptr, hidden_, d_);
@@ -74,7 +76,7 @@ class CellMap {
   const CellWeights<T> w_;
   const T *x_rows_, *z0_;
   const int64_t d_, groups_;
-  T *x_, *hidden_;
+  T *x_, *hidden_, *next_x_;
 };
 
 template <class T>
@@ -91,15 +93,14 @@ class FuseMap {
  public:
   static constexpr int W = kLanes<T>, R = NV * W;
   static constexpr bool kAnswerIsImage = true;
-  static constexpr int kLanesToTake = R / 4;  // their gates cost a product of the whole tile
-  static int64_t tiles() { return 5; }
+  static int64_t tiles() { return 8; }
 
   // `x`, `cell_sum`, `mask` (null without dropout), `z0` (null for zero): row-major (rows, d).
   FuseMap(const FuseWeights<T>& w, const T* x, const T* cell_sum, const T* mask, const T* z0, int64_t d,
           int64_t groups, T* memory)
       : w_(w), x_rows_(x), sum_rows_(cell_sum), mask_rows_(mask), z0_(z0), d_(d), groups_(groups) {
     std::memset(memory, 0, sizeof(T) * tiles() * d * R);
-    T** slots[] = {&x_, &constant_, &mask_, &gated_, &bias_};
+    T** slots[] = {&x_, &constant_, &mask_, &gated_, &bias_, &next_x_, &next_constant_, &next_mask_};
     for (T** slot : slots) {
       *slot = memory;
       memory += d * R;
@@ -110,35 +111,42 @@ class FuseMap {
   bool first_is_free() const { return z0_ == nullptr; }
   Vec<T> scale(int, Vec<T> norm) const { return norm + splat(T(1e-5)); }
 
-  void take(const LaneRows<R>& rows, T* start) {
-    rows_to_lanes<T, NV>(x_rows_, rows, x_, d_);
-    if (mask_rows_) rows_to_lanes<T, NV>(mask_rows_, rows, mask_, d_);
+  void stage(const LaneRows<R>& rows, T* start, bool in_place) {
+    T *x = in_place ? x_ : next_x_, *constant = in_place ? constant_ : next_constant_;
+    T* mask = in_place ? mask_ : next_mask_;
+    rows_to_lanes<T, NV>(x_rows_, rows, x, d_);
+    if (mask_rows_) rows_to_lanes<T, NV>(mask_rows_, rows, mask, d_);
     rows_to_lanes<T, NV>(sum_rows_, rows, start, d_);
-    product<T, NV>(w_.gate, start, bias_, nullptr, gated_, d_);
-    blend<T, NV>(rows, gated_, constant_, d_);
+    product<T, NV>(w_.gate, start, bias_, nullptr, constant, d_);
     if (z0_ != nullptr) return rows_to_lanes<T, NV>(z0_, rows, start, d_);
     // f(0): the gated product vanishes, unless the gate is NaN or infinite, which must show.
     for (int v = 0; v < NV; ++v) {
       Vec<T> poison{};
-      for (int64_t i = 0; i < d_; ++i) poison += load(constant_ + i * R + v * W) * splat(T(0));
+      for (int64_t i = 0; i < d_; ++i) poison += load(constant + i * R + v * W) * splat(T(0));
       for (int64_t i = 0; i < d_; ++i) store(start + i * R + v * W, splat(w_.fuse_bias[i]) + poison);
     }
-    finish(start);
+    finish(start, x, mask);
+  }
+
+  void admit(const LaneMoves<T, NV>& moves) {
+    move_lanes(moves, next_x_, x_, d_);
+    move_lanes(moves, next_constant_, constant_, d_);
+    if (mask_rows_) move_lanes(moves, next_mask_, mask_, d_);
   }
 
   void operator()(const T* z, T* f) {
     product<T, NV>(w_.gate, z, nullptr, constant_, gated_, d_, w_.modalities);
     for (int64_t o = 0; o < d_ * R; o += W) store(gated_ + o, load(gated_ + o) * load(z + o));
     product<T, NV>(w_.fuse, gated_, w_.fuse_bias, nullptr, f, d_);
-    finish(f);
+    finish(f, x_, mask_);
   }
 
  private:
-  void finish(T* y) {
+  void finish(T* y, const T* x, const T* mask) {
     for (int64_t o = 0; o < d_ * R; o += W) {
       Vec<T> a = load(y + o);
-      if (mask_rows_) a *= load(mask_ + o);
-      store(y + o, a + load(x_ + o));
+      if (mask_rows_) a *= load(mask + o);
+      store(y + o, a + load(x + o));
     }
     group_norm<T, NV>(y, w_.gamma, w_.beta, nullptr, d_, groups_, {!w_.relu_last, w_.relu_last});
   }
@@ -146,7 +154,7 @@ class FuseMap {
   const FuseWeights<T> w_;
   const T *x_rows_, *sum_rows_, *mask_rows_, *z0_;
   const int64_t d_, groups_;
-  T *x_, *constant_, *mask_, *gated_, *bias_;
+  T *x_, *constant_, *mask_, *gated_, *bias_, *next_x_, *next_constant_, *next_mask_;
 };
 
 }  // namespace DEQFUSE_ISA
