@@ -87,7 +87,8 @@ def extension() -> dict[str, object]:
     compiler = "".join(c for c in version.partition("\n")[0] if c.isalnum() or c in " .-_+")
     module = cpp_extension.CppExtension(
         "deqfuse._C",
-        sorted(map(str, Path("csrc/cpu").glob("*.cpp"))),
+        # csrc/cuda/host_*.cpp: the CUDA kernels' bodies on the CPU, for tests.
+        sorted(map(str, [*Path("csrc/cpu").glob("*.cpp"), *Path("csrc/cuda").glob("host_*.cpp")])),
         depends=sorted(map(str, Path("csrc").rglob("*.*"))),
         include_dirs=[pybind11.get_include()],
         define_macros=[

@@ -4,6 +4,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "../cuda/host_ops.h"
 #include "isa.h"
 
 namespace py = pybind11;
@@ -32,6 +33,11 @@ py::dict plan(int64_t rows, int64_t dim, int64_t itemsize, int64_t history) {
   return plan;
 }
 
+void host_device(int64_t shared_limit, bool reversed) {
+  if (shared_limit < 0) throw std::invalid_argument("host_device: expected shared_limit >= 0");
+  deqfuse::set_host_device({size_t(shared_limit), reversed});
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -46,4 +52,11 @@ PYBIND11_MODULE(_C, m) {
         "Args: itemsize of the compute dtype in bytes; history, Anderson's m, 0 for Picard.\n"
         "Keys: rows_per_tile, the rows that are iterated together; tiles; tile_bytes, the solver's state\n"
         "per tile, which ought to fit the second-level cache.");
+  m.def("host_device", host_device, py::arg("shared_limit") = deqfuse::HostDevice().shared_limit,
+        py::arg("reversed") = false,
+        "The device that torch.ops.deqfuse.cuda_adjoint_* play on CPU tensors, for tests of the CUDA kernels.\n\n"
+        "Args: shared_limit, bytes of shared memory per block, which decides how problems are cut; reversed, whether\n"
+        "lanes and rows are taken from the last to the first.");
+  m.def("host_plan", deqfuse::host_plan, py::arg("dim"), py::arg("num_groups"), py::arg("itemsize") = 4,
+        "How that device cuts up problems of this size: 'resident', 'streamed' or 'steps'.");
 }
