@@ -41,7 +41,7 @@ struct LinearRow {
   T norm;       // |b| after that; 1 where b is zero
   T best;       // the residual of the answer so far, relative
   T rho, alpha, shadow_norm, run_best;
-  int32_t nfe, best_at;        // applications of A; the one that found the answer
+  int32_t nfe, best_at;  // applications of A; the one that found the answer
   int32_t run_steps, run_best_at;
   Phase phase;
   Outcome outcome;
@@ -126,11 +126,16 @@ struct LinearRow {
       best = residual;
       best_at = nfe;
     }
-    if (residual <= options.tol) end(Outcome::kConverged);
-    else if (!is_finite(residual)) end(Outcome::kNonFinite);
-    else if (nfe + 3 > options.max_iter) end(Outcome::kMaxIter);
-    else if (!taken) end(Outcome::kStalled);
-    else restart(squares);
+    if (residual <= options.tol)
+      end(Outcome::kConverged);
+    else if (!is_finite(residual))
+      end(Outcome::kNonFinite);
+    else if (nfe + 3 > options.max_iter)
+      end(Outcome::kMaxIter);
+    else if (!taken)
+      end(Outcome::kStalled);
+    else
+      restart(squares);
     return taken;
   }
 

@@ -25,7 +25,8 @@ DEQFUSE_BODY void adjoint_whole(P& policy, const AdjointProblem<T>& p, int block
     op.pull(policy);
     policy.template product<true>(weights[1], m.slot(kWork), m.slot(kWork), p, m.stride, Dressing<T>{});
     op.pull_on(policy);
-    policy.template product<true>(weights[0], m.slot(Kind<T, kRows>::kPulledSlot), m.slot(kWork), p, m.stride, op.pulled());
+    policy.template product<true>(weights[0], m.slot(Kind<T, kRows>::kPulledSlot), m.slot(kWork), p, m.stride,
+                                  op.pulled());
     op.advance(policy);
   }
   op.finish_1(policy);
@@ -44,7 +45,7 @@ enum class Stage { kLinearise1, kLinearise2, kLinearise3, kPullOn, kAdvance, kFi
 template <class T>
 struct StepMemory {
   char* base;
-  size_t bytes;  // of one tile
+  size_t bytes;   // of one tile
   int64_t tiles;  // of one block
 
   DEQFUSE_INLINE void* at(int block, int64_t tile) const { return base + (block * tiles + tile) * bytes; }
@@ -60,14 +61,24 @@ DEQFUSE_BODY void adjoint_stage(P& policy, const AdjointProblem<T>& p, int block
   const TileMemory<T, kStepRows> m(memory.at(block, tile), p.d, p.groups, kStepSlots);
   Kind<T, kStepRows> op(p, block, tile, m, kSlots);
   switch (stage) {
-    case Stage::kLinearise1: return op.linearise_1(policy);
-    case Stage::kLinearise2: return op.linearise_2(policy);
-    case Stage::kPullOn: return op.pull_on(policy);
-    case Stage::kFinish1: return op.finish_1(policy);
-    case Stage::kFinish2: return op.finish_2(policy);
-    case Stage::kFinish3: return op.finish_3(policy);
-    case Stage::kLinearise3: op.linearise_3(policy); break;
-    case Stage::kAdvance: op.advance(policy); break;
+    case Stage::kLinearise1:
+      return op.linearise_1(policy);
+    case Stage::kLinearise2:
+      return op.linearise_2(policy);
+    case Stage::kPullOn:
+      return op.pull_on(policy);
+    case Stage::kFinish1:
+      return op.finish_1(policy);
+    case Stage::kFinish2:
+      return op.finish_2(policy);
+    case Stage::kFinish3:
+      return op.finish_3(policy);
+    case Stage::kLinearise3:
+      op.linearise_3(policy);
+      break;
+    case Stage::kAdvance:
+      op.advance(policy);
+      break;
   }
   const bool busy = policy.any(op.count, [&](int r) { return op.active(r); });
   policy.each(1, [&](int) { memory.busy(block, tile) = busy; });
@@ -78,8 +89,8 @@ DEQFUSE_BODY void adjoint_stage(P& policy, const AdjointProblem<T>& p, int block
 enum class Step { kForward0, kForward1, kPull1, kPull0, kOwed0 };
 
 template <template <class, int> class Kind, class T, class P>
-DEQFUSE_BODY void adjoint_product(P& policy, const AdjointProblem<T>& p, int block, int tile, const StepMemory<T>& memory,
-                                  Step step, bool always) {
+DEQFUSE_BODY void adjoint_product(P& policy, const AdjointProblem<T>& p, int block, int tile,
+                                  const StepMemory<T>& memory, Step step, bool always) {
   if (!always && !policy.any(P::kTiles, [&](int t) { return tile + t < memory.tiles && memory.busy(block, tile + t); }))
     return;
   const TileMemory<T, kStepRows> m(memory.at(block, tile), p.d, p.groups, kStepSlots);
@@ -99,8 +110,8 @@ DEQFUSE_BODY void adjoint_product(P& policy, const AdjointProblem<T>& p, int blo
 
 // A parameter vector's gradient at feature i: its sums over all tiles, in order.
 template <class T>
-DEQFUSE_BODY void vector_gradient(const AdjointProblem<T>& p, int block, int kind, int kinds, int64_t tiles, T first_scale,
-                                  int i) {
+DEQFUSE_BODY void vector_gradient(const AdjointProblem<T>& p, int block, int kind, int kinds, int64_t tiles,
+                                  T first_scale, int i) {
   T sum = T(0);
   for (int64_t t = 0; t < tiles; ++t) sum += p.sums[((block * tiles + t) * kinds + kind) * p.d + i];
   p.vector_grads[block][kind][i] = kind == 0 ? first_scale * sum : sum;

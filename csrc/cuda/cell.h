@@ -23,8 +23,8 @@ class CellTile : public Tile<T, kRows> {
  public:
   using Base::count;
   static constexpr int kParams = 10, kSums = 8;
-  static constexpr int kPulledSlot = kWork;      // what the second product of J^T multiplies
-  static constexpr bool kOwesProduct = false;    // whether `finish` needs it, too
+  static constexpr int kPulledSlot = kWork;    // what the second product of J^T multiplies
+  static constexpr bool kOwesProduct = false;  // whether `finish` needs it, too
 
   using Base::Base;
 
@@ -180,9 +180,8 @@ class CellTile : public Tile<T, kRows> {
         work[i] = b;
         return Two<T>{b, b * x_hat2[i]};
       });
-      part.each(width, [&](int i) {
-        work[i] = norm_symmetric<L>(work[i], second.a * inv, x_hat2[i], second.b * inv, rstd2);
-      });
+      part.each(width,
+                [&](int i) { work[i] = norm_symmetric<L>(work[i], second.a * inv, x_hat2[i], second.b * inv, rstd2); });
     });
   }
 

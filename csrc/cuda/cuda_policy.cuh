@@ -52,7 +52,8 @@ class CudaLanes {
   __device__ __forceinline__ void groups(int count, int n, F f) const {
     const int lanes = lanes_per_group(count), part = lane_ / lanes;
     const unsigned all = lanes == kWarp ? ~0u : (1u << lanes) - 1, mask = all << part * lanes;
-    for (int g = part; g < count; g += kWarp / lanes) f(CudaLanes(lane_ % lanes, lanes, rotation(g, lanes, n), mask), g);
+    for (int g = part; g < count; g += kWarp / lanes)
+      f(CudaLanes(lane_ % lanes, lanes, rotation(g, lanes, n), mask), g);
     __syncwarp(mask_);
   }
   template <class F>
@@ -92,10 +93,13 @@ class CudaPolicy {
   __device__ __forceinline__ void sync() const { __syncthreads(); }
 
   template <bool kTransposed>
-  __device__ __forceinline__ void product(const Matrix<T>& a, const T* in, T* out, const AdjointProblem<T>& p, int stride,
-                                          const Dressing<T>& dress, int tiles = 1, ptrdiff_t tile_bytes = 0) const {
-    if (sizeof(T) == 8 || p.exact) product_as<kTransposed, true>(a, in, out, p.d, stride, dress, tiles, tile_bytes);
-    else product_as<kTransposed, false>(a, in, out, p.d, stride, dress, tiles, tile_bytes);
+  __device__ __forceinline__ void product(const Matrix<T>& a, const T* in, T* out, const AdjointProblem<T>& p,
+                                          int stride, const Dressing<T>& dress, int tiles = 1,
+                                          ptrdiff_t tile_bytes = 0) const {
+    if (sizeof(T) == 8 || p.exact)
+      product_as<kTransposed, true>(a, in, out, p.d, stride, dress, tiles, tile_bytes);
+    else
+      product_as<kTransposed, false>(a, in, out, p.d, stride, dress, tiles, tile_bytes);
   }
 
  private:
@@ -128,7 +132,8 @@ class CudaPolicy {
         const ptrdiff_t shift = n * 8 / kRows * tile_bytes;
 #pragma unroll
         for (int q = 0; q < M::kC; ++q) {
-          const int j = first_of(unit) + lane_ / 4 + 8 * (q / 2), at = (n * 8 % kRows + 2 * (lane_ % 4) + q % 2) * stride + j;
+          const int j = first_of(unit) + lane_ / 4 + 8 * (q / 2),
+                    at = (n * 8 % kRows + 2 * (lane_ % 4) + q % 2) * stride + j;
           if (j >= end_) continue;
           T value = dress.scale * sums[unit][n][q];
           if (dress.bias) value += dress.bias_scale * dress.bias[j];
@@ -159,8 +164,12 @@ class CudaPolicy {
     }
     int k = 0;
 #pragma unroll 4
-    for (; k + M::kDepth <= d; k += M::kDepth) step<kExact>(from, rows, along, k, [](int) { return true; }, sums);
-    if (k < d) step<kExact>(from, rows, along, k, [&](int q) { return k + depth + 4 * q < d; }, sums);
+    for (; k + M::kDepth <= d; k += M::kDepth)
+      step<kExact>(
+          from, rows, along, k, [](int) { return true; }, sums);
+    if (k < d)
+      step<kExact>(
+          from, rows, along, k, [&](int q) { return k + depth + 4 * q < d; }, sums);
   }
 
   template <bool kExact, class There>

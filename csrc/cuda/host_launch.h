@@ -17,21 +17,25 @@ class HostLauncher {
   template <template <class, int> class Kind>
   void whole(const AdjointProblem<T>& p, const TilePlan& plan, int64_t tiles) const {
     constexpr int kWide = sizeof(T) == 4 ? 16 : 8;
-    if (plan.rows == kWide) whole_tiles<Kind, kWide>(p, plan, tiles);
-    else whole_tiles<Kind, 8>(p, plan, tiles);
+    if (plan.rows == kWide)
+      whole_tiles<Kind, kWide>(p, plan, tiles);
+    else
+      whole_tiles<Kind, 8>(p, plan, tiles);
   }
 
   template <template <class, int> class Kind>
   void stage(const AdjointProblem<T>& p, const StepMemory<T>& memory, Stage stage) const {
     HostPolicy<T, kStepRows, 1> policy(reversed_, 0, p.d);
-    for_grid(p, memory.tiles, 1, [&](int block, int tile) { adjoint_stage<Kind>(policy, p, block, tile, memory, stage); });
+    for_grid(p, memory.tiles, 1,
+             [&](int block, int tile) { adjoint_stage<Kind>(policy, p, block, tile, memory, stage); });
   }
 
   template <template <class, int> class Kind>
   void product(const AdjointProblem<T>& p, const StepMemory<T>& memory, Step step, bool always) const {
     constexpr int kFeatures = 64;
     for (int begin = 0; begin < p.d; begin += kFeatures) {
-      HostPolicy<T, kStepRows, kProductTiles> policy(reversed_, begin, begin + kFeatures < p.d ? begin + kFeatures : p.d);
+      HostPolicy<T, kStepRows, kProductTiles> policy(reversed_, begin,
+                                                     begin + kFeatures < p.d ? begin + kFeatures : p.d);
       for_grid(p, memory.tiles, kProductTiles,
                [&](int block, int tile) { adjoint_product<Kind>(policy, p, block, tile, memory, step, always); });
     }
@@ -64,7 +68,8 @@ class HostLauncher {
         weights[which] = {p.params[block][2 * which], stride};
         if (!resident) continue;
         T* copy = reinterpret_cast<T*>(tile_memory);
-        for (int i = 0; i < p.d; ++i) std::memcpy(copy + i * stride, p.params[block][2 * which] + i * p.d, sizeof(T) * p.d);
+        for (int i = 0; i < p.d; ++i)
+          std::memcpy(copy + i * stride, p.params[block][2 * which] + i * p.d, sizeof(T) * p.d);
         weights[which].a = copy;
         tile_memory += sizeof(T) * round_up(p.d, 8) * stride;
       }

@@ -105,8 +105,8 @@ class HostPolicy {
   void sync() const {}
 
   template <bool kTransposed>
-  void product(const Matrix<T>& a, const T* in, T* out, const AdjointProblem<T>& p, int stride, const Dressing<T>& dress,
-               int tiles = 1, ptrdiff_t tile_bytes = 0) const {
+  void product(const Matrix<T>& a, const T* in, T* out, const AdjointProblem<T>& p, int stride,
+               const Dressing<T>& dress, int tiles = 1, ptrdiff_t tile_bytes = 0) const {
     T line[kRows];
     for (int tile = 0; tile < tiles; ++tile) {
       const ptrdiff_t shift = tile * tile_bytes / ptrdiff_t(sizeof(T));

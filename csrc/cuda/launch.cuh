@@ -53,13 +53,14 @@ template <template <class, int> class Kind, class T>
 __global__ void __launch_bounds__(kProductThreads, 2)
     adjoint_product_kernel(const __grid_constant__ AdjointProblem<T> p, StepMemory<T> memory, Step step, bool always) {
   constexpr int kFeatures = kProductThreads / kWarp * Mma<T>::kFeatures;
-  const int begin = blockIdx.x * kFeatures;
+  const int begin = blockIdx.y * kFeatures;
   CudaPolicy<T, kStepRows, kProductTiles> policy(begin, begin + kFeatures < p.d ? begin + kFeatures : p.d);
-  adjoint_product<Kind>(policy, p, blockIdx.z, blockIdx.y * kProductTiles, memory, step, always);
+  adjoint_product<Kind>(policy, p, blockIdx.z, blockIdx.x * kProductTiles, memory, step, always);
 }
 
 template <class T>
-__global__ void vector_gradient_kernel(const __grid_constant__ AdjointProblem<T> p, int kinds, int64_t tiles, T first_scale) {
+__global__ void vector_gradient_kernel(const __grid_constant__ AdjointProblem<T> p, int kinds, int64_t tiles,
+                                       T first_scale) {
   const int i = blockIdx.x * blockDim.x + threadIdx.x;
   if (i < p.d) vector_gradient(p, blockIdx.z, blockIdx.y, kinds, tiles, first_scale, i);
 }
@@ -72,9 +73,12 @@ class CudaLauncher {
   template <template <class, int> class Kind>
   void whole(const AdjointProblem<T>& p, const TilePlan& plan, int64_t tiles) const {
     constexpr int kWide = sizeof(T) == 4 ? 16 : 8;
-    if (plan.cut == Cut::kResident) launch(adjoint_whole_kernel<Kind, T, kWide, true>, p, plan, tiles);
-    else if (plan.rows == kWide) launch(adjoint_whole_kernel<Kind, T, kWide, false>, p, plan, tiles);
-    else launch(adjoint_whole_kernel<Kind, T, 8, false>, p, plan, tiles);
+    if (plan.cut == Cut::kResident)
+      launch(adjoint_whole_kernel<Kind, T, kWide, true>, p, plan, tiles);
+    else if (plan.rows == kWide)
+      launch(adjoint_whole_kernel<Kind, T, kWide, false>, p, plan, tiles);
+    else
+      launch(adjoint_whole_kernel<Kind, T, 8, false>, p, plan, tiles);
   }
 
   template <template <class, int> class Kind>
@@ -89,13 +93,13 @@ class CudaLauncher {
     const unsigned features = (p.d + kFeatures - 1) / kFeatures;
     const int64_t pairs = (memory.tiles + kProductTiles - 1) / kProductTiles;
     adjoint_product_kernel<Kind, T>
-        <<<dim3(features, pairs, p.blocks), kProductThreads, 0, stream_>>>(p, memory, step, always);
+        <<<dim3(pairs, features, p.blocks), kProductThreads, 0, stream_>>>(p, memory, step, always);
     expect_success(cudaGetLastError());
   }
 
   void vector_gradients(const AdjointProblem<T>& p, int kinds, int64_t tiles, bool fuse) const {
-    vector_gradient_kernel<T><<<dim3((p.d + 127) / 128, kinds, p.blocks), 128, 0, stream_>>>(
-        p, kinds, tiles, fuse ? p.modalities : T(1));
+    vector_gradient_kernel<T>
+        <<<dim3((p.d + 127) / 128, kinds, p.blocks), 128, 0, stream_>>>(p, kinds, tiles, fuse ? p.modalities : T(1));
     expect_success(cudaGetLastError());
   }
 

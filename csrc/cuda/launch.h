@@ -40,7 +40,8 @@ void launch_adjoint(const Launcher& launcher, const AdjointProblem<T>& p, const 
       stage(Stage::kFinish3);
     }
   }
-  if (p.sums != nullptr) launcher.vector_gradients(p, Kind<T, kStepRows>::kSums, tiles, Kind<T, kStepRows>::kOwesProduct);
+  if (p.sums != nullptr)
+    launcher.vector_gradients(p, Kind<T, kStepRows>::kSums, tiles, Kind<T, kStepRows>::kOwesProduct);
 }
 
 }  // namespace DEQFUSE_ISA

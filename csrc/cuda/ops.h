@@ -18,12 +18,21 @@ inline Tensor weight_gradient(const Tensor& cotangent, const Tensor& input) {
 template <class Device>
 class AdjointCall {
  public:
-  AdjointCall(const Device& device, const Tensor& z, int64_t blocks, bool want_params, const Options& options, int64_t mode)
-      : device_(device), place_(device.place(z)), dtype_(z.scalar_type()), blocks_(blocks), rows_(z.size(-2)),
-        d_(z.size(-1)), want_(want_params), mode_(mode), options_(options) {
+  AdjointCall(const Device& device, const Tensor& z, int64_t blocks, bool want_params, const Options& options,
+              int64_t mode)
+      : device_(device),
+        place_(device.place(z)),
+        dtype_(z.scalar_type()),
+        blocks_(blocks),
+        rows_(z.size(-2)),
+        d_(z.size(-1)),
+        want_(want_params),
+        mode_(mode),
+        options_(options) {
     options.expect();
     expect_sizes(dtype_, d_, 1);
-    STD_TORCH_CHECK(rows_ <= std::numeric_limits<int32_t>::max(), "deqfuse: expected at most 2^31 - 1 rows, got ", rows_);
+    STD_TORCH_CHECK(rows_ <= std::numeric_limits<int32_t>::max(), "deqfuse: expected at most 2^31 - 1 rows, got ",
+                    rows_);
     STD_TORCH_CHECK(d_ <= 1 << 15, "deqfuse: expected at most 32768 features, got ", d_);
   }
 
@@ -33,20 +42,25 @@ class AdjointCall {
   // Runs f on a problem of a number type, for every kMaxBlocks blocks.
   template <template <class, int> class Kind, class Fill>
   void run(int64_t groups, const Tensors& params, const Tensors& grads, const Statistics& statistics, Fill fill) const {
-    if (dtype_ == ScalarType::Float) run_as<Kind, float>(groups, params, grads, statistics, fill);
-    else run_as<Kind, double>(groups, params, grads, statistics, fill);
+    if (dtype_ == ScalarType::Float)
+      run_as<Kind, float>(groups, params, grads, statistics, fill);
+    else
+      run_as<Kind, double>(groups, params, grads, statistics, fill);
   }
 
  private:
   template <template <class, int> class Kind, class T, class Fill>
-  void run_as(int64_t groups, const Tensors& params, const Tensors& grads, const Statistics& statistics, Fill fill) const {
+  void run_as(int64_t groups, const Tensors& params, const Tensors& grads, const Statistics& statistics,
+              Fill fill) const {
     using Op = Kind<T, kStepRows>;
     const TilePlan plan = make_plan<T>(int(d_), int(groups), device_.shared_limit());
     const int64_t tiles = (rows_ + plan.rows - 1) / plan.rows;
-    const Tensor u = matrices(), sums = empty({want_ ? blocks_ * tiles * Op::kSums * d_ : 0}, dtype_, place_);
+    // Never empty where gradients are wanted: its address says so.
+    const Tensor u = matrices(), sums = empty({want_ ? blocks_ * tiles * Op::kSums * d_ + 1 : 0}, dtype_, place_);
     const bool steps = plan.cut == Cut::kSteps;
-    const Tensor memory = empty({steps ? int64_t(plan.shared_bytes) * tiles * std::min<int64_t>(blocks_, kMaxBlocks) : 0},
-                                ScalarType::Byte, place_);
+    const Tensor memory =
+        empty({steps ? int64_t(plan.shared_bytes) * tiles * std::min<int64_t>(blocks_, kMaxBlocks) : 0},
+              ScalarType::Byte, place_);
     for (int64_t begin = 0; begin < blocks_; begin += kMaxBlocks) {
       const int64_t count = std::min<int64_t>(blocks_ - begin, kMaxBlocks), at = begin * rows_, size = at * d_;
       AdjointProblem<T> p{};
@@ -91,15 +105,23 @@ inline Tensors vector_grads(const Tensors& params, int64_t size, bool want, Plac
   return out;
 }
 
+// A kernel may only be given what its device can reach.
+inline void expect_beside(const Tensor& z, const Tensor& t, const char* name) {
+  STD_TORCH_CHECK(t.is_cuda() == z.is_cuda() && t.get_device_index() == z.get_device_index(), "deqfuse: ", name,
+                  ": expected a tensor on the device of the equilibria");
+}
+
 template <class T>
 T* data_or_null(const Tensor& t, bool there, int64_t at) {
   return there ? data<T>(t) + at : nullptr;
 }
 
 template <class Device>
-std::tuple<Tensor, Tensors, Tensor, Tensor, Tensor> adjoint_cells_on(
-    const Device& device, const Tensor& g, const Tensor& z, const Tensor& x, const Tensors& params, bool want_params,
-    int64_t groups, bool skip, int64_t mode, const Options& options, bool allow_tf32) {
+std::tuple<Tensor, Tensors, Tensor, Tensor, Tensor> adjoint_cells_on(const Device& device, const Tensor& g,
+                                                                     const Tensor& z, const Tensor& x,
+                                                                     const Tensors& params, bool want_params,
+                                                                     int64_t groups, bool skip, int64_t mode,
+                                                                     const Options& options, bool allow_tf32) {
   const int64_t n = z.size(0), rows = z.size(1), d = z.size(2);
   const ScalarType dtype = z.scalar_type();
   const AdjointCall<Device> call(device, z, n, want_params, options, mode);
@@ -109,6 +131,9 @@ std::tuple<Tensor, Tensors, Tensor, Tensor, Tensor> adjoint_cells_on(
   expect(cotangents, (shared ? 1 : n) * rows * d, dtype, "grad_z");
   expect(x, n * rows * d, dtype, "x");
   expect_params(params, 0, n, 10, d, dtype);
+  for (const Tensor& t : params) expect_beside(z, t, "params");
+  expect_beside(z, g, "grad_z");
+  expect_beside(z, x, "x");
   const Place place = device.place(z);
   const Statistics statistics({n, rows}, dtype, place);
   const Tensor dx = call.matrices(), dy1 = call.matrices_if_wanted(), hidden = call.matrices_if_wanted();
@@ -135,9 +160,9 @@ std::tuple<Tensor, Tensors, Tensor, Tensor, Tensor> adjoint_cells_on(
 
 template <class Device>
 std::tuple<Tensor, Tensor, Tensors, Tensor, Tensor, Tensor> adjoint_fuse_on(
-    const Device& device, const Tensor& g, const Tensor& z, const Tensor& x, const Tensor& cell_sum, const Tensors& params,
-    bool want_params, const std::optional<Tensor>& mask, int64_t modalities, int64_t groups, bool relu_last, int64_t mode,
-    const Options& options, bool allow_tf32) {
+    const Device& device, const Tensor& g, const Tensor& z, const Tensor& x, const Tensor& cell_sum,
+    const Tensors& params, bool want_params, const std::optional<Tensor>& mask, int64_t modalities, int64_t groups,
+    bool relu_last, int64_t mode, const Options& options, bool allow_tf32) {
   const int64_t rows = z.size(0), d = z.size(1);
   const ScalarType dtype = z.scalar_type();
   const AdjointCall<Device> call(device, z, 1, want_params, options, mode);
@@ -147,6 +172,9 @@ std::tuple<Tensor, Tensor, Tensors, Tensor, Tensor, Tensor> adjoint_fuse_on(
   expect(cell_sum, rows * d, dtype, "cell_sum");
   expect(mask, rows * d, dtype, "mask");
   expect_params(params, 0, 1, 6, d, dtype);
+  for (const Tensor& t : params) expect_beside(z, t, "params");
+  for (const Tensor* t : {&g, &x, &cell_sum}) expect_beside(z, *t, "grad_z, x_fuse, cell_sum");
+  if (mask) expect_beside(z, *mask, "mask");
   const Place place = device.place(z);
   const Statistics statistics({rows}, dtype, place);
   const Shape shape{rows, d}, wanted{want_params ? rows : 0, d}, masked{want_params && mask ? rows : 0, d};

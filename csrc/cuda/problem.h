@@ -16,14 +16,14 @@ template <class T>
 struct AdjointProblem {
   int64_t rows;
   int blocks, d, groups;
-  bool variant;     // cells: the skip; fuse step: relu last
-  bool exact;       // products in full float32 rather than TF32
+  bool variant;  // cells: the skip; fuse step: relu last
+  bool exact;    // products in full float32 rather than TF32
   T modalities;
   LinearOptions<T> options;
   const T *z, *x, *cell_sum, *mask;  // mask may be null
   const T* g;
   int64_t g_stride;  // from one block's cotangents to the next one's: 0 where they share them
-  T *u;              // answers, of the scaled problem
+  T* u;              // answers, of the scaled problem
   T *dx, *dcell_sum;
   T* residual;
   int32_t* nfe;
@@ -93,7 +93,8 @@ template <class T>
 TilePlan make_plan(int d, int groups, size_t shared_limit) {
   const size_t weights = 2 * size_t(round_up(d, 8)) * weight_stride(d) * sizeof(T);
   constexpr int kWide = sizeof(T) == 4 ? 16 : 8;
-  const size_t wide = TileMemory<T, kWide>::bytes(d, groups, kSlots), narrow = TileMemory<T, 8>::bytes(d, groups, kSlots);
+  const size_t wide = TileMemory<T, kWide>::bytes(d, groups, kSlots),
+               narrow = TileMemory<T, 8>::bytes(d, groups, kSlots);
   if (d <= 128 && weights + wide <= shared_limit) return {Cut::kResident, kWide, 256, weights + wide};
   if (d <= kWholeMax && wide <= shared_limit) return {Cut::kStreamed, kWide, 512, wide};
   if (d <= kWholeMax && narrow <= shared_limit) return {Cut::kStreamed, 8, 512, narrow};

@@ -45,10 +45,18 @@ class Tile {
   // `first`: the tile's first row within its block; `product_slot`: where products leave their results.
   DEQFUSE_BODY Tile(const AdjointProblem<T>& problem, int block, int tile, const TileMemory<T, kRows>& memory,
                     int product_slot)
-      : p(problem), m(memory), d(problem.d), groups(problem.groups), width(problem.d / problem.groups),
-        product_slot_(product_slot), tile_(tile), block_(block), first(int64_t(block) * problem.rows + int64_t(tile) * kRows),
+      : p(problem),
+        m(memory),
+        d(problem.d),
+        groups(problem.groups),
+        width(problem.d / problem.groups),
+        product_slot_(product_slot),
+        tile_(tile),
+        block_(block),
+        first(int64_t(block) * problem.rows + int64_t(tile) * kRows),
         count(int(problem.rows - int64_t(tile) * kRows < kRows ? problem.rows - int64_t(tile) * kRows : kRows)),
-        cotangents_(problem.g + block * problem.g_stride + int64_t(tile) * kRows * problem.d), q(problem.params[block]) {}
+        cotangents_(problem.g + block * problem.g_stride + int64_t(tile) * kRows * problem.d),
+        q(problem.params[block]) {}
 
   // Row r of a matrix of all rows.
   template <class A>
@@ -60,16 +68,16 @@ class Tile {
   template <class P>
   DEQFUSE_BODY void clear_idle(P& policy) {
     const int idle = (kRows - count) * d;
-    policy.each(idle, [&](int i) {
-      m.slot(kWork, count + i / d)[i % d] = m.slot(kExtra, count + i / d)[i % d] = T(0);
-    });
+    policy.each(idle,
+                [&](int i) { m.slot(kWork, count + i / d)[i % d] = m.slot(kExtra, count + i / d)[i % d] = T(0); });
   }
 
   // Where every row starts.
   template <class Lanes>
   DEQFUSE_BODY void begin_row(const Lanes& lanes, int r) {
     const T* g = cotangents_ + int64_t(r) * d;
-    T *x = m.slot(kX, r), *residual = m.slot(kResidual, r), *shadow = m.slot(kShadow, r), *direction = m.slot(kDirection, r);
+    T *x = m.slot(kX, r), *residual = m.slot(kResidual, r), *shadow = m.slot(kShadow, r),
+      *direction = m.slot(kDirection, r);
     T* u = row_of(p.u, r);
     T largest = lanes.largest(d, [&](int i) { return g[i] < T(0) ? -g[i] : g[i]; });
     if (largest == T(0)) largest = T(1);  // u = 0 solves such a row
@@ -89,9 +97,12 @@ class Tile {
   // The vector that the row's next application of J^T is for.
   DEQFUSE_BODY const T* operand(int r) const {
     switch (m.row(r).phase) {
-      case Phase::kDirection: return m.slot(kDirection, r);
-      case Phase::kStabilise: return m.slot(kResidual, r);
-      default: return m.slot(kX, r);
+      case Phase::kDirection:
+        return m.slot(kDirection, r);
+      case Phase::kStabilise:
+        return m.slot(kResidual, r);
+      default:
+        return m.slot(kX, r);
     }
   }
   DEQFUSE_BODY bool active(int r) const { return m.row(r).phase != Phase::kDone; }
@@ -126,7 +137,8 @@ class Tile {
       T beta;
       if (row.continues(next.a, next.b, omega, p.options, beta))
         lanes.each(d, [&](int i) { direction[i] = residual[i] + beta * (direction[i] - omega * v[i]); });
-      else if (row.phase == Phase::kDirection) lanes.each(d, [&](int i) { shadow[i] = direction[i] = residual[i]; });
+      else if (row.phase == Phase::kDirection)
+        lanes.each(d, [&](int i) { shadow[i] = direction[i] = residual[i]; });
     } else if (row.phase == Phase::kCheck) {
       const T squares = lanes.sum(d, [&](int i) {
         const T a = g[i] / row.magnitude - x[i] + image[i];

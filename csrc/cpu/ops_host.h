@@ -13,7 +13,12 @@ struct HostDevice {
 
 void set_host_device(const HostDevice& device);
 
-// How it cuts up problems of this size: "resident", "streamed" or "steps".
-const char* host_plan(int64_t d, int64_t groups, int64_t itemsize);
+// How it cuts up problems of this size: "resident", "streamed" or "steps"; a tile's rows, the threads of a block, the
+// bytes of shared memory, or of global memory for each tile of steps.
+struct HostPlan {
+  const char* cut;
+  int64_t rows, threads, bytes;
+};
+HostPlan host_plan(int64_t d, int64_t groups, int64_t itemsize);
 
 }  // namespace deqfuse
