@@ -70,12 +70,17 @@ struct LinearRow {
   }
 
   // r, of this many squares, becomes the shadow residual and the direction.
-  DEQFUSE_INLINE void restart(T squares) {
+  DEQFUSE_INLINE void look_along(T squares) {
     rho = squares;
     shadow_norm = std::sqrt(squares);
+    phase = Phase::kDirection;
+  }
+
+  // The same at the start of a run.
+  DEQFUSE_INLINE void restart(T squares) {
     run_best = squares;
     run_steps = run_best_at = 0;
-    phase = Phase::kDirection;
+    look_along(squares);
   }
 
   // With v = (I - A) p: how far to go along it.
@@ -92,7 +97,7 @@ struct LinearRow {
   }
 
   // What follows the step, given (r, r) and (shadow, r): true if p <- r + beta (p - omega v). Otherwise x is checked,
-  // or, after a breakdown, r begins a new recurrence (the phase tells).
+  // or, after a breakdown, r is the new shadow residual and direction (the phase tells).
   DEQFUSE_INLINE bool continues(T squares, T shadow_r, T omega, const LinearOptions<T>& options, T& beta) {
     const T length = std::sqrt(squares);
     ++run_steps;
@@ -107,7 +112,7 @@ struct LinearRow {
     }
     const T size = shadow_r < T(0) ? -shadow_r : shadow_r;
     if (size <= kEpsilon<T> * kEpsilon<T> * shadow_norm * length || omega == T(0)) {
-      restart(squares);
+      look_along(squares);
       return false;
     }
     beta = divide(shadow_r, rho) * divide(alpha, omega);

@@ -1,6 +1,6 @@
 """Compiles the CUDA kernels: for setup.py, for tests, and for the table of what each kernel needs.
 
-    python csrc/cuda/build.py --table     # rewrites it in docs/kernels-gpu-adjoint.md
+    python csrc/cuda/build.py --table     # rewrites it in docs/kernels-gpu-adjoint.md (two minutes)
 
 No GPU is needed, nor a torch with CUDA: the operators use torch's stable ABI only.
 """
@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import os
 import re
-import shutil
 import subprocess
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
@@ -71,6 +70,21 @@ def run(command: list[str | Path]) -> str:
     return result.stdout + result.stderr
 
 
+def make(target: Path, command: list[str | Path]) -> str:
+    """What ``command -o target`` says; what it said if target is newer than all sources."""
+    log, line = target.with_suffix(".log"), f"{command}\n"
+    sources = (p for p in HERE.parent.rglob("*.*") if p.suffix in (".h", ".cuh", ".cu", ".cpp"))
+    newest = max(path.stat().st_mtime for path in sources)
+    if target.exists() and target.stat().st_mtime > newest and log.exists():
+        before, said = log.read_text().partition("\n")[::2]
+        if f"{before}\n" == line:
+            return said
+    log.unlink(missing_ok=True)
+    said = run([*command, "-o", target])
+    log.write_text(line + said)
+    return said
+
+
 def compile_kernels(
     archs: str, out: Path, strict: bool = False, jobs: int | None = None
 ) -> dict[Path, str]:
@@ -87,7 +101,7 @@ def compile_kernels(
 
     def compile_one(source: Path) -> tuple[Path, str]:
         made = out / f"{source.stem}.o"
-        return made, run([nvcc, *flags, *targets(archs), "-c", source, "-o", made])
+        return made, make(made, [nvcc, *flags, *targets(archs), "-c", source])
 
     jobs = jobs or int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
     with ThreadPoolExecutor(jobs) as pool:
@@ -95,30 +109,22 @@ def compile_kernels(
 
 
 def build_library(archs: str, out: Path, cxx: list[str], strict: bool = False) -> Path:
-    """``out/_cuda.so``: operators and kernels; as it is if it is newer than their sources.
-
-    The CUDA runtime is linked in, since torch's own may be another one.
-    """
+    """``out/_cuda.so``: operators and kernels. The CUDA runtime is in it: torch's may differ."""
     import torch
     from torch.utils import cpp_extension
 
     folder = toolkit()
-    operators, library, stamp = out / "ops.o", out / "_cuda.so", out / "built-with"
-    wanted = f"{archs}, {folder}, torch {torch.__version__}, {cxx}"
-    newest = max(path.stat().st_mtime for path in HERE.parent.rglob("*.*"))
-    if library.exists() and library.stat().st_mtime > newest and stamp.read_text() == wanted:
-        return library
+    operators, library = out / "ops.o", out / "_cuda.so"
     objects = list(compile_kernels(archs, out, strict))
     warnings = ["-Wall", "-Wextra", "-Wno-unused-parameter", *(["-Werror"] if strict else [])]
     include = [f"-I{path}" for path in (*cpp_extension.include_paths(), folder / "include")]
     defines = ["-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
     flags = ["-std=c++17", "-O2", "-g0", "-fPIC", "-fvisibility=hidden", *warnings, *defines]
-    run([*cxx, *flags, *include, "-c", HERE / "ops.cpp", "-o", operators])
+    make(operators, [*cxx, *flags, *include, "-c", HERE / "ops.cpp"])
     torch_lib = Path(torch.__file__).parent / "lib"
     link = ["-shared", "-Xcompiler=-fPIC", "-Xlinker=--no-as-needed", f"-L{torch_lib}"]
     libraries = ["-lc10", "-ltorch", "-ltorch_cpu"]
-    run([folder / "bin" / "nvcc", *link, *objects, operators, *libraries, "-o", library])
-    stamp.write_text(wanted)
+    make(library, [folder / "bin" / "nvcc", *link, *objects, operators, *libraries])
     return library
 
 
@@ -172,7 +178,7 @@ def all_resources(arch: str, out: Path) -> list[Resources]:
 
 def table(by_arch: dict[str, list[Resources]]) -> str:
     """Markdown, one line for each kernel."""
-    head = ["kernel: registers / spilled bytes", *(f"sm_{a.replace('.', '')}" for a in by_arch)]
+    head = ["kernel", *(f"sm_{arch.replace('.', '')}" for arch in by_arch)]
     lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * len(by_arch)]
     for same in zip(*by_arch.values(), strict=True):
         cells = [f"{r.registers} / {r.spilled}" for r in same]
@@ -180,29 +186,75 @@ def table(by_arch: dict[str, list[Resources]]) -> str:
     return "\n".join(lines)
 
 
-_BEGIN, _END = "<!-- resources: python csrc/cuda/build.py --table -->", "<!-- end of resources -->"
+SHARED = {"8.0": 163, "9.0": 227, "10.0": 227}  # KiB of shared memory that a block can have
 
 
-def written_table() -> str:
-    """The table as the document has it."""
-    return DOCUMENT.read_text().partition(_BEGIN)[2].partition(_END)[0].strip()
+def tiles() -> str:
+    """How problems are cut: markdown, one line for each width and number type."""
+    from deqfuse.backends import native
+
+    assert native.module is not None, native.load_error
+    lines = ["| d | dtype | " + " | ".join(f"sm_{a.replace('.', '')}" for a in SHARED) + " |"]
+    lines.append("|---:|---|" + "---|" * len(SHARED))
+    for dim in (32, 64, 96, 128, 192, 256, 512):
+        for dtype, size in (("float32", 4), ("float64", 8)):
+            cells = []
+            for kib in SHARED.values():
+                native.module.host_device(kib * 1024)
+                plan = native.module.host_plan(dim, 4, size)
+                bytes_each = f"{plan['bytes'] / 1024:.0f} KiB"
+                cells.append(f"{plan['cut']}, {plan['rows']} rows, {bytes_each}")
+            lines.append(f"| {dim} | {dtype} | " + " | ".join(cells) + " |")
+    native.module.host_device()
+    return (
+        "\n".join(lines) + "\n\nBytes: shared memory of a block; for steps global memory of a tile."
+    )
+
+
+def _marks(name: str) -> tuple[str, str]:
+    return f"<!-- {name}: python csrc/cuda/build.py --table -->", f"<!-- end of {name} -->"
+
+
+def written(name: str) -> str:
+    """The table of this name ("tiles", "resources") as the document has it."""
+    begin, end = _marks(name)
+    return DOCUMENT.read_text().partition(begin)[2].partition(end)[0].strip()
+
+
+def write(name: str, made: str) -> None:
+    """Replaces that table."""
+    begin, end = _marks(name)
+    before, _, rest = DOCUMENT.read_text().partition(begin)
+    DOCUMENT.write_text(f"{before}{begin}\n{made}\n{end}{rest.partition(end)[2]}")
+
+
+def columns(markdown: str) -> dict[str, list[str]]:
+    """The cells of a table below each heading."""
+    lines = [line for line in markdown.splitlines() if line.startswith("|")]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return {name: [row[i] for row in rows[2:]] for i, name in enumerate(rows[0])}
+
+
+def toolkit_version() -> str:
+    """Of the compiler here, such as ``13.0.88``."""
+    return re.findall(r"V([\d.]+)", run([toolkit() / "bin" / "nvcc", "--version"]))[0]
+
+
+def written_with() -> str:
+    """The compiler of the written table."""
+    return (re.findall(r"nvcc ([\d.]*\d)", written("resources")) or [""])[0]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--table", action="store_true", required=True, help="rewrite the table")
+    parser.add_argument("--table", action="store_true", required=True, help="rewrite the tables")
     parser.parse_args()
-    folder = Path(tempfile.mkdtemp())
-    try:
-        made = table({arch: all_resources(arch, folder / arch) for arch in ("8.0", "9.0", "10.0")})
-    finally:
-        shutil.rmtree(folder)
-    before, _, rest = DOCUMENT.read_text().partition(_BEGIN)
-    after = rest.partition(_END)[2]
-    DOCUMENT.write_text(f"{before}{_BEGIN}\n{made}\n{_END}{after}")
-    print(made)
+    write("tiles", tiles())
+    with tempfile.TemporaryDirectory() as folder:
+        made = table({arch: all_resources(arch, Path(folder) / arch) for arch in SHARED})
+    write("resources", f"{made}\n\nnvcc {toolkit_version()}.")
 
 
 if __name__ == "__main__":
