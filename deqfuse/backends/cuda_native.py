@@ -54,10 +54,12 @@ adjoint_fuse = torch.ops.deqfuse.cuda_adjoint_fuse.default
 @functools.cache
 def load_error() -> str | None:
     """Loads the library of CUDA kernels; None, or why that cannot be done here."""
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA"
     if not _LIBRARY.exists():
         return f"the CUDA library was not built (there is no {_LIBRARY.name})"
     try:
         torch.ops.load_library(str(_LIBRARY))
     except OSError as error:
-        return f"{_LIBRARY.name} does not load: {error}"
+        return f"{_LIBRARY.name} does not load: {error.__cause__ or error}"
     return None
