@@ -1,5 +1,6 @@
-"""The CUDA adjoint on a GPU, against the CPU backend. Run under compute-sanitizer --tool memcheck python -m pytest tests/test_cuda_device.py
-(and racecheck, initcheck, synccheck).
+"""The CUDA adjoint on a GPU, against the CPU backend. Run under the four sanitizers, too:
+
+compute-sanitizer --tool memcheck python -m pytest tests/test_cuda_device.py
 """
 
 from __future__ import annotations
