@@ -106,3 +106,8 @@ def test_what_a_compiler_says_becomes_numbers() -> None:
     (found,) = build.resources(said)
     assert found.kernel == "adjoint_whole_kernel cell float64 streamed 8 rows"
     assert (found.registers, found.spilled, found.stack) == (255, 24, 32)
+
+
+def test_the_table_of_tiles_is_that_of_the_code() -> None:
+    pytest.importorskip("deqfuse._C", reason="the C++ extension was not built")
+    assert build.written("tiles") == build.tiles()
