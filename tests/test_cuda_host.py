@@ -29,7 +29,7 @@ SMALL = [
 GRID = [
     Case(rows, dim, groups, n)
     for rows, (dim, groups), n in itertools.product(
-        (1, 15, 16, 17, 40), ((4, 2), (12, 4), (20, 5), (100, 4), (128, 4), (250, 2)), (1, 2, 5)
+        (1, 15, 16, 17, 40), ((4, 2), (12, 4), (20, 5), (96, 4), (128, 4), (250, 2)), (1, 2, 5)
     )
 ]
 
@@ -64,24 +64,35 @@ def test_gradients_are_those_of_the_cpu_backend(case, variant, cut):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_gradients_are_those_of_the_cpu_backend_on_the_full_grid(variant, cut):
     for case in GRID:
-        if cut != "resident" or case.dim <= 100:
+        if cut != "resident" or case.dim <= 96:
             check_against_cpu(dataclasses.replace(case, variant=variant), cut, case.n != 2)
+
+
+def check_float32(case: Case, limit: int) -> None:
+    """Both measured against the float64 gradient at the same (rounded) inputs."""
+    problem = Problem(case, mask=True)
+    for kind in ("cells", "fuse"):
+        truth, _ = problem.run(kind, native, dtype=torch.float64, tol=1e-13)
+        ours = distance(problem.run(kind, native)[0], truth)
+        with device(limit):
+            given, (*_, outcome) = problem.run(kind, cuda_native)
+        assert (outcome == Outcome.CONVERGED).all()
+        assert distance(given, truth) <= 4 * ours + 64 * torch.finfo(torch.float32).eps
 
 
 @pytest.mark.parametrize("cut", CUTS)
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("dim", [12, 50])
 def test_float32_is_as_exact_as_the_cpu_backend(dim, variant, cut):
-    """Both measured against the float64 gradient at the same (rounded) inputs."""
     case = Case(rows=33, dim=dim, groups=2, variant=variant, dtype="f32")
-    problem = Problem(case, mask=True)
-    for kind in ("cells", "fuse"):
-        truth, _ = problem.run(kind, native, dtype=torch.float64, tol=1e-13)
-        ours = distance(problem.run(kind, native)[0], truth)
-        with device(limit_for(cut, case)):
-            given, (*_, outcome) = problem.run(kind, cuda_native)
-        assert (outcome == Outcome.CONVERGED).all()
-        assert distance(given, truth) <= 4 * ours + 64 * torch.finfo(torch.float32).eps
+    check_float32(case, limit_for(cut, case))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("limit", [A100, H100])
+@pytest.mark.parametrize("dim", [64, 128, 192, 256, 300])
+def test_float32_at_the_sizes_of_use(dim, limit):
+    check_float32(Case(rows=33, dim=dim, groups=4, dtype="f32"), limit)
 
 
 @pytest.mark.parametrize("cut", CUTS)
