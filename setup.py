@@ -1,15 +1,20 @@
-"""Build only: which folder becomes which package, and the C++ extension. Metadata: pyproject.toml.
+"""Build only: which folder becomes which package, and the compiled parts. Metadata: pyproject.toml.
 
-DEQFUSE_BUILD decides about the extension: "auto" (default) builds it where torch, pybind11 and a
-C++ compiler are there and installs without it where it cannot, saying why; "cpu" makes that an
-error; "python" leaves it out. csrc/README.md lists all switches.
+DEQFUSE_BUILD decides about those: "auto" (default) builds the C++ extension where torch, pybind11
+and a C++ compiler are there, the CUDA library where torch has CUDA and there is a toolkit, and
+installs without what cannot be built, saying why; "cpu" makes a missing extension an error and
+builds no CUDA; "cuda" builds both, with or without a GPU or a torch with CUDA, or fails; "python"
+leaves both out. csrc/README.md lists all switches.
 """
 
+import importlib.util
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import setuptools
 
@@ -21,11 +26,11 @@ if int(setuptools.__version__.split(".")[0]) < 77:
     )
 
 SWITCH = os.environ.get("DEQFUSE_BUILD", "auto")
-if SWITCH not in ("auto", "python", "cpu"):
-    raise SystemExit(f"DEQFUSE_BUILD: expected auto, python or cpu, got {SWITCH!r}")
+if SWITCH not in ("auto", "python", "cpu", "cuda"):
+    raise SystemExit(f"DEQFUSE_BUILD: expected auto, python, cpu or cuda, got {SWITCH!r}")
 # A compiler that is newer than ours may warn. Whoever installs deqfuse in a CI of their own, with
 # "auto", must not lose the extension over it.
-STRICT = SWITCH == "cpu" and os.environ.get("CI") == "true"
+STRICT = SWITCH in ("cpu", "cuda") and os.environ.get("CI") == "true"
 DEBUG = os.environ.get("DEQFUSE_DEBUG_BUILD") == "1"
 
 
@@ -39,10 +44,40 @@ def packages_under(folder: str, package: str) -> dict[str, str]:
 
 def without_extension(reason: object) -> None:
     """Say that the compiled backend is left out, or stop if it was asked for."""
-    if SWITCH == "cpu":
+    if SWITCH in ("cpu", "cuda"):
         raise SystemExit(f"deqfuse: cannot build the compiled CPU backend: {reason}")
     if not {"egg_info", "dist_info"} & set(sys.argv):  # pip runs setup.py for metadata, too
         print(f"deqfuse: installing without the compiled CPU backend: {reason}", file=sys.stderr)
+
+
+def cuda_build() -> ModuleType:
+    """csrc/cuda/build.py, which tests use, too."""
+    spec = importlib.util.spec_from_file_location("cuda_build", "csrc/cuda/build.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def build_cuda(has_cuda: bool, target: Path, compiler: list[str]) -> None:
+    """deqfuse/_cuda.so below `target`, where wanted. What lies there may be of older sources."""
+    library = target / "deqfuse" / "_cuda.so"
+    library.unlink(missing_ok=True)
+    if SWITCH == "cpu" or (SWITCH == "auto" and not has_cuda):
+        return
+    cuda = cuda_build()
+    try:
+        archs = os.environ.get("TORCH_CUDA_ARCH_LIST", cuda.DEFAULT_ARCHS)
+        built = cuda.build_library(archs, Path("build/cuda"), compiler, STRICT)
+    except Exception as error:
+        if SWITCH == "cuda":
+            raise SystemExit(f"deqfuse: cannot build the CUDA library: {error}") from error
+        print(f"deqfuse: installing without the CUDA library: {error}", file=sys.stderr)
+        return
+    library.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy2(built, library)
 
 
 def extension() -> dict[str, object]:
@@ -62,7 +97,8 @@ def extension() -> dict[str, object]:
         without_extension(f"it needs torch 2.11 or later, found {torch.__version__}")
         return {}
     try:
-        command = [*shlex.split(cpp_extension.get_cxx_compiler()), "--version"]
+        cxx = shlex.split(cpp_extension.get_cxx_compiler())
+        command = [*cxx, "--version"]
         version = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError) as error:
         without_extension(f"no C++ compiler ({error}); install GCC or Clang, or name one in CXX")
@@ -83,6 +119,10 @@ def extension() -> dict[str, object]:
                 for path in stale:
                     path.unlink()
                 self.extensions: list[setuptools.Extension] = []
+                return
+            build_cuda(
+                torch.version.cuda is not None, Path("." if in_place else self.build_lib), cxx
+            )
 
     compiler = "".join(c for c in version.partition("\n")[0] if c.isalnum() or c in " .-_+")
     module = cpp_extension.CppExtension(

@@ -33,6 +33,12 @@ struct ScalarLane {
   static DEQFUSE_INLINE T relu(T x) { return x < T(0) ? T(0) : x; }
 };
 
+// As variables: device code may not call the functions.
+template <class T>
+constexpr T kNaN = std::numeric_limits<T>::quiet_NaN();
+template <class T>
+constexpr T kEpsilon = std::numeric_limits<T>::epsilon();
+
 template <class T>
 DEQFUSE_INLINE bool is_finite(T a) {
   return a - a == T(0);

@@ -16,11 +16,16 @@ namespace DEQFUSE_ISA {
 // Whether a row ends at a relative residual, after `count` evaluations of which number `best_at` was the best.
 template <class T>
 DEQFUSE_INLINE bool row_ends(T residual, T tol, int count, int max_iter, int best_at, Outcome& outcome) {
-  if (residual <= tol) outcome = Outcome::kConverged;
-  else if (!is_finite(residual)) outcome = Outcome::kNonFinite;
-  else if (count >= max_iter) outcome = Outcome::kMaxIter;
-  else if (count - best_at >= kStallSteps) outcome = Outcome::kStalled;
-  else return false;
+  if (residual <= tol)
+    outcome = Outcome::kConverged;
+  else if (!is_finite(residual))
+    outcome = Outcome::kNonFinite;
+  else if (count >= max_iter)
+    outcome = Outcome::kMaxIter;
+  else if (count - best_at >= kStallSteps)
+    outcome = Outcome::kStalled;
+  else
+    return false;
   return true;
 }
 

@@ -5,6 +5,7 @@
 #include <string>
 
 #include "isa.h"
+#include "ops_host.h"
 
 namespace py = pybind11;
 
@@ -32,6 +33,23 @@ py::dict plan(int64_t rows, int64_t dim, int64_t itemsize, int64_t history) {
   return plan;
 }
 
+py::dict host_plan(int64_t dim, int64_t groups, int64_t itemsize) {
+  if (dim < 1 || groups < 1 || (itemsize != 4 && itemsize != 8))
+    throw std::invalid_argument("host_plan: expected dim >= 1, num_groups >= 1, itemsize 4 or 8");
+  const deqfuse::HostPlan cut = deqfuse::host_plan(dim, groups, itemsize);
+  py::dict plan;
+  plan["cut"] = cut.cut;
+  plan["rows"] = cut.rows;
+  plan["threads"] = cut.threads;
+  plan["bytes"] = cut.bytes;
+  return plan;
+}
+
+void host_device(int64_t shared_limit, bool reversed) {
+  if (shared_limit < 0) throw std::invalid_argument("host_device: expected shared_limit >= 0");
+  deqfuse::set_host_device({size_t(shared_limit), reversed});
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -46,4 +64,13 @@ PYBIND11_MODULE(_C, m) {
         "Args: itemsize of the compute dtype in bytes; history, Anderson's m, 0 for Picard.\n"
         "Keys: rows_per_tile, the rows that are iterated together; tiles; tile_bytes, the solver's state\n"
         "per tile, which ought to fit the second-level cache.");
+  m.def("host_device", host_device, py::arg("shared_limit") = deqfuse::HostDevice().shared_limit,
+        py::arg("reversed") = false,
+        "The device that torch.ops.deqfuse.cuda_adjoint_* play on CPU tensors, for tests of the CUDA kernels.\n\n"
+        "Args: shared_limit, bytes of shared memory per block, which decides how problems are cut; reversed, whether\n"
+        "lanes and rows are taken from the last to the first.");
+  m.def("host_plan", host_plan, py::arg("dim"), py::arg("num_groups"), py::arg("itemsize") = 4,
+        "How that device cuts up problems of this size.\n\n"
+        "Keys: cut, 'resident', 'streamed' or 'steps'; rows of a tile; threads of a block; bytes of shared memory, for\n"
+        "steps of global memory for each tile.");
 }

@@ -28,19 +28,24 @@ inline void parallel(int64_t count, void (*body)(int64_t, void*), void* context)
 }
 inline int threads() { return int(torch::stable::get_num_threads()); }
 
-// Contiguous, uninitialised, on the CPU. Not through the dispatcher: a layer's backward makes dozens.
-inline Tensor empty(const Shape& sizes, ScalarType dtype) {
+// Where results go.
+struct Place {
+  int32_t device_type = aoti_torch_device_type_cpu(), index = 0;
+};
+
+// Contiguous, uninitialised. Not through the dispatcher: a layer's backward makes dozens.
+inline Tensor empty(const Shape& sizes, ScalarType dtype, Place place = {}) {
   Shape strides(sizes.size(), 1);
   for (size_t i = sizes.size(); i-- > 1;) strides[i - 1] = strides[i] * std::max<int64_t>(sizes[i], 1);
   AtenTensorHandle handle;
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(), int32_t(dtype),
-                                                  aoti_torch_device_type_cpu(), 0, &handle));
+                                                  place.device_type, place.index, &handle));
   return Tensor(handle);
 }
-inline Tensors empty_like(const Tensors& tensors) {
+inline Tensors empty_like(const Tensors& tensors, Place place = {}) {
   Tensors out;
   out.reserve(tensors.size());
-  for (const Tensor& t : tensors) out.push_back(empty(Shape(t.sizes().begin(), t.sizes().end()), t.scalar_type()));
+  for (const Tensor& t : tensors) out.push_back(empty(Shape(t.sizes().begin(), t.sizes().end()), t.scalar_type(), place));
   return out;
 }
 
@@ -134,8 +139,9 @@ struct Options {
 // Per-row statistics of blocks x rows, and where a problem of some of these blocks writes them.
 struct Statistics {
   Tensor residual, nfe, outcome;
-  Statistics(const Shape& rows, ScalarType dtype)
-      : residual(empty(rows, dtype)), nfe(empty(rows, ScalarType::Int)), outcome(empty(rows, ScalarType::Char)) {}
+  Statistics(const Shape& rows, ScalarType dtype, Place place = {})
+      : residual(empty(rows, dtype, place)), nfe(empty(rows, ScalarType::Int, place)),
+        outcome(empty(rows, ScalarType::Char, place)) {}
   template <class T, class P>
   void point(P& p, int64_t first_row = 0) const {
     p.residual = data<T>(residual) + first_row;

@@ -1,0 +1,14 @@
+// The kernels as the operators call them; one file for each kind of block and number type (kernels_*.cu).
+#pragma once
+
+#include "adjoint.h"
+
+namespace deqfuse {
+namespace DEQFUSE_ISA {
+
+// On a stream (cudaStream_t) of the current device. Throws std::runtime_error with CUDA's message.
+template <template <class, int> class Kind, class T>
+void run_on_stream(const AdjointProblem<T>& p, const TilePlan& plan, void* step_memory, void* stream);
+
+}  // namespace DEQFUSE_ISA
+}  // namespace deqfuse

@@ -1,0 +1,105 @@
+"""Problems that the tests of the CUDA adjoint share: on the host policy and on a GPU."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from types import ModuleType
+
+import torch
+from cpu_cases import Case, flat_cells
+
+from deqfuse.backends import native
+
+assert native.module is not None  # cpu_cases has looked
+H100, A100 = 227 * 1024, 163 * 1024  # bytes of shared memory for a block
+CUTS = ("resident", "streamed", "steps")
+
+
+@contextlib.contextmanager
+def device(shared_limit: int = H100, reverse: bool = False) -> Iterator[None]:
+    """The device that the host policy plays."""
+    native.module.host_device(shared_limit, reverse)
+    try:
+        yield
+    finally:
+        native.module.host_device()
+
+
+def limit_for(cut: str, case: Case) -> int:
+    """Just enough shared memory for a problem to be cut like this."""
+    size = 8 if case.dtype == "f64" else 4
+    for limit in {"resident": [H100], "streamed": range(0, H100, 512), "steps": [0]}[cut]:
+        native.module.host_device(limit)
+        if native.module.host_plan(case.dim, case.groups, size)["cut"] == cut:
+            native.module.host_device()
+            return limit
+    raise AssertionError(f"{case} is never cut into {cut}")
+
+
+@dataclasses.dataclass
+class Problem:
+    """The arguments of both operators, at the equilibria."""
+
+    case: Case
+    tol: float
+    cells: tuple
+    fuse: tuple
+
+    def __init__(self, case: Case, mask: bool = False) -> None:
+        self.case = case
+        double = dataclasses.replace(case, dtype="f64")
+        self.tol = 1e-12 if case.dtype == "f64" else 1e-6
+        layer, how = double.layer().requires_grad_(False), (200, 5, 1.0, 1e-6, 0)
+        x, flat, g = double.draw(case.n), flat_cells(layer), double.draw(case.n)
+        drop = 2.0 * (double.draw() > 0).double() if mask else None
+        skip, last = case.variant != "paper", case.variant == "released-mmimdb"
+        z = native.solve_cells(x, flat, None, case.groups, skip, 1e-12, *how)[0]
+        x_fuse, cell_sum, params = x.sum(0), z.sum(0), layer.combine.flat()
+        given = (x_fuse, cell_sum, params, drop)
+        fused = native.solve_fuse(*given, None, case.n, case.groups, last, 1e-12, *how)[0]
+        self.cells = self.cast((g, z, x, flat))
+        self.fuse = self.cast((g[0], fused, x_fuse, cell_sum, params, drop))
+
+    def cast(self, arguments, dtype: torch.dtype | None = None):
+        dtype = dtype or (torch.float64 if self.case.dtype == "f64" else torch.float32)
+        return tuple(
+            [t.to(dtype) for t in a] if isinstance(a, list) else None if a is None else a.to(dtype)
+            for a in arguments
+        )
+
+    def run(self, kind: str, backend: ModuleType, want: bool = True, **options):
+        """``{name: gradient}`` and the statistics."""
+        given = options.pop("given", getattr(self, kind))
+        dtype = options.pop("dtype", None)
+        given = given if dtype is None else self.cast(given, dtype)
+        solve = {"mode": -1, "tol": self.tol, "max_iter": 400, "history": 6, "beta": 1.0}
+        tf32 = (options.pop("allow_tf32"),) if "allow_tf32" in options else ()
+        tail = (*(solve | options).values(), 1e-6, *tf32)
+        case, last = self.case, self.case.variant == "released-mmimdb"
+        if kind == "cells":
+            how = (case.groups, case.variant != "paper")
+            dx, grads, *statistics = backend.adjoint_cells(*given, want, *how, *tail)
+            named = {"dx": dx}
+        else:
+            *given, mask = given
+            how = (case.n, case.groups, last)
+            dx, dsum, grads, *statistics = backend.adjoint_fuse(*given, want, mask, *how, *tail)
+            named = {"dx": dx, "dcell_sum": dsum}
+        return named | {f"params[{i}]": g for i, g in enumerate(grads)}, statistics
+
+
+def distance(given: dict, expected: dict) -> float:
+    """The largest difference, relative to each gradient's largest entry or 1e-4 of all."""
+    assert given.keys() == expected.keys()
+    floor = max((float(e.abs().max()) for e in expected.values() if e.numel()), default=0.0)
+    worst = 0.0
+    for name, wanted in expected.items():
+        found = given[name]
+        assert found.shape == wanted.shape, name
+        assert found.is_contiguous(), name
+        if wanted.numel():
+            scale = max(float(wanted.abs().max()), 1e-4 * floor, 1e-300)
+            worst = max(worst, float((found - wanted).abs().max()) / scale)
+    return worst

@@ -1,0 +1,113 @@
+"""The CUDA sources compile, without a GPU and without a torch that has CUDA, and nothing spills."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def load_build() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("cuda_build", ROOT / "csrc/cuda/build.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+build = load_build()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    try:
+        build.toolkit()
+    except build.ToolkitMissing as missing:
+        pytest.skip(f"needs a CUDA toolkit: {missing}")
+    return tmp_path_factory.mktemp("cuda")
+
+
+def check_resources(arch: str, folder: Path) -> None:
+    """Warnings are errors in there."""
+    found = build.all_resources(arch, folder / arch)
+    assert len(found) == 20
+    assert [r.kernel for r in found if r.spilled or r.stack] == []
+    # As the document says: run `python csrc/cuda/build.py --table` after a change.
+    written = build.columns(build.written("resources"))
+    assert written["kernel"] == [f"`{r.kernel}`" for r in found]
+    if build.toolkit_version() == build.written_with():  # another compiler takes other registers
+        name = f"sm_{arch.replace('.', '')}"
+        assert written[name] == [f"{r.registers} / {r.spilled}" for r in found]
+
+
+def test_kernels_for_sm_90_spill_nothing(folder: Path) -> None:
+    check_resources("9.0", folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["8.0", "10.0"])
+def test_kernels_for_other_architectures_spill_nothing(folder: Path, arch: str) -> None:
+    check_resources(arch, folder)
+
+
+def test_library_needs_nothing_of_torch_but_its_stable_interface(folder: Path) -> None:
+    """Linked from the operators and the kernels; with sm_90 alone, to be quick."""
+    pytest.importorskip("pybind11")
+    library = build.build_library("9.0", folder / "9.0", ["c++"], strict=True)
+    command = ["nm", "-D", "--undefined-only", str(library)]
+    needed = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    torch_names = [n for n in needed if re.search("torch|c10|aten", n, re.IGNORECASE)]
+    assert torch_names
+    assert [n for n in torch_names if not re.match(r"(aoti_torch_|torch_)", n)] == []
+
+
+# ---- the build's own decisions -------------------------------------------------------------------
+
+
+def test_architectures_are_told_to_the_compiler() -> None:
+    assert build.targets("8.0;9.0a 10.0+PTX") == [
+        "-gencode=arch=compute_80,code=sm_80",
+        "-gencode=arch=compute_90a,code=sm_90a",
+        "-gencode=arch=compute_100,code=sm_100",
+        "-gencode=arch=compute_100,code=compute_100",
+    ]
+    with pytest.raises(ValueError, match="expected entries like 9.0 or 9.0.PTX, got 'Hopper'"):
+        build.targets("Hopper")
+
+
+def test_a_compiler_without_a_runtime_is_no_toolkit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "nvcc").touch()
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    with pytest.raises(build.ToolkitMissing, match=f"in {tmp_path}; set CUDA_HOME"):
+        build.toolkit()
+    (tmp_path / "lib64").mkdir()
+    (tmp_path / "lib64" / "libcudart_static.a").touch()
+    assert build.toolkit() == tmp_path
+
+
+def test_what_a_compiler_says_becomes_numbers() -> None:
+    said = (
+        "ptxas info    : Compiling entry function '_ZN7deqfuse3gpu20adjoint_whole_kernelINS0_"
+        "8CellTileEdLi8ELb0EEEvNS0_14AdjointProblemIT0_EE' for 'sm_90'\n"
+        "ptxas info    : Function properties for it\n"
+        "    32 bytes stack frame, 8 bytes spill stores, 16 bytes spill loads\n"
+        "ptxas info    : Used 255 registers, used 1 barriers, 32 bytes cumulative stack size\n"
+    )
+    (found,) = build.resources(said)
+    assert found.kernel == "adjoint_whole_kernel cell float64 streamed 8 rows"
+    assert (found.registers, found.spilled, found.stack) == (255, 24, 32)
+
+
+def test_the_table_of_tiles_is_that_of_the_code() -> None:
+    pytest.importorskip("deqfuse._C", reason="the C++ extension was not built")
+    assert build.written("tiles") == build.tiles()
