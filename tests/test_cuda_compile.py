@@ -78,7 +78,7 @@ def test_architectures_are_told_to_the_compiler() -> None:
         "-gencode=arch=compute_100,code=sm_100",
         "-gencode=arch=compute_100,code=compute_100",
     ]
-    with pytest.raises(ValueError, match="expected entries like 9.0 or 9.0.PTX, got 'Hopper'"):
+    with pytest.raises(ValueError, match=r"expected entries like 9\.0 or 9\.0.PTX, got 'Hopper'"):
         build.targets("Hopper")
 
 

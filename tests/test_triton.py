@@ -14,7 +14,12 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-INTERPRETED = ("test_triton_steps.py", "test_triton_anderson.py", "test_triton_solve.py")
+INTERPRETED = (
+    "test_triton_steps.py",
+    "test_triton_anderson.py",
+    "test_triton_solve.py",
+    "test_triton_adjoint.py",
+)
 interpreted_already = os.environ.get("TRITON_INTERPRET") == "1"
 
 

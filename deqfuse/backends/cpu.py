@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from deqfuse.backends import layer, native, reference
+from deqfuse.backends.arguments import adjoint_numbers, like_all, prepare, prepare_all
 from deqfuse.backends.maps import Variant
-from deqfuse.backends.problem import Problem, Solved, SolvedLayer, Statistics, compute_dtype
+from deqfuse.backends.problem import Problem, Solved, SolvedLayer, Statistics
 from deqfuse.outcome import Outcome
 from deqfuse.solvers.newton_krylov import Map
 from deqfuse.solvers.options import (
@@ -25,7 +23,6 @@ from deqfuse.solvers.options import (
 from deqfuse.solvers.rows import Solution
 
 MAX_HISTORY = 8  # csrc/cpu/mixing.h
-ADJOINT_HISTORY = 6
 ADJOINT_SOLVERS = ("auto", "anderson", "neumann")
 
 
@@ -66,7 +63,7 @@ def solve_cells(
     solver: SolverOption,
 ) -> Solved:
     """Equilibria of all N residual cells."""
-    x_, params, z0_ = _prepare(x, x), _prepare_all(flat_params, x), _prepare(z0, x)
+    x_, params, z0_ = prepare(x, x), prepare_all(flat_params, x), prepare(z0, x)
     solved = Solved(
         *native.solve_cells(
             x_, params, z0_, num_groups, variant != "paper", *_forward(solver), _steps(solver)
@@ -90,8 +87,8 @@ def solve_fuse(
     solver: SolverOption,
 ) -> Solved:
     """Equilibrium of the purify-then-combine step, the cells' equilibria held fixed."""
-    x_, params = _prepare(x_fuse, x_fuse), _prepare_all(flat_params, x_fuse)
-    sum_, mask_, z0_ = (_prepare(t, x_fuse) for t in (cell_sum, mask, z0))
+    x_, params = prepare(x_fuse, x_fuse), prepare_all(flat_params, x_fuse)
+    sum_, mask_, z0_ = (prepare(t, x_fuse) for t in (cell_sum, mask, z0))
     solved = Solved(
         *native.solve_fuse(
             x_, sum_, params, mask_, z0_, num_modalities, num_groups,
@@ -125,8 +122,8 @@ def solve_layer(
     like = x[0]
     return SolvedLayer(
         *native.solve_layer(
-            _prepare_all(x, like), _prepare_all(flat_params, like), _prepare(mask, like),
-            _prepare(z0_fuse, like), _prepare(z0_cells, like), num_groups,
+            prepare_all(x, like), prepare_all(flat_params, like), prepare(mask, like),
+            prepare(z0_fuse, like), prepare(z0_cells, like), num_groups,
             variant != "paper", variant == "released-mmimdb", *_forward(solver), _steps(solver),
         )
     )  # fmt: skip
@@ -176,10 +173,10 @@ def adjoint_cells(
 ) -> tuple[Tensor, list[Tensor], Statistics]:
     """Gradients through the cells' equilibria: dx, the parameters', the statistics."""
     dx, grads, *statistics = native.adjoint_cells(
-        _prepare(grad_z, z), z, _prepare(x, z), _prepare_all(flat_params, z), want_params,
-        num_groups, variant != "paper", *_backward(adjoint),
+        prepare(grad_z, z), z, prepare(x, z), prepare_all(flat_params, z), want_params,
+        num_groups, variant != "paper", *adjoint_numbers(adjoint),
     )  # fmt: skip
-    return dx.to(x.dtype), _like(grads, flat_params), Statistics(*statistics)
+    return dx.to(x.dtype), like_all(grads, flat_params), Statistics(*statistics)
 
 
 def adjoint_fuse(
@@ -197,11 +194,11 @@ def adjoint_fuse(
 ) -> tuple[Tensor, Tensor, list[Tensor], Statistics]:
     """Gradients through the fuse equilibrium: dx_fuse, dcell_sum, parameters', statistics."""
     dx, dcell_sum, grads, *statistics = native.adjoint_fuse(
-        _prepare(grad_z, z), z, _prepare(x_fuse, z), _prepare(cell_sum, z),
-        _prepare_all(flat_params, z), want_params, _prepare(mask, z),
-        num_modalities, num_groups, variant == "released-mmimdb", *_backward(adjoint),
+        prepare(grad_z, z), z, prepare(x_fuse, z), prepare(cell_sum, z),
+        prepare_all(flat_params, z), want_params, prepare(mask, z),
+        num_modalities, num_groups, variant == "released-mmimdb", *adjoint_numbers(adjoint),
     )  # fmt: skip
-    grads = _like(grads, flat_params)
+    grads = like_all(grads, flat_params)
     return dx.to(x_fuse.dtype), dcell_sum.to(cell_sum.dtype), grads, Statistics(*statistics)
 
 
@@ -219,26 +216,11 @@ def adjoint_layer(
 ) -> tuple[list[Tensor], list[Tensor], Statistics]:
     """Gradients through the whole layer in one call: dx, the parameters', the statistics."""
     dx, grads, *statistics = native.adjoint_layer(
-        _prepare(grad_z, states), _prepare(grad_cells, states), states, _prepare_all(x, states),
-        _prepare_all(flat_params, states), want_params, _prepare(mask, states),
-        num_groups, variant != "paper", variant == "released-mmimdb", *_backward(adjoint),
+        prepare(grad_z, states), prepare(grad_cells, states), states, prepare_all(x, states),
+        prepare_all(flat_params, states), want_params, prepare(mask, states),
+        num_groups, variant != "paper", variant == "released-mmimdb", *adjoint_numbers(adjoint),
     )  # fmt: skip
-    return _like(dx, x), _like(grads, flat_params), Statistics(*statistics)
-
-
-def _prepare(t: Any, like: Tensor) -> Any:
-    """Contiguous, in the compute dtype that belongs to ``like``; None stays None."""
-    if t is None:
-        return None
-    dtype = compute_dtype(like.dtype)
-    return t if t.dtype is dtype and t.is_contiguous() else t.to(dtype).contiguous()
-
-
-def _prepare_all(tensors: Sequence[Tensor], like: Tensor) -> list[Tensor]:
-    dtype = compute_dtype(like.dtype)
-    return [
-        t if t.dtype is dtype and t.is_contiguous() else t.to(dtype).contiguous() for t in tensors
-    ]
+    return like_all(dx, x), like_all(grads, flat_params), Statistics(*statistics)
 
 
 def _forward(solver: SolverOption) -> tuple[float, int, int, float, float]:
@@ -251,16 +233,3 @@ def _forward(solver: SolverOption) -> tuple[float, int, int, float, float]:
 
 def _steps(solver: SolverOption) -> int:
     return solver.trace_length if solver.trace else 0
-
-
-def _backward(adjoint: GradientOption) -> tuple[int, float, int, int, float, float]:
-    """mode (-1: to tolerance; k: the series cut there), tol, max_iter, history, beta, lam."""
-    if isinstance(adjoint, Implicit):
-        history = 0 if adjoint.solver == "neumann" else ADJOINT_HISTORY
-        return -1, adjoint.tol, adjoint.max_iter, history, 1.0, 1e-6
-    k = adjoint.k if isinstance(adjoint, Neumann) else 0
-    return k, 0.0, k, 0, 1.0, 0.0
-
-
-def _like(grads: list[Tensor], params: list[Tensor]) -> list[Tensor]:
-    return [g if g.dtype is p.dtype else g.to(p.dtype) for g, p in zip(grads, params, strict=False)]

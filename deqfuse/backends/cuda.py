@@ -5,7 +5,7 @@ Which kernel runs which problem:
     float32 or 16-bit storage, at most 128 tile columns, m <= 5, no trace     one launch a solve
     everything else that is not refused                                       fused steps
 
-Adjoints run on the reference path. The kernels, and Triton with them, are
+Adjoints: cuda_adjoint.py. The kernels, and Triton with them, are
 imported when a solve asks for them: a bare checkout has none.
 """
 
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deqfuse.backends import layer, reference
+from deqfuse.backends import cuda_adjoint, layer, reference
 from deqfuse.backends.layer import LayerParams
 from deqfuse.backends.maps import Variant
 from deqfuse.backends.problem import Problem, Solved, SolvedLayer, compute_dtype
@@ -28,9 +28,9 @@ from deqfuse.solvers.rows import Solution
 
 MIN_CAPABILITY = (8, 0)
 
-adjoint_cells = reference.adjoint_cells
-adjoint_fuse = reference.adjoint_fuse
-adjoint_layer = reference.adjoint_layer
+adjoint_cells = cuda_adjoint.adjoint_cells
+adjoint_fuse = cuda_adjoint.adjoint_fuse
+adjoint_layer = cuda_adjoint.adjoint_layer
 
 
 def unavailable() -> tuple[str, str] | None:

@@ -1,0 +1,136 @@
+"""Adjoints on NVIDIA GPUs: the CUDA library, or, without it, Triton's VJPs under the Krylov loop.
+
+The library solves each block in one launch (docs/kernels-gpu-adjoint.md). Where it is missing, and
+for solvers that it does not know, the reference's linear solvers apply the step kernels' VJP.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deqfuse.backends import cuda_native, layer
+from deqfuse.backends.arguments import adjoint_numbers, like_all, prepare, prepare_all
+from deqfuse.backends.maps import Variant
+from deqfuse.backends.problem import Statistics
+from deqfuse.solvers.adjoint import solve_adjoint
+from deqfuse.solvers.options import GradientOption, Implicit
+from deqfuse.solvers.rows import Solution
+
+LIBRARY_SOLVERS = ("auto", "bicgstab", "neumann")
+
+_log = logging.getLogger("deqfuse")
+_announced: set[str] = set()
+
+
+def adjoint_cells(
+    grad_z: Tensor,  # (N, B, d)
+    z: Tensor,  # (N, B, d)
+    x: Tensor,  # (N, B, d)
+    flat_params: list[Tensor],
+    num_groups: int,
+    variant: Variant,
+    adjoint: GradientOption,
+    want_params: bool,
+) -> tuple[Tensor, list[Tensor], Statistics]:
+    """Gradients through the cells' equilibria: dx, the parameters', the statistics."""
+    skip, params = variant != "paper", prepare_all(flat_params, z)
+    shared = len(z) > 1 and grad_z.stride(0) == 0  # one cotangent for all: not copied N times
+    g = prepare(grad_z[0], z).expand_as(z) if shared else prepare(grad_z, z)
+    x_ = prepare(x, z)
+    if _library_takes(adjoint):
+        dx, grads, *statistics = cuda_native.adjoint_cells(
+            g, z, x_, params, want_params, num_groups, skip,
+            *adjoint_numbers(adjoint), _allow_tf32(adjoint),
+        )  # fmt: skip
+        return dx.to(x.dtype), like_all(grads, flat_params), Statistics(*statistics)
+    from deqfuse.triton_kernels import cell
+
+    packed, shape = cell.pack_cells(params), z.shape
+
+    def vjp(u: Tensor, want: bool = False) -> cell.CellGradients:
+        u = u.reshape(shape).contiguous()
+        return cell.residual_cell_vjp(u, z, x_, packed, num_groups, skip, want)
+
+    with torch.cuda.device_of(z):
+        rows = g.reshape(-1, shape[-1])
+        solution = solve_adjoint(lambda u: vjp(u).dz.flatten(0, 1), rows, adjoint)
+        last = vjp(solution.z, want_params)
+    flat = []
+    if last.vectors is not None and last.weight1 is not None and last.weight2 is not None:
+        for w1, w2, (b1, b2, *norms) in zip(last.weight1, last.weight2, last.vectors, strict=True):
+            flat += [w1, b1, w2, b2, *norms]
+    return last.dx.to(x.dtype), like_all(flat, flat_params), _statistics(solution, shape[:-1])
+
+
+def adjoint_fuse(
+    grad_z: Tensor,  # (B, d)
+    z: Tensor,  # (B, d)
+    x_fuse: Tensor,  # (B, d)
+    cell_sum: Tensor,  # (B, d)
+    flat_params: list[Tensor],
+    mask: Tensor | None,  # (B, d)
+    num_modalities: int,
+    num_groups: int,
+    variant: Variant,
+    adjoint: GradientOption,
+    want_params: bool,
+) -> tuple[Tensor, Tensor, list[Tensor], Statistics]:
+    """Gradients through the fuse equilibrium: dx_fuse, dcell_sum, parameters', statistics."""
+    relu_last, params = variant == "released-mmimdb", prepare_all(flat_params, z)
+    g, x, total, mask = (prepare(t, z) for t in (grad_z, x_fuse, cell_sum, mask))
+    if _library_takes(adjoint):
+        dx, dcell_sum, grads, *statistics = cuda_native.adjoint_fuse(
+            g, z, x, total, params, want_params, mask, num_modalities, num_groups, relu_last,
+            *adjoint_numbers(adjoint), _allow_tf32(adjoint),
+        )  # fmt: skip
+        grads = like_all(grads, flat_params)
+        return dx.to(x_fuse.dtype), dcell_sum.to(cell_sum.dtype), grads, Statistics(*statistics)
+    from deqfuse.triton_kernels import fuse
+
+    def vjp(u: Tensor, want: bool = False) -> fuse.FuseGradients:
+        return fuse.purify_combine_vjp(
+            u.contiguous(), z, x, total, mask, num_modalities, params, num_groups, relu_last, want
+        )
+
+    with torch.cuda.device_of(z):
+        solution = solve_adjoint(lambda u: vjp(u).dz, g, adjoint)
+        last = vjp(solution.z, want_params)
+    grads = like_all(last.params or [], flat_params)
+    statistics_ = _statistics(solution, z.shape[:-1])
+    return last.dx_fuse.to(x_fuse.dtype), last.dcell_sum.to(cell_sum.dtype), grads, statistics_
+
+
+def adjoint_layer(*problem: Any) -> tuple[list[Tensor], list[Tensor], Statistics]:
+    """Gradients through the layer; arguments as in :func:`deqfuse.backends.layer.adjoint`."""
+    return layer.adjoint(adjoint_cells, adjoint_fuse, *problem)
+
+
+def _library_takes(adjoint: GradientOption) -> bool:
+    """Whether the CUDA library is there and knows the solver; says once if it is not."""
+    missing = cuda_native.load_error()
+    if missing is not None and missing not in _announced:
+        _announced.add(missing)
+        _log.warning(
+            "deqfuse: backward passes on CUDA run on Triton kernels, a launch and more for each "
+            "application of J^T: %s. Remedy: DEQFUSE_BUILD=cuda pip install --no-build-isolation .",
+            missing,
+        )
+    known = not isinstance(adjoint, Implicit) or adjoint.solver in LIBRARY_SOLVERS
+    return missing is None and known
+
+
+def _allow_tf32(adjoint: GradientOption) -> bool:
+    """torch's switch allows TF32 products, and they can reach the tolerance."""
+    from deqfuse.triton_kernels.tiles import TF32_TOL
+
+    switch = torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return switch and (not isinstance(adjoint, Implicit) or adjoint.tol >= TF32_TOL)
+
+
+def _statistics(solution: Solution, shape: torch.Size) -> Statistics:
+    found = (solution.residual, solution.nfe, solution.outcome)
+    return Statistics(*(t.view(shape) for t in found))

@@ -1,0 +1,77 @@
+"""The cuda backend's adjoints through the CUDA library's operators, here on the host policy."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from adjoint_cases import CASES, TOLERANCE, Case, assert_equal, exact, name
+
+from deqfuse import Implicit
+from deqfuse.backends import cuda, cuda_adjoint, cuda_native, native, reference
+from deqfuse.outcome import Outcome
+from deqfuse.solvers.options import Neumann, OneStep
+
+KINDS = ("cells", "shared", "fuse", "layer")
+OTHERS = [OneStep(), Neumann(3), Implicit("neumann", tol=1e-10)]
+
+
+@pytest.fixture
+def library(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if the CUDA library were there: on CPU tensors its bodies run in the compiled module."""
+    if native.module is None:
+        pytest.skip("the C++ extension was not built")
+    monkeypatch.setattr(cuda_native, "load_error", lambda: None)
+
+
+@pytest.mark.usefixtures("library")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_gradients_are_those_of_the_reference(case: Case, kind: str) -> None:
+    arguments = case.arguments(exact(case))[kind]
+    given = getattr(cuda, name(kind))(*arguments)
+    expected = getattr(reference, name(kind))(*arguments)
+    assert (given[-1].outcome == Outcome.CONVERGED).all()
+    assert_equal(given, expected, TOLERANCE[case.dtype])
+
+
+@pytest.mark.usefixtures("library")
+@pytest.mark.parametrize(
+    "adjoint", [OneStep(), Neumann(3), Implicit("neumann", tol=1e-10)], ids=repr
+)
+@pytest.mark.parametrize("kind", KINDS)
+def test_other_gradients(adjoint, kind: str) -> None:
+    arguments = Case().arguments(adjoint)[kind]
+    given = getattr(cuda, name(kind))(*arguments)
+    expected = getattr(reference, name(kind))(*arguments)
+    assert_equal(given, expected, 1e-9)
+
+
+def test_tf32_is_asked_for_where_the_switch_allows_it_and_it_can_reach_the_tolerance() -> None:
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    try:
+        assert not cuda_adjoint._allow_tf32(Implicit(tol=1e-3))
+        matmul.fp32_precision = "tf32"
+        assert cuda_adjoint._allow_tf32(Implicit(tol=1e-3))
+        assert not cuda_adjoint._allow_tf32(Implicit(tol=1e-5))
+        assert cuda_adjoint._allow_tf32(OneStep())
+    finally:
+        matmul.fp32_precision = before
+
+
+def test_a_missing_library_is_said_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(cuda_native, "load_error", lambda: "it is on holiday")
+    with caplog.at_level(logging.WARNING, "deqfuse"):
+        assert not cuda_adjoint._library_takes(Implicit())
+        assert not cuda_adjoint._library_takes(Implicit())
+    assert caplog.text.count("it is on holiday. Remedy: DEQFUSE_BUILD=cuda") == 1
+
+
+@pytest.mark.usefixtures("library")
+def test_solvers_that_the_library_lacks_run_without_it() -> None:
+    assert cuda_adjoint._library_takes(Implicit("bicgstab"))
+    assert not cuda_adjoint._library_takes(Implicit("gmres"))
