@@ -22,7 +22,7 @@ from deqfuse.backends.maps import VARIANTS
 
 SMALL = [
     *(Case(rows=rows) for rows in (0, 1, 7, 8, 9, 16, 17, 33)),
-    *(Case(rows=17, dim=d, groups=g) for d, g in ((20, 5), (50, 2), (64, 4), (66, 33), (31, 31))),
+    *(Case(rows=17, dim=d, groups=g) for d, g in ((20, 5), (50, 2), (64, 4), (66, 33), (93, 31))),
     *(Case(rows=9, n=n) for n in (1, 3, 17)),
     Case(rows=3, dim=8, groups=1),
 ]

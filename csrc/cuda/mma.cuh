@@ -24,7 +24,8 @@ struct Mma<float> {
     return bits;
   }
   static __device__ __forceinline__ void multiply(float (&c)[kC], const uint32_t (&a)[kA], const uint32_t (&b)[kB]) {
-    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+    asm volatile(
+        "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
   }
@@ -65,9 +66,9 @@ struct Mma<double> {
                                                     const double (&b)[kTiles][kB]) {
 #pragma unroll
     for (int n = 0; n < kTiles; ++n)
-      asm("mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64 {%0,%1}, {%2}, {%3}, {%0,%1};"
-          : "+d"(c[n][0]), "+d"(c[n][1])
-          : "d"(a[0]), "d"(b[n][0]));
+      asm volatile("mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64 {%0,%1}, {%2}, {%3}, {%0,%1};"
+                   : "+d"(c[n][0]), "+d"(c[n][1])
+                   : "d"(a[0]), "d"(b[n][0]));
   }
 };
 

@@ -64,7 +64,7 @@ class Tile {
     return matrix + (first + r) * d;
   }
 
-  // Lanes without a row take part in products: they must hold numbers.
+  // Places without a row take part in products. Nobody reads what becomes of them, but what is read has been written.
   template <class P>
   DEQFUSE_BODY void clear_idle(P& policy) {
     const int idle = (kRows - count) * d;
