@@ -78,6 +78,6 @@ def read_released(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Any], dic
     renamed["modality_weights"] = (
         torch.cat([w.reshape(1) for w in given]) if given else like.new_ones(num_modalities)
     )
-    renamed["injection_bias"] = state_dict.get(f"{prefix}bias", like.new_zeros(1)).reshape(())
+    renamed["injection_bias"] = state_dict.get(f"{prefix}bias", like.new_zeros(1)).reshape(1)
     dim = renamed["combine.norm.weight"].shape[0]
     return {"dim": dim, "num_modalities": num_modalities}, renamed

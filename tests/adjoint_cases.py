@@ -41,7 +41,7 @@ class Case:
         fuse, weights = layer.combine.flat(), torch.rand(self.n).to(dtype) + 0.5
         flat = [*cells, *fuse, weights]
         if self.variant != "paper":
-            flat.append(torch.tensor(0.1).to(dtype))
+            flat.append(torch.tensor([0.1]).to(dtype))
         how = (self.groups, self.variant)
         tol = 1e-12 if self.dtype == "f64" else 1e-6
         solver = Anderson(tol=tol, max_iter=200)

@@ -125,8 +125,6 @@ def main(folder: Path) -> None:
                 "identity": {"cell": "identity"},
                 "reference": {"backend": "reference"},
             }.items():
-                if name == "released" and strategy != "ddp":
-                    continue  # FSDP2 takes no scalar parameters, and injection_bias is one
                 key = f"{strategy} {str(dtype).removeprefix('torch.')} {name}"
                 found[key] = gradient_error(strategy, dtype, **options)
         found[f"{strategy} uneven"] = uneven(strategy)

@@ -296,7 +296,7 @@ def test_parameter_shapes():
     fusion = DEQFusion(8, 3, in_dims=[2, 3, 4], variant="released")
     shapes = {name: tuple(p.shape) for name, p in fusion.named_parameters()}
     assert shapes["modality_weights"] == (3,)
-    assert shapes["injection_bias"] == ()
+    assert shapes["injection_bias"] == (1,)
     assert shapes["projections.1.weight"] == (8, 3)
     assert {shapes[f"cells.2.{n}"] for n in CELL if n.endswith("bias")} == {(8,)}
     assert shapes["combine.gate.weight"] == shapes["cells.0.linear2.weight"] == (8, 8)

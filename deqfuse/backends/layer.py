@@ -1,7 +1,7 @@
 """The whole layer from a backend's two blocks, for backends without a kernel for all of it.
 
 The parameters of a layer travel as one list: ten for each of the N cells, the six of the fuse step,
-``modality_weights`` (N,) and, in the released variants, ``injection_bias`` ().
+``modality_weights`` (N,) and, in the released variants, ``injection_bias`` (1,).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class LayerParams(NamedTuple):
     cells: list[Tensor]
     fuse: list[Tensor]
     weights: Tensor  # (N,)
-    bias: Tensor | None  # ()
+    bias: Tensor | None  # (1,)
 
     @classmethod
     def split(cls, flat: list[Tensor], num_modalities: int) -> LayerParams:
@@ -96,7 +96,7 @@ def adjoint(
     if want_params:
         grads.append((stacked * dx_fuse).sum((1, 2)).to(params.weights.dtype))
         if params.bias is not None:
-            grads.append(dx_fuse.sum().to(params.bias.dtype))
+            grads.append(dx_fuse.sum().to(params.bias.dtype).reshape(params.bias.shape))
     both = (torch.cat([c, f[None]]) for c, f in zip(cells, fuse, strict=True))
     own = [d.to(t.dtype, copy=True) for d, t in zip(dx, x, strict=True)]  # results do not alias
     return own, grads, Statistics(*both)

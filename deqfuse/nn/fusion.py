@@ -139,7 +139,7 @@ class DEQFusion(nn.Module):
         else:
             self.modality_weights = nn.Parameter(torch.ones(num_modalities))
         if variant != "paper" and combine != "sum":
-            self.injection_bias = nn.Parameter(torch.zeros(()))
+            self.injection_bias = nn.Parameter(torch.zeros(1))  # FSDP2 takes no scalars
         else:
             self.register_parameter("injection_bias", None)
 
