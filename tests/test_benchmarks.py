@@ -10,16 +10,19 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.hooks import RemovableHandle
 
 from benchmarks import floor, timing
-from benchmarks.cases import CASES, Case, Problem, build
+from benchmarks.cases import CASES, MAX_ITER, Case, Problem, build
 from benchmarks.gate import Truth, find_truth, judge, reference_share
+from benchmarks.plain import flat_map
 from benchmarks.released import joint_anderson
 from benchmarks.variants import BUILDERS, Answer, Contender, deqfuse_variant, missing
 from deqfuse import Implicit, OneStep
 from deqfuse.backends.reference import adjoint_cells, adjoint_fuse
+from deqfuse.testing import naive_injections, naive_map
 
 CASE = Case("tiny", 8, 2, 32)
 RUNNABLE = [name for name in BUILDERS if missing(name) is None and name != "compiled"]
@@ -48,6 +51,7 @@ def test_gate_lets_right_variants_pass(name: str, problem: Problem, truth: Truth
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning", "ignore::DeprecationWarning")
 def test_gate_lets_the_compiled_reference_pass(problem: Problem, truth: Truth) -> None:
     assert judge(problem, BUILDERS["compiled"](problem, CASE.tol), truth).reason is None
 
@@ -128,6 +132,44 @@ def test_every_variant_solves_the_same_weights(problem: Problem) -> None:
     for name, leaf in again.leaves().items():
         assert torch.equal(leaf, problem.leaves()[name])
     assert build(dataclasses.replace(CASE, seed=1)).cotangent.ne(problem.cotangent).all()
+
+
+def test_rivals_evaluate_the_equations_of_the_papers() -> None:
+    """The plain map is the naive one to rounding, and multiplies what ``joint_flops`` counts."""
+    problem = build(Case("plain", 6, 3, 32))
+    torch.manual_seed(1)
+    state = torch.randn(6, 4, 32)
+    f, start = flat_map(problem.layer, problem.features)
+    with torch.no_grad():
+        x, x_fuse = naive_injections(problem.layer, problem.features)
+        expected = naive_map(problem.layer, state, x, x_fuse)
+        with FlopCounterMode(display=False) as counter:
+            found = f(state.flatten(1))
+    assert start.shape == (6, 4 * 32)
+    assert not start.any()
+    torch.testing.assert_close(found.unflatten(1, (4, 32)), expected, rtol=1e-5, atol=1e-5)
+    assert counter.get_total_flops() == floor.joint_flops(problem.case, 1)
+
+
+@pytest.mark.parametrize("name", ["released", "torchdeq"])
+def test_rivals_run_nothing_of_deqfuse(name: str, problem: Problem) -> None:
+    """No operator of ours is dispatched in a rival's training step."""
+    if missing(name):
+        pytest.skip(str(missing(name)))
+    contender = BUILDERS[name](problem, CASE.tol)
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        contender.fused(problem.features).sum().backward()
+    names = {event.name for event in profiler.events() or []}
+    assert "aten::native_group_norm" in names
+    assert not {n for n in names if n.startswith("deqfuse::")}
+
+
+@pytest.mark.parametrize("name", ["released", "torchdeq"])
+def test_evaluations_of_a_joint_solver_are_counted(name: str, problem: Problem) -> None:
+    if missing(name):
+        pytest.skip(str(missing(name)))
+    few, many = (BUILDERS[name](problem, tol).answer(problem.features) for tol in (1e-1, 1e-5))
+    assert 1 < int(few.nfe_fuse) < int(many.nfe_fuse) <= MAX_ITER
 
 
 def test_released_anderson_on_a_known_fixed_point() -> None:
