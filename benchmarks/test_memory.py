@@ -19,7 +19,7 @@ SAME = 1.1
 
 @pytest.mark.parametrize("variant", BUILDERS)
 @pytest.mark.parametrize("name", CASES)
-def test_peak(name: str, variant: str, full: bool, record: Any) -> None:
+def test_peak(name: str, variant: str, full: bool, entrant: Any, record: Any) -> None:
     if missing(variant):
         pytest.skip(f"{variant}: {missing(variant)}")
     if variant == "compiled":
@@ -28,6 +28,7 @@ def test_peak(name: str, variant: str, full: bool, record: Any) -> None:
         pytest.skip("forward only, and its memory is the graph's pool")
     if not full and name != CASE:
         pytest.skip("measured with --full (make bench-full)")
+    entrant(CASES[name], variant)
     found = memory.measure(name, variant, "step", cases.DEVICE, torch.get_num_threads())
     record(
         [found["seconds"]],

@@ -46,10 +46,10 @@ def count(call: Callable[[], object]) -> dict[str, int]:
 
 @pytest.mark.parametrize("quantity", ["forward", "step"])
 @pytest.mark.parametrize("variant", BUILDERS)
-def test_overhead(variant: str, quantity: str, arena: Arena, record: Any) -> None:
+def test_overhead(variant: str, quantity: str, arena: Arena, entrant: Any, record: Any) -> None:
     if missing(variant):
         pytest.skip(f"{variant}: {missing(variant)}")
-    problem, contender = arena.contender(CASE, variant)
+    problem, contender = entrant(CASE, variant)
     if quantity == "step" and not contender.differentiable:
         pytest.skip(f"{variant} has no {quantity}")
 
