@@ -20,6 +20,8 @@ from benchmarks.cases import CASES, MAX_ITER, Case, Problem, build
 from benchmarks.gate import Truth, find_truth, judge, reference_share
 from benchmarks.plain import flat_map
 from benchmarks.released import joint_anderson
+from benchmarks.test_overhead import count
+from benchmarks.test_scaling import slope
 from benchmarks.variants import BUILDERS, Answer, Contender, deqfuse_variant, missing
 from deqfuse import Implicit, OneStep
 from deqfuse.backends.reference import adjoint_cells, adjoint_fuse
@@ -314,6 +316,19 @@ def test_ratios_pair_samples_of_a_turn() -> None:
 def test_spread_is_median_and_quartiles() -> None:
     assert timing.spread([5.0, 1.0, 2.0, 3.0, 4.0]) == (3.0, 2.0, 4.0)
     assert timing.spread([7.0]) == (7.0, 7.0, 7.0)
+
+
+def test_operators_and_reads_are_counted() -> None:
+    x = torch.ones(())
+    found = count(lambda: x.add(x).relu())  # relu contains another operator
+    assert (found["operators"], found["scalar_reads"]) == (2, 0)
+    assert count(lambda: x.add(x).item())["scalar_reads"] == 1
+
+
+def test_slope_is_that_of_the_last_sizes() -> None:
+    """Quadratic with a fixed cost that hides it at the first sizes."""
+    sizes = [1, 2, 64, 128, 256]
+    assert slope(sizes, [50.0 + s**2 for s in sizes]) == pytest.approx(2, abs=0.02)
 
 
 # ---- floor ---------------------------------------------------------------------------------------
