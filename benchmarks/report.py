@@ -139,12 +139,16 @@ def readme_block(run: Run) -> str:
 def compare(new: Run, old: Run) -> tuple[str, int]:
     """Our times now and then, corrected by how the others drifted; and the count of regressions.
 
+    A variant of ours that the gate refuses now is a regression. What was measured before and is not
+    now is listed: a shorter run is no fault.
+
     The others' code is the same in both runs: the median change of their times is the machine's.
     """
-    if new.slug != old.slug:
+    if new.slug != old.slug or new.machine["instruction_set"] != old.machine["instruction_set"]:
         raise ValueError(
-            f"--compare: expected a run of {new.slug}, got one of {old.slug}: different machines "
-            "are not compared. Remedy: measure both commits on one machine"
+            f"--compare: expected a run of {new.slug} ({new.machine['instruction_set']}), got one "
+            f"of {old.slug} ({old.machine['instruction_set']}): different machines are not "
+            "compared. Remedy: measure both commits on one machine"
         )
     before = {e.name: e for e in old.select("speed")}
     pairs = [(before[e.name], e) for e in new.select("speed") if e.name in before]
@@ -159,8 +163,14 @@ def compare(new: Run, old: Run) -> tuple[str, int]:
         found += bool(mark)
         row = [f"{_what(b)}", tables.ms(a.time), tables.ms(b.time), f"{change:.2f}", mark]
         rows.append(row)
-    text = tables.markdown(["benchmark", "before ms", "now ms", "change", ""], rows)
-    return f"Drift of the machine, corrected for: {drift:.2f}\n\n{text}", found
+    parts = [f"Drift of the machine, corrected for: {drift:.2f}"]
+    parts.append(tables.markdown(["benchmark", "before ms", "now ms", "change", ""], rows))
+    now = {e.name for e in new.select("speed")}
+    if gone := [_what(e) for e in before.values() if e.name not in now]:
+        parts.append("Measured before and not now: " + "; ".join(gone))
+    if new.raw["refused"]:
+        parts.append("Refused now:\n\n" + tables.refused_table(new))
+    return "\n\n".join(parts), found + sum(r["variant"] in OURS for r in new.raw["refused"])
 
 
 def _what(entry: Entry) -> str:

@@ -44,7 +44,14 @@ def entry(variant: str, quantity: str, seconds: float) -> dict[str, Any]:
     }  # fmt: skip
     name = f"test_speed[tolerance-small-{quantity}-{variant}]"
     data = [seconds * (1 + 0.01 * i) for i in range(5)]
-    return {"name": name, "fullname": name, "stats": {"data": data}, "extra_info": facts}
+    group = f"tolerance small {quantity}"
+    return {
+        "name": name,
+        "fullname": name,
+        "group": group,
+        "stats": {"data": data},
+        "extra_info": facts,
+    }
 
 
 def raw() -> dict[str, Any]:
@@ -77,6 +84,7 @@ def test_machine_is_named_by_processor_and_threads() -> None:
     [
         ("machine", lambda run: run["machine_info"]["cpu"].update(brand_raw="Another CPU")),
         ("machine", lambda run: run["machine_info"]["deqfuse"].update(threads=1)),
+        ("machine", lambda run: run["machine_info"]["deqfuse"].update(instruction_set="avx2")),
         ("versions", lambda run: run["machine_info"]["deqfuse"]["versions"].update(torch="2.12")),
         ("commit", lambda run: run["commit_info"].update(id="fedcba")),
     ],
@@ -91,9 +99,17 @@ def test_runs_of_different_origin_are_not_mixed(tmp_path: Path, what: str, chang
 
 def test_runs_of_one_machine_are_joined(tmp_path: Path) -> None:
     first, second = raw(), raw()
-    first["benchmarks"], second["benchmarks"] = first["benchmarks"][:2], first["benchmarks"][2:]
+    first["benchmarks"], second["benchmarks"] = first["benchmarks"][::2], first["benchmarks"][1::2]
     run = load([saved(tmp_path / "a.json", first), saved(tmp_path / "b.json", second)])
     assert len(run.entries) == len(raw()["benchmarks"])
+
+
+def test_samples_of_different_runs_are_not_paired(tmp_path: Path) -> None:
+    """One variant from one run and its rival from another were never in the same turn."""
+    first, second = raw(), raw()
+    first["benchmarks"], second["benchmarks"] = first["benchmarks"][:2], first["benchmarks"][2:]
+    with pytest.raises(ValueError, match="not from the same turns"):
+        load([saved(tmp_path / "a.json", first), saved(tmp_path / "b.json", second)])
 
 
 def test_foreign_json_is_refused(tmp_path: Path) -> None:
@@ -163,6 +179,18 @@ def test_compare_marks_regressions_and_corrects_drift(tmp_path: Path) -> None:
     assert found == 2  # forward and step
     assert text.count("**regression**") == 2
     assert report.compare(scaled({"deqfuse-cpu": 0.5}), old)[1] == 0
+
+
+def test_compare_reports_what_is_missing_or_refused(tmp_path: Path) -> None:
+    old, new = raw(), raw()
+    new["benchmarks"] = [b for b in new["benchmarks"] if "step-deqfuse-cpu" not in b["name"]]
+    refusal = {"case": "small", "regime": "tolerance", "reason": "gradient off"}
+    new["refused"] = [{"variant": "deqfuse-cpu", **refusal}, {"variant": "released", **refusal}]
+    runs = [load([saved(tmp_path / f"{i}.json", r)]) for i, r in enumerate((new, old))]
+    text, found = report.compare(*runs)
+    assert found == 1  # ours
+    assert "Measured before and not now: tolerance small step deqfuse-cpu" in text
+    assert "| small | tolerance | deqfuse-cpu | gradient off |" in text
 
 
 def test_compare_refuses_another_machine(tmp_path: Path) -> None:
