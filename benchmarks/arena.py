@@ -170,10 +170,10 @@ def _facts(setting: Setting, name: str, regime: str, quantity: str) -> dict[str,
         facts["bytes"] = floor.least_bytes(case)
     if regime == "tolerance" and quantity == "forward":
         if name == fastest_backend():
-            facts["kernel_rate"] = floor.kernel_rate(case, budget=0.05)
+            facts["kernel_rate"] = floor.kernel_rate(case, budget=0.2)
         elif name == "torchdeq":
             facts["flops"] = {"forward": floor.joint_flops(case, verdict.nfe_fuse)}
-            facts["linear_rate"] = floor.linear_rate(case.rows, case.dim, budget=0.05)
+            facts["linear_rate"] = floor.linear_rate(case.rows, case.dim, budget=0.2)
     return facts
 
 

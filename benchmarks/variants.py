@@ -30,8 +30,8 @@ class Answer(NamedTuple):
 
     z: Tensor  # (B, d)
     cells: Tensor  # (N, B, d)
-    nfe_cells: Tensor  # any shape
-    nfe_fuse: Tensor  # any shape
+    nfe_cells: Tensor  # (N, B), or () of a joint solver
+    nfe_fuse: Tensor  # (B,), or ()
 
 
 Features = Sequence[Tensor]  # N tensors (B, d)
@@ -168,7 +168,7 @@ def compiled(problem: Problem, tol: float) -> Contender:
 
     def answer(features: Features) -> Answer:
         z, cells, cells_info, info = solve(features)
-        return Answer(z, cells, cells_info.nfe, info.nfe)
+        return Answer(z, cells, cells_info.nfe.view(case.modalities, -1), info.nfe)
 
     return Contender("compiled", lambda features: solve(features)[0], answer)
 

@@ -55,8 +55,12 @@ def one_step(problem: Problem, tol: float) -> Contender:
 
 @pytest.mark.parametrize("name", RUNNABLE)
 def test_gate_lets_right_variants_pass(name: str, problem: Problem, truth: Truth) -> None:
-    verdict = judge(problem, BUILDERS[name](problem, CASE.tol), truth)
+    contender = BUILDERS[name](problem, CASE.tol)
+    verdict = judge(problem, contender, truth)
     assert verdict.reason is None
+    answer = contender.answer(problem.features)
+    assert answer.nfe_cells.shape in ((CASE.modalities, CASE.rows), ())
+    assert answer.nfe_fuse.shape in ((CASE.rows,), ())
     assert verdict.solved == 1
     assert verdict.gradient_error is not None
 
@@ -64,7 +68,9 @@ def test_gate_lets_right_variants_pass(name: str, problem: Problem, truth: Truth
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning", "ignore::DeprecationWarning")
 def test_gate_lets_the_compiled_reference_pass(problem: Problem, truth: Truth) -> None:
-    assert judge(problem, BUILDERS["compiled"](problem, CASE.tol), truth).reason is None
+    contender = BUILDERS["compiled"](problem, CASE.tol)
+    assert judge(problem, contender, truth).reason is None
+    assert contender.answer(problem.features).nfe_cells.shape == (CASE.modalities, CASE.rows)
 
 
 def test_gate_refuses_a_wrong_answer(problem: Problem, truth: Truth) -> None:
