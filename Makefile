@@ -31,7 +31,7 @@ help:
 	@echo "make test-full  the same with the tests marked slow"
 	@echo "make lint       ruff and mypy only"
 	@echo "make bench      speed, memory and convergence against others (5 minutes); writes README.md's table"
-	@echo "make bench-full the same for every case, regime and sweep; takes about half an hour"
+	@echo "make bench-full the same for every case, regime and sweep; takes long"
 	@echo "make gpu-test   the tests that need an NVIDIA GPU; make gpu-bench: the benchmarks there"
 	@echo "make sanitize   the C++ kernels under ASan and UBSan (a minute)   SANITIZE=thread for others"
 	@echo "make clean      remove what builds and tools left; .venv and reports stay"
