@@ -66,15 +66,20 @@ module: $(SETUP)
 
 # A variant that is wrong or a bound that is missed fails the run, after the report is written.
 # BENCH='--threads 1 -k brca' is passed on; BENCH_JSON is where the run is kept besides the report.
+# Only a run without BENCH writes README.md's table, and only whole ones go to benchmarks/results.
 BENCH ?=
 BENCH_JSON ?= build/bench.json
-BENCH_README := --readme
+# Not BENCH +=, which the command line's BENCH would beat.
+BENCH_MODE :=
+BENCH_README = $(if $(strip $(BENCH)),,--readme)
+BENCH_OUT = $(if $(filter -k% -m%,$(BENCH)),--out build/results)
 bench: module
-	@echo "== Benchmarks: pytest benchmarks $(BENCH)"
-	@$(PY) -m pytest benchmarks -q --benchmark-quiet --benchmark-json=$(BENCH_JSON) $(BENCH); status=$$?; \
-	  $(PY) -m benchmarks.report $(BENCH_JSON) $(BENCH_README) && exit $$status
+	@echo "== Benchmarks: pytest benchmarks $(BENCH_MODE) $(BENCH)"
+	@mkdir -p $(dir $(BENCH_JSON)); rm -f $(BENCH_JSON)
+	@$(PY) -m pytest benchmarks -q --benchmark-quiet --benchmark-json=$(BENCH_JSON) $(BENCH_MODE) $(BENCH); status=$$?; \
+	  $(PY) -m benchmarks.report $(BENCH_JSON) $(BENCH_OUT) $(BENCH_README) && exit $$status
 
-bench-full: BENCH += --full
+bench-full: BENCH_MODE := --full
 bench-full: bench
 
 # On a GPU machine without network: make gpu-test VENV=none PYTHON=...
@@ -82,7 +87,7 @@ gpu-test: module
 	@echo "== Tests that need a GPU: pytest -m gpu"
 	@$(PY) -m pytest -m gpu $(ARGS)
 
-gpu-bench: BENCH += --device cuda
+gpu-bench: BENCH_MODE := --device cuda
 gpu-bench: BENCH_JSON := build/bench-gpu.json
 gpu-bench: BENCH_README :=
 gpu-bench: bench

@@ -15,11 +15,11 @@ import pytest
 import torch
 
 from benchmarks import cases, floor, variants
-from benchmarks.arena import Arena
+from benchmarks.arena import Arena, Refused
 from benchmarks.machine import describe
 
 # Seconds per case and quantity; fewest and most turns.
-QUICK, FULL = (1.2, (5, 30)), (20.0, (9, 60))
+QUICK, FULL = (1.2, (5, 30)), (6.0, (9, 60))
 
 _refused: list[dict[str, str]] = []
 _rates: list[tuple[dict[str, float], float]] = []
@@ -113,6 +113,19 @@ def refuse() -> Any:
         (pytest.fail if variant in variants.OURS else pytest.skip)(text)
 
     return note
+
+
+@pytest.fixture
+def entrant(arena: Arena, refuse: Any) -> Any:
+    """``entrant(case, variant)``: its problem and contender; what the gate refuses is not used."""
+
+    def enter(case: cases.Case, variant: str) -> Any:
+        try:
+            return arena.entrant(case, variant)
+        except Refused as refused:
+            return refuse(variant, case.name, "tolerance", str(refused))
+
+    return enter
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -31,8 +31,8 @@ def measure(
     """Peak over resting memory in bytes, measured in a child process.
 
     Args:
-        max_iter: forces the number of forward evaluations (deqfuse only), by a tolerance that no
-            row reaches.
+        max_iter: the forward budget (deqfuse only), at a tolerance that no row reaches; then "nfe"
+            in the result is the mean of the evaluations that rows made, counted afterwards.
     """
     command = [sys.executable, "-m", "benchmarks.memory", case, variant, quantity]
     command += ["--device", device, "--threads", str(threads)]
@@ -64,13 +64,17 @@ def main() -> None:
     case = cases.CASES[args.case]
     warm = cases.build(dataclasses.replace(case, rows=4, dim=16, num_groups=2))
     _call(warm, args)()  # imports, thread pools, lazily made tables
-    call = _call(cases.build(case), args)
-    facts = (_on_gpu if args.device == "cuda" else _on_cpu)(call)
-    print(json.dumps({**facts, "max_iter": args.max_iter}))
+    problem = cases.build(case)
+    facts = (_on_gpu if args.device == "cuda" else _on_cpu)(_call(problem, args))
+    if args.max_iter is not None:
+        with torch.no_grad():
+            answer = _contender(problem, args).answer(problem.features)
+        used = torch.cat([answer.nfe_cells.flatten(), answer.nfe_fuse.flatten()])
+        facts |= {"max_iter": args.max_iter, "nfe": float(used.double().mean())}
+    print(json.dumps(facts))
 
 
-def _call(problem: Any, args: argparse.Namespace) -> Any:
-    from benchmarks.timing import forward_call, step_call
+def _contender(problem: Any, args: argparse.Namespace) -> Any:
     from benchmarks.variants import BUILDERS
     from deqfuse import Anderson
 
@@ -78,7 +82,14 @@ def _call(problem: Any, args: argparse.Namespace) -> Any:
     if args.max_iter is not None:
         layer: Any = contender.fused
         layer.solver = Anderson(tol=1e-30, max_iter=args.max_iter)
-    return (forward_call if args.quantity == "forward" else step_call)(problem, contender)
+    return contender
+
+
+def _call(problem: Any, args: argparse.Namespace) -> Any:
+    from benchmarks.timing import forward_call, step_call
+
+    make = forward_call if args.quantity == "forward" else step_call
+    return make(problem, _contender(problem, args))
 
 
 def _on_cpu(call: Any) -> dict[str, Any]:

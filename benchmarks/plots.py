@@ -142,7 +142,7 @@ def scaling(run: Run) -> Figure:
             text = f"{e.variant}: slope {e.facts['slope']:.2f}"
             axis.plot(x, y, "-", marker="o", color=COLOURS[e.variant], label=text, markersize=4)
             if e.variant == run.ours:
-                ideal = [y[-1] * (v / x[-1]) ** order for v in x]
+                ideal = [y[0] * (v / x[0]) ** order for v in x]
                 axis.plot(
                     x,
                     ideal,
@@ -196,7 +196,11 @@ def residuals(run: Run) -> Figure:
             colour = colours[e.variant]
             axis.plot(steps, e.facts["median"], color=colour, label=f"{e.variant}, median")
             axis.plot(
-                steps, e.facts["high"], color=colour, linestyle=(0, (4, 2)), label="95th percentile"
+                steps,
+                e.facts["high"],
+                color=colour,
+                linestyle=(0, (4, 2)),
+                label=f"{e.variant}, 95th percentile",
             )
         axis.set_yscale("log")
         axis.set_xlim(1, None)

@@ -2,7 +2,7 @@
 
 One joint state (z_1 .. z_N, z_f), Anderson mixing with an *absolute* ridge over the last six
 iterates, one stopping test for the whole batch, and the same solver again for the backward pass.
-The cell and the combination are the layer's own, so that every variant solves the same equations.
+The map is that of benchmarks/plain.py.
 """
 
 from __future__ import annotations

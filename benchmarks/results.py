@@ -81,7 +81,8 @@ def load(paths: Sequence[Path]) -> Run:
     """Read saved runs as one.
 
     Raises:
-        ValueError: they are not from the same machine, versions and commit.
+        ValueError: they are not from the same machine, versions and commit, or measured the same
+            group: samples of one variant are paired with another's of the same run only.
     """
     raws = [json.loads(Path(path).read_text(encoding="utf-8")) for path in paths]
     for path, raw in zip(paths, raws, strict=True):
@@ -99,19 +100,29 @@ def load(paths: Sequence[Path]) -> Run:
                     f"{path}: {what} {other} is not the {one} of {paths[0]}: runs of different "
                     f"{what} are not mixed. Remedy: report them one by one, or --compare them"
                 )
+    seen: dict[str, Path] = {}
+    for path, raw in zip(paths, raws, strict=True):
+        groups = {b["group"] for b in raw["benchmarks"]}
+        if twice := sorted(groups & seen.keys()):
+            raise ValueError(
+                f"{path}: expected groups that no other run has, got {twice[0]!r}, which "
+                f"{seen[twice[0]]} has too: its samples are not from the same turns. Remedy: "
+                "report one of the runs, or measure disjoint cases"
+            )
+        seen |= dict.fromkeys(groups, path)
     joined = dict(raws[0])
-    joined["benchmarks"] = list(
-        {b["fullname"]: b for raw in raws for b in raw["benchmarks"]}.values()
-    )
+    joined["benchmarks"] = [b for raw in raws for b in raw["benchmarks"]]
     joined["refused"] = [refusal for raw in raws for refusal in raw.get("refused", [])]
     entries = [Entry(b["name"], b["stats"]["data"], b["extra_info"]) for b in joined["benchmarks"]]
     return Run(joined, entries)
 
 
 def _identity(raw: dict[str, Any]) -> tuple[Any, Any, Any]:
+    # The slug does not say which kernels ran: a virtual machine may hide instructions.
+    own = raw["machine_info"]["deqfuse"]
     return (
-        slug(raw["machine_info"]),
-        raw["machine_info"]["deqfuse"]["versions"],
+        (slug(raw["machine_info"]), own["instruction_set"]),
+        own["versions"],
         raw["commit_info"]["id"],
     )
 

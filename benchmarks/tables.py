@@ -73,27 +73,27 @@ def floor_cells(run: Run, entry: Entry, quantity: str) -> list[str]:
 def speed_table(run: Run, regime: str, quantity: str) -> str:
     """Our time and its distance from the floor, and the ratios of the rivals."""
     names, rows, ours = rivals(run), [], run.ours
-    header = ["case", "(B, N, d)", "deqfuse ms", *(f"x {name}" for name in names)]
+    header = ["case", "(B, N, d)", "n", "deqfuse ms", *(f"x {name}" for name in names)]
     header += {
-        "tolerance": ["evaluations cells / fuse", "floor ms", "share of peak"],
+        "tolerance": ["evaluations cells / fuse"],
         "equal-error": ["tol, deqfuse / torchdeq", "error, deqfuse / torchdeq"],
         "torch-init": ["rows solved, deqfuse / torchdeq / released"],
-    }[regime]
+    }[regime] + ["floor ms", "share of peak"]
     for case in run.cases("speed", regime=regime, quantity=quantity):
         entries = run.by_variant("speed", case, regime=regime, quantity=quantity)
         if ours not in entries:
             continue
         own = entries[ours]
-        row = [case, sizes(own), ms(own.time), *(ratio(entries, name, ours) for name in names)]
+        row = [case, sizes(own), str(len(own.samples)), ms(own.time)]
+        row += [ratio(entries, name, ours) for name in names]
         if regime == "tolerance":
             row.append(f"{own.facts['nfe_cells']:.1f} / {own.facts['nfe_fuse']:.1f}")
-            row += floor_cells(run, own, quantity)
         elif regime == "equal-error":
             row.append(_each(entries, (ours, "torchdeq"), "tol", "{:g}"))
             row.append(_each(entries, (ours, "torchdeq"), "error", "{:.1e}"))
         else:
             row.append(_each(entries, (ours, "torchdeq", "released"), "solved", "{:.0%}"))
-        rows.append(row)
+        rows.append([*row, *floor_cells(run, own, quantity)])
     return markdown(header, rows)
 
 
@@ -109,8 +109,9 @@ def times_table(run: Run, quantity: str) -> str:
     rows = []
     for case in run.cases("speed", regime="tolerance", quantity=quantity):
         entries = run.by_variant("speed", case, regime="tolerance", quantity=quantity)
-        rows.append([case, *(ms(entries[n].time) if n in entries else "-" for n in names)])
-    return markdown(["case", *names], rows)
+        count = str(len(next(iter(entries.values())).samples))  # a turn visits every variant
+        rows.append([case, count, *(ms(entries[n].time) if n in entries else "-" for n in names)])
+    return markdown(["case", "n", *names], rows)
 
 
 def backends_table(run: Run) -> str:
@@ -134,21 +135,26 @@ def backends_table(run: Run) -> str:
 
 
 def origin_table(run: Run) -> str:
-    """What the forward ratio over torchdeq is made of."""
-    rows, rates = [], run.machine["matmul_rates"]
+    """What the forward ratio over torchdeq is made of: the four factors multiply to it."""
+    rows = []
     for case in run.cases("speed", regime="tolerance", quantity="forward"):
         entries = run.by_variant("speed", case, regime="tolerance", quantity="forward")
         if not {"torchdeq", run.ours} <= set(entries):
             continue
         own, rival = entries[run.ours], entries["torchdeq"]
+        if "kernel_rate" not in own.facts:  # -k left out the fastest backend
+            continue
         whole = paired_ratio(rival.samples, own.samples).median
-        products = flops(rival, "forward") / flops(own, "forward")
-        engine = rates["deqfuse kernel, in a solve"] / rival.facts["linear_rate"]
-        linear = f"{rival.facts['linear_rate'] / 1e9:.0f}"
-        rest = whole / products / engine
-        rows.append([case, number(whole), number(products), number(engine), number(rest), linear])
-    header = ["case", "x torchdeq", "fewer products", "matmul engine", "the rest"]
-    return markdown([*header, "F.linear here, GF/s"], rows)
+        n = own.facts["case"]["modalities"]
+        evaluations = (n * own.facts["nfe_cells"] + own.facts["nfe_fuse"]) / (n + 1)
+        fewer = rival.facts["nfe_fuse"] / evaluations
+        per_evaluation = flops(rival, "forward") / flops(own, "forward") / fewer
+        kernel, linear = own.facts["kernel_rate"], rival.facts["linear_rate"]
+        rest = whole / fewer / per_evaluation / (kernel / linear)
+        factors = [number(f) for f in (whole, fewer, per_evaluation, kernel / linear, rest)]
+        rows.append([case, *factors, f"{kernel / 1e9:.0f} / {linear / 1e9:.0f}"])
+    header = ["case", "x torchdeq", "fewer evaluations", "fewer products in each"]
+    return markdown([*header, "matmul engine", "the rest", "kernel / F.linear here, GF/s"], rows)
 
 
 def memory_table(run: Run) -> str:
@@ -163,10 +169,11 @@ def memory_table(run: Run) -> str:
     text = markdown(["case", "variant", "peak - resting, MiB", "x deqfuse"], rows)
     for e in run.select("memory-steps"):
         counts = ", ".join(
-            f"{extra / 2**20:.0f} MiB at {k}"
+            f"{extra / 2**20:.0f} MiB at {k:.0f}"
             for k, extra in zip(e.facts["steps"], e.facts["extra"], strict=True)
         )
-        text += f"\n\nAgainst the number of solver steps ({e.facts['case']['name']}): {counts}."
+        name = e.facts["case"]["name"]
+        text += f"\n\nAgainst evaluations per row, tolerance out of reach ({name}): {counts}."
     return text
 
 
@@ -182,7 +189,7 @@ def overhead_table(run: Run) -> str:
 
 
 def scaling_table(run: Run) -> str:
-    """Fitted slopes, and the times."""
+    """Fitted slopes of time per evaluation, and the times."""
     rows = []
     for e in run.select("scaling"):
         points = ", ".join(
@@ -191,9 +198,7 @@ def scaling_table(run: Run) -> str:
         )
         fitted = "-" if e.facts["slope"] is None else f"{e.facts['slope']:.2f}"
         rows.append([str(e.facts["axis"]), e.variant, fitted, points])
-    return markdown(
-        ["against", "variant", "slope per evaluation", "forward ms at each value"], rows
-    )
+    return markdown(["against", "variant", "slope of the last", "forward ms at each value"], rows)
 
 
 def convergence_table(run: Run) -> str:

@@ -9,7 +9,7 @@ import torch
 
 from benchmarks import cases, memory
 from benchmarks.cases import CASES
-from benchmarks.variants import BUILDERS, OURS, fastest_backend, missing
+from benchmarks.variants import BUILDERS, fastest_backend, missing
 
 CASE, STEPS = "brca", (5, 10, 20, 40)
 # The allocator's own slack differs from run to run. One saved state of one block per step would be
@@ -19,7 +19,7 @@ SAME = 1.1
 
 @pytest.mark.parametrize("variant", BUILDERS)
 @pytest.mark.parametrize("name", CASES)
-def test_peak(name: str, variant: str, full: bool, record: Any) -> None:
+def test_peak(name: str, variant: str, full: bool, entrant: Any, record: Any) -> None:
     if missing(variant):
         pytest.skip(f"{variant}: {missing(variant)}")
     if variant == "compiled":
@@ -28,6 +28,7 @@ def test_peak(name: str, variant: str, full: bool, record: Any) -> None:
         pytest.skip("forward only, and its memory is the graph's pool")
     if not full and name != CASE:
         pytest.skip("measured with --full (make bench-full)")
+    entrant(CASES[name], variant)
     found = memory.measure(name, variant, "step", cases.DEVICE, torch.get_num_threads())
     record(
         [found["seconds"]],
@@ -40,7 +41,7 @@ def test_peak(name: str, variant: str, full: bool, record: Any) -> None:
 
 
 def test_peak_does_not_grow_with_solver_steps(record: Any) -> None:
-    """The tolerance is out of reach: a row makes all evaluations, or stalls, 20 after its best."""
+    """The tolerance is out of reach: rows make evaluations until the budget ends or they stall."""
     found = [
         memory.measure(
             CASE, fastest_backend(), "step", cases.DEVICE, torch.get_num_threads(), max_iter=k
@@ -53,8 +54,9 @@ def test_peak_does_not_grow_with_solver_steps(record: Any) -> None:
         kind="memory-steps",
         variant=fastest_backend(),
         case={"name": CASE},
-        steps=list(STEPS),
+        steps=[f["nfe"] for f in found],
         extra=[f["extra"] for f in found],
     )
-    assert fastest_backend() in OURS
+    # Rows that all stalled early would prove nothing.
+    assert found[-1]["nfe"] >= 4 * found[0]["nfe"]
     assert found[-1]["extra"] <= SAME * found[0]["extra"]

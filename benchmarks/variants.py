@@ -17,8 +17,9 @@ from torch import Tensor
 
 from benchmarks import cases
 from benchmarks.cases import ADJOINT_MAX_ITER, MAX_ITER, Problem
+from benchmarks.plain import cells_step, collapsed_step, flat_map, joint_map
 from benchmarks.released import attach_gradient, joint_anderson, joint_implicit
-from deqfuse import Anderson, DEQFusion, Implicit, backends, functional
+from deqfuse import Anderson, Implicit, backends, functional
 from deqfuse.backends import maps
 from deqfuse.result import BlockInfo
 from deqfuse.solvers.adjoint import solve_adjoint
@@ -29,8 +30,8 @@ class Answer(NamedTuple):
 
     z: Tensor  # (B, d)
     cells: Tensor  # (N, B, d)
-    nfe_cells: Tensor  # any shape
-    nfe_fuse: Tensor  # any shape
+    nfe_cells: Tensor  # (N, B), or () of a joint solver
+    nfe_fuse: Tensor  # (B,), or ()
 
 
 Features = Sequence[Tensor]  # N tensors (B, d)
@@ -65,55 +66,41 @@ def deqfuse_variant(backend: str) -> Callable[[Problem, float], Contender]:
     return build
 
 
-def joint_map(layer: DEQFusion, features: Features) -> tuple[Callable[[Any, Any], Any], Any]:
-    """The map of Eq. 17 on (zs (B, N, d), z_f (B, d)), of the layer's cells, and its start."""
-    x = torch.stack(list(features))
-    x_fuse = (layer.modality_weights[:, None, None] * x).sum(0)
-
-    def step(zs: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-        new = torch.stack([cell(zs[:, i], x[i]) for i, cell in enumerate(layer.cells)], dim=1)
-        assert layer.combine is not None
-        return new, layer.combine(z, zs.transpose(0, 1), x_fuse)
-
-    return step, (torch.zeros_like(x.transpose(0, 1)), torch.zeros_like(x_fuse))
+def _split(state: Sequence[Tensor], calls: Sequence[None]) -> Answer:
+    """From z_1 .. z_N, z_f and the evaluations that were counted."""
+    nfe = torch.tensor(len(calls))
+    return Answer(state[-1], torch.stack(list(state[:-1])), nfe, nfe)
 
 
-def flat_map(layer: DEQFusion, features: Features) -> tuple[Callable[[Tensor], Tensor], Tensor]:
-    """The same on one flat state (B, (N + 1) d)."""
-    step, (zs0, z0) = joint_map(layer, features)
-    n, d = layer.num_modalities, layer.dim
+def counted(f: Callable[..., Any]) -> tuple[Callable[..., Any], list[None]]:
+    """``f`` and a list that grows by one per call: nobody's own count is taken for it."""
+    calls: list[None] = []
 
-    def f(state: Tensor) -> Tensor:
-        zs, z = state[:, : n * d].unflatten(1, (n, d)), state[:, n * d :]
-        zs, z = step(zs, z)
-        return torch.cat([zs.flatten(1), z], dim=1)
+    def counting(*state: Tensor) -> Any:
+        calls.append(None)
+        return f(*state)
 
-    return f, torch.cat([zs0.flatten(1), z0], dim=1)
-
-
-def _split(layer: DEQFusion, state: Tensor, nfe: int) -> Answer:
-    n, d, used = layer.num_modalities, layer.dim, torch.tensor(nfe)
-    cells = state[:, : n * d].unflatten(1, (n, d)).transpose(0, 1)
-    return Answer(state[:, n * d :], cells, used, used)
+    return counting, calls
 
 
 def released(problem: Problem, tol: float) -> Contender:
-    """The released code's algorithm (benchmarks/released.py)."""
+    """The released code's algorithm (benchmarks/released.py) on the plain map."""
     layer = problem.layer
 
-    def solve(features: Features) -> tuple[Tensor, int]:
-        f, z0 = flat_map(layer, features)
-        return joint_implicit(f, z0, tol, MAX_ITER, ADJOINT_MAX_ITER)
+    def solve(f: Callable[[Tensor], Tensor], z0: Tensor) -> Sequence[Tensor]:
+        state = joint_implicit(f, z0, tol, MAX_ITER, ADJOINT_MAX_ITER)[0]
+        return state.split(layer.dim, dim=1)
 
-    return Contender(
-        "released",
-        lambda features: solve(features)[0][:, layer.num_modalities * layer.dim :],
-        lambda features: _split(layer, *solve(features)),
-    )
+    def answer(features: Features) -> Answer:
+        f, z0 = flat_map(layer, features)
+        f, calls = counted(f)
+        return _split(solve(f, z0), calls)
+
+    return Contender("released", lambda features: solve(*flat_map(layer, features))[-1], answer)
 
 
 def torchdeq(problem: Problem, tol: float) -> Contender:
-    """torchdeq 0.1: its Anderson on the joint state, its implicit gradient."""
+    """torchdeq 0.1 on the plain map: its Anderson on the joint state, its implicit gradient."""
     from torchdeq import get_deq  # type: ignore[import-untyped]
 
     layer = problem.layer
@@ -122,33 +109,24 @@ def torchdeq(problem: Problem, tol: float) -> Contender:
         b_solver="anderson", b_max_iter=ADJOINT_MAX_ITER, b_tol=tol, b_stop_mode="rel", ift=True,
     )  # fmt: skip
 
-    def solve(features: Features) -> Any:
-        step, start = joint_map(layer, features)
+    def solve(step: Callable[..., Any], start: Any) -> Sequence[Tensor]:
         deq.train(torch.is_grad_enabled())  # in training it evaluates f once more, for the gradient
-        (*_, (zs, z)), _ = deq(step, start)
-        return zs, z
+        (*_, state), _ = deq(step, start)
+        return tuple(state)
 
     def answer(features: Features) -> Answer:
         step, start = joint_map(layer, features)
-        calls = []
+        step, calls = counted(step)  # its own count is that of the best step
+        return _split(solve(step, start), calls)
 
-        def counted(zs: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-            calls.append(1)
-            return step(zs, z)
-
-        deq.train(torch.is_grad_enabled())
-        (*_, (zs, z)), _ = deq(counted, start)
-        nfe = torch.tensor(len(calls))  # its own count is that of the best step
-        return Answer(z, zs.transpose(0, 1), nfe, nfe)
-
-    return Contender("torchdeq", lambda features: solve(features)[1], answer)
+    return Contender("torchdeq", lambda features: solve(*joint_map(layer, features))[-1], answer)
 
 
 def compiled(problem: Problem, tol: float) -> Contender:
-    """The reference's two maps under torch.compile, solved block after block by ``DEQ``'s solver.
+    """One step of the cells and one of the fuse equation under torch.compile, in deqfuse's solver.
 
     That is what torch.compile gives a user of this library: fused element-wise passes around the
-    products, deqfuse's own Anderson step, row-wise stopping, and the collapsed gate.
+    products, deqfuse's own Anderson step, row-wise stopping, block order and the collapsed gate.
     """
     layer, case = problem.layer, problem.case
     cell_map, fuse_map = _compiled_maps()
@@ -177,18 +155,20 @@ def compiled(problem: Problem, tol: float) -> Contender:
     def solve(features: Features) -> Any:
         x = torch.stack(list(features))
         n, groups = case.modalities, case.num_groups
-        flat = [t for cell in layer.cells for t in cell.flat()]  # type: ignore[operator]
-        cells, cells_info = equilibrium(cell_map, x, maps.CellParams.stack(flat), groups)
+        weights: Any = tuple(tuple(cell.flat()) for cell in layer.cells)  # type: ignore[operator]
+        if not ONE_GRAPH:
+            weights = maps.CellParams.stack([t for own in weights for t in own])
+        cells, cells_info = equilibrium(cell_map, x, weights, groups)
         assert layer.combine is not None
         fuse = maps.FuseParams(*layer.combine.flat())
         x_fuse = (layer.modality_weights[:, None, None] * x).sum(0)
         constant = maps.gate_constant(cells.sum(0), n, fuse)
-        z, info = equilibrium(fuse_map, x_fuse, constant, None, n, fuse, groups)
+        z, info = equilibrium(fuse_map, x_fuse, constant, n, fuse, groups)
         return z, cells, cells_info, info
 
     def answer(features: Features) -> Answer:
         z, cells, cells_info, info = solve(features)
-        return Answer(z, cells, cells_info.nfe, info.nfe)
+        return Answer(z, cells, cells_info.nfe.view(case.modalities, -1), info.nfe)
 
     return Contender("compiled", lambda features: solve(features)[0], answer)
 
@@ -216,9 +196,10 @@ def _compiled_maps() -> Any:
         functorch_config.donated_buffer = False
         torch._dynamo.config.force_parameter_static_shapes = False
         torch._dynamo.config.recompile_limit = 256
-        _maps.extend(
-            torch.compile(f, dynamic=ONE_GRAPH) for f in (maps.residual_cell, maps.purify_combine)
-        )
+        # Whichever is faster: a graph for all sizes is slow on batched products and grouped means
+        # (2 times at d = 256), a graph per size is a fifth faster with them.
+        cell_map = cells_step if ONE_GRAPH else maps.residual_cell
+        _maps.extend(torch.compile(f, dynamic=ONE_GRAPH) for f in (cell_map, collapsed_step))
     return _maps
 
 
@@ -242,7 +223,7 @@ def cuda_graph(problem: Problem, tol: float) -> Contender:
         for own, given in zip(static, features, strict=True):
             own.copy_(given)
         graph.replay()
-        return _split(layer, state, steps)
+        return _split(state.split(layer.dim, dim=1), [None] * steps)
 
     return Contender("cuda-graph", lambda features: replay(features).z, replay, False)
 

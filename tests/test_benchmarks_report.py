@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import report
+from benchmarks import report, tables
 from benchmarks.machine import slug
 from benchmarks.results import RESULTS, load
 from benchmarks.tables import markdown, ratio
@@ -39,11 +40,18 @@ def entry(variant: str, quantity: str, seconds: float) -> dict[str, Any]:
         "case": {"name": "small", "rows": 32, "modalities": 3, "dim": 64}, "tol": 1e-4,
         "nfe_cells": 5.0, "nfe_fuse": 4.0, "residual": 1e-5, "solved": 1.0, "error": 1e-6,
         "gradient_error": 1e-5, "flops": {"forward": 1e8, "backward": 3e8}, "bytes": 1e6,
-        "linear_rate": 1e11,
+        "linear_rate": 1e11, "kernel_rate": 3e11,
     }  # fmt: skip
     name = f"test_speed[tolerance-small-{quantity}-{variant}]"
     data = [seconds * (1 + 0.01 * i) for i in range(5)]
-    return {"name": name, "fullname": name, "stats": {"data": data}, "extra_info": facts}
+    group = f"tolerance small {quantity}"
+    return {
+        "name": name,
+        "fullname": name,
+        "group": group,
+        "stats": {"data": data},
+        "extra_info": facts,
+    }
 
 
 def raw() -> dict[str, Any]:
@@ -76,6 +84,7 @@ def test_machine_is_named_by_processor_and_threads() -> None:
     [
         ("machine", lambda run: run["machine_info"]["cpu"].update(brand_raw="Another CPU")),
         ("machine", lambda run: run["machine_info"]["deqfuse"].update(threads=1)),
+        ("machine", lambda run: run["machine_info"]["deqfuse"].update(instruction_set="avx2")),
         ("versions", lambda run: run["machine_info"]["deqfuse"]["versions"].update(torch="2.12")),
         ("commit", lambda run: run["commit_info"].update(id="fedcba")),
     ],
@@ -90,9 +99,17 @@ def test_runs_of_different_origin_are_not_mixed(tmp_path: Path, what: str, chang
 
 def test_runs_of_one_machine_are_joined(tmp_path: Path) -> None:
     first, second = raw(), raw()
-    first["benchmarks"], second["benchmarks"] = first["benchmarks"][:2], first["benchmarks"][2:]
+    first["benchmarks"], second["benchmarks"] = first["benchmarks"][::2], first["benchmarks"][1::2]
     run = load([saved(tmp_path / "a.json", first), saved(tmp_path / "b.json", second)])
     assert len(run.entries) == len(raw()["benchmarks"])
+
+
+def test_samples_of_different_runs_are_not_paired(tmp_path: Path) -> None:
+    """One variant from one run and its rival from another were never in the same turn."""
+    first, second = raw(), raw()
+    first["benchmarks"], second["benchmarks"] = first["benchmarks"][:2], first["benchmarks"][2:]
+    with pytest.raises(ValueError, match="not from the same turns"):
+        load([saved(tmp_path / "a.json", first), saved(tmp_path / "b.json", second)])
 
 
 def test_foreign_json_is_refused(tmp_path: Path) -> None:
@@ -108,10 +125,30 @@ def test_page_says_ratio_spread_and_floor(tmp_path: Path) -> None:
     assert ratio(entries, "torchdeq", "deqfuse-cpu") == "**5** (5-5)"
     text = report.page(run, [])
     # 1e8 flops at the best rate, 2e11, are 0.5 ms of the 10.2 ms median.
-    assert "| small | (32, 3, 64) | 10.2 (10.1-10.3) | **5** (5-5) | **4** (4-4) |" in text
+    assert "| small | (32, 3, 64) | 5 | 10.2 (10.1-10.3) | **5** (5-5) | **4** (4-4) |" in text
     assert "| 0.5 | 4.9% |" in text
     assert "0123456789ab" in text
     assert "torch 2.13.0" in text
+
+
+def test_factors_of_the_ratio_multiply_to_it(tmp_path: Path) -> None:
+    """5 times: 9 evaluations for 4.75, half as many products in all, a kernel 3 times as fast."""
+    changed = raw()
+    for b in changed["benchmarks"]:
+        if b["extra_info"]["variant"] == "torchdeq":
+            b["extra_info"] |= {"nfe_fuse": 9.0, "flops": {"forward": 4e8, "backward": 3e8}}
+    table = tables.origin_table(load([saved(tmp_path / "a.json", changed)]))
+    # 9 / 4.75, 4 / 1.895, 3e11 / 1e11, 5 / (4 * 3)
+    assert "| small | 5 | 1.89 | 2.11 | 3 | 0.417 | 300 / 100 |" in table
+
+
+def test_every_regime_shows_the_floor(tmp_path: Path) -> None:
+    changed = raw()
+    for regime, b in zip(("equal-error", "torch-init"), changed["benchmarks"][:2], strict=False):
+        b["extra_info"] |= {"regime": regime, "quantity": "forward"}
+    run = load([saved(tmp_path / "a.json", changed)])
+    for regime in ("equal-error", "torch-init"):
+        assert "| 0.5 | 4.9% |" in tables.speed_table(run, regime, "forward")
 
 
 def test_refused_variants_are_listed(tmp_path: Path) -> None:
@@ -144,6 +181,18 @@ def test_compare_marks_regressions_and_corrects_drift(tmp_path: Path) -> None:
     assert report.compare(scaled({"deqfuse-cpu": 0.5}), old)[1] == 0
 
 
+def test_compare_reports_what_is_missing_or_refused(tmp_path: Path) -> None:
+    old, new = raw(), raw()
+    new["benchmarks"] = [b for b in new["benchmarks"] if "step-deqfuse-cpu" not in b["name"]]
+    refusal = {"case": "small", "regime": "tolerance", "reason": "gradient off"}
+    new["refused"] = [{"variant": "deqfuse-cpu", **refusal}, {"variant": "released", **refusal}]
+    runs = [load([saved(tmp_path / f"{i}.json", r)]) for i, r in enumerate((new, old))]
+    text, found = report.compare(*runs)
+    assert found == 1  # ours
+    assert "Measured before and not now: tolerance small step deqfuse-cpu" in text
+    assert "| small | tolerance | deqfuse-cpu | gradient off |" in text
+
+
 def test_compare_refuses_another_machine(tmp_path: Path) -> None:
     other = raw()
     other["machine_info"]["deqfuse"]["threads"] = 1
@@ -161,6 +210,31 @@ def test_report_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         "README.md", "run.json", "speedup.png", "roofline.png",
     }  # fmt: skip
     assert load([folder / "run.json"]).entries == load([path]).entries
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+@pytest.mark.parametrize(
+    ("goal", "bench", "passed_on", "readme", "out"),
+    [
+        ("bench", "", "", True, False),
+        ("bench-full", "", "--full", True, False),
+        ("bench-full", "--threads 1", "--full --threads 1", False, False),
+        ("bench", "-k brca", "-k brca", False, True),
+        ("gpu-bench", "--full", "--device cuda --full", False, False),
+    ],
+)
+def test_make_passes_on_what_was_asked_for(
+    goal: str, bench: str, passed_on: str, readme: bool, out: bool
+) -> None:
+    command = ["make", "-n", goal, "VENV=none", f"PYTHON={sys.executable}"]
+    command += [f"BENCH={bench}"] if bench else []
+    root = report.README.parent
+    text = subprocess.run(command, capture_output=True, text=True, cwd=root, check=True).stdout
+    line = next(line for line in text.splitlines() if "--benchmark-json" in line)
+    assert line.partition(".json ")[2].partition(";")[0].split() == passed_on.split()
+    assert ("--readme" in text) == readme
+    assert ("--out build/results" in text) == out
+    assert text.index("rm -f build/bench") < text.index("--benchmark-json")
 
 
 def test_readme_block_is_replaced(tmp_path: Path) -> None:
