@@ -128,7 +128,7 @@ def extension() -> dict[str, object]:
     module = cpp_extension.CppExtension(
         "deqfuse._C",
         sorted(map(str, Path("csrc/cpu").glob("*.cpp"))),
-        depends=sorted(map(str, Path("csrc").rglob("*.*"))),
+        depends=sorted(str(p) for p in Path("csrc").rglob("*") if p.suffix in (".h", ".inc")),
         include_dirs=[pybind11.get_include()],
         define_macros=[
             ("TORCH_TARGET_VERSION", "0x020b000000000000"),  # the stable ABI as of torch 2.11
