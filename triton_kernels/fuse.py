@@ -273,6 +273,7 @@ def _purify_combine_vjp_kernel(
         t = product(dgate_ptr, r, real_row, wa_ptr, cols, real, False, D, BM, GT * C2, BK, T, PREC)
         store_tile(dsum_ptr, r, real_row, cols, real, t, D)
         dz = load_tile(dz_ptr, r, real_row, cols, real, D, T) + modalities.to(T) * t
+        tl.debug_barrier()  # several threads may hold a number that one of them replaces
         store_tile(dz_ptr, r, real_row, cols, real, dz, D)
 
 

@@ -66,6 +66,13 @@ def _type_of(value: Any, annotation: str) -> str:
     return annotation or ("fp32" if isinstance(value, float) else "i32")
 
 
+def is_aligned(value: Any, parameter: Any) -> bool:
+    """Whether Triton compiles an argument as a multiple of 16 (bytes, if it is a tensor)."""
+    if isinstance(value, Tensor):
+        return not parameter.do_not_specialize_on_alignment and value.data_ptr() % 16 == 0
+    return isinstance(value, int) and not parameter.do_not_specialize and value % 16 == 0
+
+
 def compile_launch(call: Launch, target: str) -> Resources:
     """Compile a launch for ``target`` and read what it takes from the binary."""
     kernel = call.kernel
@@ -74,12 +81,13 @@ def compile_launch(call: Launch, target: str) -> Resources:
     signature, constants, attributes = {}, {}, {}
     for i, parameter in enumerate(kernel.params):
         value = given[parameter.name] if parameter.name in given else options.pop(parameter.name)
-        if parameter.is_constexpr or value is None:
+        known = isinstance(value, int) and value == 1 and not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or known:
             signature[parameter.name] = "constexpr"
             constants[parameter.name] = value
             continue
         signature[parameter.name] = _type_of(value, parameter.annotation_type)
-        if isinstance(value, Tensor) and value.data_ptr() % 16 == 0:
+        if is_aligned(value, parameter):
             attributes[(i,)] = [["tt.divisibility", 16]]
     if TARGETS[target].backend == "hip":
         options.pop("maxnreg", None)  # ptxas's

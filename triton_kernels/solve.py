@@ -139,7 +139,11 @@ def combine(
     return x, total
 
 
-@triton.jit(do_not_specialize=["rows", "modalities", "max_iter"])
+@triton.jit(
+    do_not_specialize=["rows", "modalities", "max_iter"],
+    # Slices of the layer's results, aligned or not as the batch has it: no reason to recompile.
+    do_not_specialize_on_alignment=["out_ptr", "residual_ptr", "nfe_ptr", "outcome_ptr"],
+)
 def _solve_fuse_kernel(
     x_ptr,  # (rows, D); with weights the modalities' own (N, rows, D)
     cells_ptr,  # (N, rows, D) with weights, else None
