@@ -156,8 +156,10 @@ class Problem:
         if self.kind == "solve":
             knobs = solve.Knobs(1e-4, 50, self.m, 0.5 if self.released else 1.0, 1e-6)
             z0 = z if self.released else None
-            solve.solve_cells(x, packed, z0, g, self.released, knobs)
             start = None if z0 is None else z0[0]
+            weights, bias = vector[:2], vector[2] if self.released else None
+            rest = (g, self.released, self.released, knobs)
+            solve.solve_layer(x, packed, params, weights, bias, mask, start, z0, *rest)
             solve.solve_fuse(x[0], z[0], params, mask, start, 2, g, self.released, knobs)
             return
         cell.residual_cell(z, x, packed, g, self.released, active=active)
