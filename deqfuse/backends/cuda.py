@@ -11,6 +11,7 @@ imported when a solve asks for them: a bare checkout has none.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -35,6 +36,18 @@ adjoint_layer = reference.adjoint_layer
 
 def unavailable() -> tuple[str, str] | None:
     """Why this backend cannot run here, and what would change that."""
+    # Dynamo traces through a cache, and warns.
+    missing = _missing() if torch.compiler.is_compiling() else _missing_once()
+    if missing is not None:
+        return missing
+    if not torch.cuda.is_available():
+        built = "sees no GPU" if torch.version.cuda else "is built without CUDA"
+        return f"torch {torch.__version__} {built}", "a CUDA build of torch and an NVIDIA GPU"
+    return None
+
+
+def _missing() -> tuple[str, str] | None:
+    """What is missing whatever the machine: nothing of it changes while the process lives."""
     if torch.version.hip:
         return "its launches have been written for NVIDIA GPUs only", "none in this version"
     if importlib.util.find_spec("deqfuse.triton_kernels") is None:
@@ -44,10 +57,10 @@ def unavailable() -> tuple[str, str] | None:
         )
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed", "pip install 'deqfuse[triton]'"
-    if not torch.cuda.is_available():
-        built = "sees no GPU" if torch.version.cuda else "is built without CUDA"
-        return f"torch {torch.__version__} {built}", "a CUDA build of torch and an NVIDIA GPU"
     return None
+
+
+_missing_once = functools.cache(_missing)  # "auto" asks at every call
 
 
 def refuses(problem: Problem) -> str | None:
@@ -188,7 +201,6 @@ def anderson(f: Map, z0: Tensor, option: Anderson) -> Solution:
 
     state = AndersonState(z0, option.m, option.max_iter if option.trace else 0)
     state.z.copy_(z0)
-    state.best.copy_(z0)  # of no rows
     if state.trace is not None:
         state.trace.fill_(torch.nan)
     step = 0
