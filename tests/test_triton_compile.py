@@ -31,16 +31,18 @@ KERNELS = {
 }
 
 
-def compiled(*arguments: str) -> list[dict]:
+def output(*arguments: str) -> str:
+    """What Python prints where kernels are not interpreted."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    run = subprocess.run(
-        [sys.executable, "-m", "deqfuse.triton_kernels.resources", *arguments],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
+    command = [sys.executable, *arguments]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-4000:]
-    return [json.loads(line) for line in run.stdout.splitlines()]
+    return run.stdout
+
+
+def compiled(*arguments: str) -> list[dict]:
+    lines = output("-m", "deqfuse.triton_kernels.resources", *arguments).splitlines()
+    return [json.loads(line) for line in lines]
 
 
 def assert_sound(table: list[dict], kinds: Iterable[str], targets: Iterable[str]) -> None:
@@ -78,3 +80,45 @@ def test_other_architectures_compile(target: str) -> None:
     for kind in kinds:
         table = compiled("--kind", kind, "--targets", target)
         assert {entry["kernel"] for entry in table} == KERNELS[kind]
+
+
+SPECIALIZATIONS = """
+import json, sys
+import torch
+from triton.compiler import make_backend
+from triton.runtime.jit import create_function_from_signature
+from deqfuse import Anderson, DEQFusion
+from deqfuse.backends import cuda
+from deqfuse.triton_kernels.launch import intercept
+from deqfuse.triton_kernels.resources import TARGETS
+
+backend, seen = make_backend(TARGETS["sm_90"]), {}
+def note(call):
+    kernel = call.kernel
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    found = seen.setdefault(call.name, set())
+    found.add(str(bind(*call.args, **call.options)[1]))
+
+dim, groups = map(int, sys.argv[1:])
+cuda.unavailable, cuda.refuses = lambda: None, cuda.refuses_problem
+layer = DEQFusion(dim, 3, num_groups=groups, on_failure="ignore", backend="cuda")
+solver = Anderson(trace=True, max_iter=2)
+stepped = DEQFusion(
+    dim, 3, num_groups=groups, on_failure="ignore", backend="cuda", solver=solver
+)
+with intercept(note), torch.no_grad():
+    for rows in range(30, 66):
+        layer(list(torch.randn(3, rows, dim)))
+        stepped(list(torch.randn(3, rows, dim)))
+        if rows == 30:
+            before = {name: len(found) for name, found in seen.items()}
+print(json.dumps({name: len(seen[name]) - count for name, count in before.items()}))
+"""
+
+
+@pytest.mark.parametrize(("dim", "groups"), [(50, 2), (128, 4)])
+def test_another_batch_compiles_nothing(dim: int, groups: int) -> None:
+    """What Triton specialises a launch on: alignment of pointers, divisors of numbers."""
+    found = json.loads(output("-c", SPECIALIZATIONS, str(dim), str(groups)))
+    assert set(found) > KERNELS["solve"] | KERNELS["anderson"]
+    assert set(found.values()) == {0}, found
