@@ -52,12 +52,12 @@ def assert_sound(table: list[dict], kinds: Iterable[str], targets: Iterable[str]
             assert found == KERNELS[kind], (kind, target)
     for entry in table:
         assert entry["shared"] <= SHARED_LIMIT[entry["target"]], entry
-        if entry["target"].startswith("sm_"):
-            assert 0 < entry["registers"] <= 255, entry
-            # In float64, ptxas gives up two to four numbers of a step now and then, for the sake of
-            # one more block on a multiprocessor.
-            double = entry["dtype"] == "float64"
-            assert entry["spilled"] <= (16 if double else 0), entry
+        # CDNA3 has as many accumulation registers again.
+        assert 0 < entry["registers"] <= (512 if entry["target"] == "gfx942" else 255), entry
+        # ptxas gives up two to four numbers of a step now and then, for the sake of one more block
+        # on a multiprocessor: in float64, and on sm_100 at d = 300.
+        few = entry["dtype"] == "float64" or (entry["target"], entry["dim"]) == ("sm_100", 300)
+        assert entry["spilled"] <= (16 if few and entry["kind"] == "step" else 0), entry
 
 
 def test_the_shipped_kernels_compile_and_fit() -> None:
@@ -73,13 +73,18 @@ def test_the_full_grid_compiles_and_fits(kind: str, target: str) -> None:
     assert_sound(table, [kind], [target])
 
 
+def test_steps_compile_and_fit_elsewhere() -> None:
+    targets = ("sm_100", "gfx942")
+    table = compiled("--kind", "step", "--dim", "128", "--targets", ",".join(targets))
+    assert_sound(table, ["step"], targets)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["sm_100", "gfx942"])
-def test_other_architectures_compile(target: str) -> None:
-    kinds = ("step", "anderson") if target == "gfx942" else KERNELS
-    for kind in kinds:
-        table = compiled("--kind", kind, "--targets", target)
-        assert {entry["kernel"] for entry in table} == KERNELS[kind]
+def test_the_small_set_compiles_and_fits_elsewhere(target: str) -> None:
+    """No whole solves on gfx942: two weights do not fit its 64 KB at every width."""
+    for kind in ("step", "anderson") if target == "gfx942" else KERNELS:
+        assert_sound(compiled("--kind", kind, "--targets", target), [kind], [target])
 
 
 SPECIALIZATIONS = """

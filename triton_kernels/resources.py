@@ -191,7 +191,12 @@ FULL = [
         for r in (False, True)
     ),
     *(Problem("step", d, g, "float64") for d, g in GROUPS.items()),
-    *(Problem("step", d, GROUPS[d], "bfloat16", "tf32") for d in (50, 128, 300, 512)),
+    *(
+        Problem("step", d, GROUPS[d], t, p)
+        for d in (50, 128, 300, 512)
+        for t in ("bfloat16", "float16")
+        for p in ("tf32", "ieee")
+    ),
     *(
         Problem("anderson", d, dtype=t, m=m, released=r)
         for d in (50, 512, 4000)
