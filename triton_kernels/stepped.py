@@ -124,7 +124,7 @@ def _solve(
     assert x is not None
     size = (2 * knobs.m + 4) * x.numel() * dtype.itemsize
     size += sum(t.numel() * t.element_size() for t in operands if t is not None)
-    keep = x.is_cuda and 0 < x.numel() and size <= GRAPH_BYTES  # an empty graph cannot be captured
+    keep = x.is_cuda and x.numel() > 0 and size <= GRAPH_BYTES  # an empty graph cannot be captured
     if not keep or torch.cuda.is_current_stream_capturing():
         solve = _Solve(operands, dtype, knobs, trace, evaluate)
         solve.start(z0)
