@@ -167,7 +167,7 @@ def test_any_map_takes_the_fused_anderson_step(dtype):
     matrix, target = 0.5 * torch.randn(300, 300) / 300**0.5, torch.randn(40, 300)
 
     def run(device, kind, tol):
-        weight = matrix.to(device, kind).requires_grad_()
+        weight = matrix.to(device, kind, copy=True).requires_grad_()
         deq = DEQ(
             lambda z, x: torch.tanh(z @ weight + x),
             solver=Anderson(tol=tol, max_iter=100),

@@ -28,7 +28,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from deqfuse.triton_kernels import anderson, cell, fuse, solve
+from deqfuse.triton_kernels import anderson, cell, fuse, solve, tiles
 from deqfuse.triton_kernels.launch import Launch, intercept
 
 TARGETS = {
@@ -154,7 +154,7 @@ class Problem:
         active = torch.ones(2, 16, dtype=torch.bool)
         mask = x[0] if self.released else None
         if self.kind == "solve":
-            knobs = solve.Knobs(1e-4, 50, self.m, 0.5 if self.released else 1.0, 1e-6)
+            knobs = tiles.Knobs(1e-4, 50, self.m, 0.5 if self.released else 1.0, 1e-6)
             z0 = z if self.released else None
             start = None if z0 is None else z0[0]
             weights, bias = vector[:2], vector[2] if self.released else None

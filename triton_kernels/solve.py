@@ -38,7 +38,7 @@ from deqfuse.triton_kernels.rowmath import (
     tile_columns,
     tile_rows,
 )
-from deqfuse.triton_kernels.tiles import columns, solve_tile
+from deqfuse.triton_kernels.tiles import Knobs, columns, solve_tile
 
 
 @triton.jit(do_not_specialize=["rows", "max_iter"])
@@ -253,16 +253,6 @@ class Answer(NamedTuple):
     residual: Tensor
     nfe: Tensor  # int32
     outcome: Tensor  # int8
-
-
-class Knobs(NamedTuple):
-    """What the solver is told."""
-
-    tol: float
-    max_iter: int
-    m: int
-    beta: float
-    lam: float
 
 
 def empty_answer(like: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Answer:

@@ -18,7 +18,8 @@ from deqfuse.triton_kernels.anderson import AndersonState, anderson_step
 from deqfuse.triton_kernels.cell import residual_cell
 from deqfuse.triton_kernels.fuse import gate_constant, purify_combine
 from deqfuse.triton_kernels.rowmath import precision
-from deqfuse.triton_kernels.solve import Answer, Knobs
+from deqfuse.triton_kernels.solve import Answer
+from deqfuse.triton_kernels.tiles import Knobs
 
 GRAPH_BYTES = 256 << 20  # of one problem's tensors, beyond which no graph is kept
 GRAPHS = 8  # problems whose graphs are kept

@@ -1,4 +1,4 @@
-"""How a problem is cut into tiles: tables, no kernels. Nothing here depends on the batch.
+"""What a solve is told and how it is cut into tiles: tables, no kernels, nothing that depends on B.
 
 A tile is a few rows by whole groups of features, so that GroupNorm never leaves it. Triton's blocks
 are powers of two: each group is padded to one in registers (75 channels take 128 columns), never in
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -17,6 +18,16 @@ MAX_HISTORY = 5  # residuals that the whole-solve kernel keeps in registers
 MAX_GROUP = 1024  # channels of a group, which one tile must hold
 MAX_STEP_HISTORY = 8  # and that the Anderson step combines
 TF32_TOL = 1e-4  # what solves with TF32 products reach; docs/kernels-gpu.md
+
+
+class Knobs(NamedTuple):
+    """What a solve is told."""
+
+    tol: float
+    max_iter: int
+    m: int
+    beta: float
+    lam: float
 
 
 def power_of_two(n: int) -> int:
