@@ -193,7 +193,10 @@ def test_a_layers_gradients(dim, groups):
     tight = {"solver": Anderson(tol=1e-6), "adjoint": Implicit(tol=1e-6)}
     layer = DEQFusion(dim, 3, num_groups=groups, **tight)
     exact = copy.deepcopy(layer).double()
-    exact.solver, exact.adjoint = Anderson(tol=1e-12, max_iter=200), Implicit(1e-12, max_iter=200)
+    exact.solver, exact.adjoint = (
+        Anderson(tol=1e-12, max_iter=200),
+        Implicit(tol=1e-12, max_iter=200),
+    )
     xs, cotangent = torch.randn(3, 40, dim), torch.randn(40, dim)
 
     def gradients(layer, device, dtype):
