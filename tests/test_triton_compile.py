@@ -55,8 +55,8 @@ def assert_sound(table: list[dict], kinds: Iterable[str], targets: Iterable[str]
         # CDNA3 has as many accumulation registers again.
         assert 0 < entry["registers"] <= (512 if entry["target"] == "gfx942" else 255), entry
         # ptxas gives up two to four numbers of a step now and then, for the sake of one more block
-        # on a multiprocessor: in float64, and on sm_100 at d = 300.
-        few = entry["dtype"] == "float64" or (entry["target"], entry["dim"]) == ("sm_100", 300)
+        # on a multiprocessor: in float64, where 16 bits are widened, and on sm_100 at d = 300.
+        few = entry["dtype"] != "float32" or (entry["target"], entry["dim"]) == ("sm_100", 300)
         assert entry["spilled"] <= (16 if few and entry["kind"] == "step" else 0), entry
 
 

@@ -301,7 +301,7 @@ def purify_combine_vjp(
     """Cotangents of one step: one launch, or four, and torch's products for the weights."""
     rows, d = z.shape
     wa, ba, wf, bf, gamma, beta = params
-    tile = fuse_vjp_tile(d, num_groups, z.dtype)
+    tile = fuse_vjp_tile(d, num_groups, z.dtype, x_fuse.dtype)
     gate, q, dx, dgate, dsum, dz = (torch.empty_like(z) for _ in range(6))
     dy = dx if mask is None else torch.empty_like(z)
     gate_input = torch.add(cell_sum, z, alpha=num_modalities)

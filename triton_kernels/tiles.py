@@ -125,16 +125,18 @@ def step_tile(dim: int, num_groups: int, dtype: torch.dtype, vjp: bool = False) 
     return whole_tile(cols) if fits_whole(dim, num_groups) else product_tile(cols, dtype, vjp)
 
 
-def fuse_vjp_tile(dim: int, num_groups: int, dtype: torch.dtype) -> Tile:
+def fuse_vjp_tile(dim: int, num_groups: int, dtype: torch.dtype, stored: torch.dtype) -> Tile:
     """The tile of the fuse step's VJP, with the registers per thread that it needs.
 
-    Left alone, ptxas spills two numbers here for one more block on a multiprocessor.
+    Left alone, ptxas spills two numbers here for one more block on a multiprocessor. Weights
+    ``stored`` in 16 bits pass through registers on their way to float32.
     """
     cols, tile = columns(dim, num_groups), step_tile(dim, num_groups, dtype, vjp=True)
     if dtype == torch.float64 or fits_whole(dim, num_groups):
         return tile
     ragged = cols.width != cols.padded
-    return dataclasses.replace(tile, registers=255 if ragged and tile.columns > 128 else 128)
+    many = stored.itemsize < dtype.itemsize or (ragged and tile.columns > 128)
+    return dataclasses.replace(tile, registers=255 if many else 128)
 
 
 def stages_of(count: int, dim: int, num_groups: int) -> list[tuple[int, int]]:
