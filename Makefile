@@ -82,11 +82,14 @@ bench: module
 bench-full: BENCH_MODE := --full
 bench-full: bench
 
-# On a GPU machine without network: make gpu-test VENV=none PYTHON=...
+# On a GPU machine without network, with torch, triton and nvcc: make gpu-test VENV=none PYTHON=...
+gpu-test: NEEDS := pytest
 gpu-test: module
 	@echo "== Tests that need a GPU: pytest -m gpu"
 	@$(PY) -m pytest -m gpu $(ARGS)
 
+# torchdeq may be missing: its columns are then left out.
+gpu-bench: NEEDS := pytest pytest_benchmark matplotlib
 gpu-bench: BENCH_MODE := --device cuda
 gpu-bench: BENCH_JSON := build/bench-gpu.json
 gpu-bench: BENCH_README :=
@@ -128,6 +131,11 @@ $(VENV)/.installed: pyproject.toml setup.py $(CONSTRAINTS) | check-python
 # Kernels and binaries are found only when installed, hence the editable install here too.
 use-python: check-python
 	@echo "== Using $$($(PYTHON) -V) and the packages that it has; the pinned versions do not apply"
+	@missing=$$($(PY) -c 'import sys, importlib.util as u; \
+	  print(*[m for m in sys.argv[1:] if u.find_spec(m) is None])' pip setuptools numpy $(NEEDS)); \
+	  test -z "$$missing" || { echo "$(PYTHON) lacks $$missing. Without a network, on another machine:" >&2; \
+	  echo "  pip download -d wheels$$(printf ' %s' $$missing | tr _ -)   # the same Python version and system" >&2; \
+	  echo "and here: $(PYTHON) -m pip install --no-index --find-links wheels$$(printf ' %s' $$missing | tr _ -)" >&2; exit 1; }
 	@$(PY) -c 'import sys, importlib.metadata as m; v = m.version("torch").split("."); \
 	  sys.exit((int(v[0]), int(v[1])) < (2, 11))' 2>/dev/null || { \
 	  echo "VENV=none needs torch >= 2.11 in $(PYTHON); without VENV=none it is installed for you." >&2; exit 1; }

@@ -7,7 +7,7 @@ import threading
 import warnings
 from collections import deque
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,15 +18,28 @@ from deqfuse.solvers.options import GradientOption, Implicit, NewtonKrylov, Solv
 
 ON_FAILURE = ("warn", "raise", "ignore")
 CELLS, FUSE = LAYER_BLOCKS = ("the modality cells", "the fuse block")
+Blocks = tuple[tuple[str, Any], ...]  # a block's name, and where its statistics are
+_FORWARD: Blocks = ((CELLS, slice(None, -1)), (FUSE, -1))
+_BACKWARD: Blocks = tuple((f"the backward solve of {name}", at) for name, at in reversed(_FORWARD))
 NEAR_ROUNDING = 1e-5  # where float32 residuals of wide layers end
 ROUNDING = "That is near float32 rounding. Remedy: a larger tol, or float64."
 
 
+class _Statistics(NamedTuple):
+    """A block's outcomes and residuals on their way to the host, to be looked at once there."""
+
+    outcome: Tensor
+    residual: Tensor
+
+    def tolist(self) -> list[float]:
+        return _summary(*self)
+
+
 @dataclass
 class _Late:
-    """A summary on its way from the device, to be reported once it has arrived."""
+    """A report on its way from the device, to be made once it has arrived."""
 
-    summary: Tensor
+    summary: _Statistics | Tensor  # whose list is that of _summary
     arrived: Any  # torch.cuda.Event
     what: str
     option: SolverOption | GradientOption
@@ -49,24 +62,10 @@ def report(
         what: the solve in words, e.g. "the fuse block".
         outcome, residual: per row, as in ``BlockInfo``.
         option: the solver or gradient option, whose knobs the message names.
-        on_failure: "warn", "raise" or "ignore". Under ``torch.compile`` always "ignore".
+        on_failure: "warn", "raise" or "ignore". Under ``torch.compile``, and while a CUDA graph is
+            captured, always "ignore".
     """
-    if torch.compiler.is_compiling():
-        return
-    flush()
-    if on_failure == "ignore" or outcome.numel() == 0:
-        return
-    if outcome.device.type != "cuda" or on_failure == "raise":
-        if outcome.any():  # CONVERGED is 0; the summary is for those who need it
-            _say(what, _summarise(outcome, residual).tolist(), option, on_failure)
-        return
-    if torch.cuda.is_current_stream_capturing():
-        return
-    summary = _summarise(outcome, residual).to("cpu", non_blocking=True)
-    arrived = torch.cuda.Event()
-    arrived.record()
-    with _lock:
-        _late.append(_Late(summary, arrived, what, option))
+    _report(((what, ...),), outcome, residual, option, on_failure)
 
 
 def report_layer(
@@ -78,20 +77,55 @@ def report_layer(
     backward: bool = False,
 ) -> None:
     """:func:`report` for each kind of block, in the order in which they were solved."""
+    _report(_BACKWARD if backward else _FORWARD, outcome, residual, option, on_failure)
+
+
+def _report(
+    blocks: Blocks,
+    outcome: Tensor,
+    residual: Tensor,
+    option: SolverOption | GradientOption,
+    on_failure: str,
+) -> None:
     if torch.compiler.is_compiling():
         return
     flush()
-    if on_failure == "ignore" or (outcome.device.type == "cpu" and not outcome.any()):
+    if on_failure == "ignore" or outcome.numel() == 0:
         return
-    blocks: list[tuple[str, Any]] = [(CELLS, slice(None, -1)), (FUSE, -1)]
-    for name, at in reversed(blocks) if backward else blocks:
-        what = f"the backward solve of {name}" if backward else name
-        report(what, outcome[at], residual[at], option, on_failure)
+    if outcome.is_cuda:
+        if _capturing():
+            return  # a replayed graph runs none of this
+        if on_failure == "warn":
+            _report_late(blocks, outcome, residual, option)
+            return
+    if outcome.any():  # CONVERGED is 0; the summary is for those who need it
+        outcome, residual = outcome.cpu(), residual.cpu()
+        for what, at in blocks:
+            _say(what, _summary(outcome[at], residual[at]), option, on_failure)
+
+
+def _report_late(
+    blocks: Blocks, outcome: Tensor, residual: Tensor, option: SolverOption | GradientOption
+) -> None:
+    """Two copies to pinned memory and an event, 5 bytes a row and block: no kernel, no waiting.
+
+    Counting on the device would take more launches than the layer's forward has.
+    """
+    stream = torch.cuda.current_stream(outcome.device)
+    outcome, residual = (t.to("cpu", non_blocking=True) for t in (outcome, residual))
+    arrived = torch.cuda.Event()
+    arrived.record(stream)
+    with _lock:
+        for what, at in blocks:
+            _late.append(_Late(_Statistics(outcome[at], residual[at]), arrived, what, option))
 
 
 def flush() -> None:
-    """Report what has arrived from devices since the last look. Never waits."""
-    if torch.compiler.is_compiling():
+    """Report what has arrived from devices since the last look. Never waits.
+
+    Does nothing while the current stream is captured: asking an event would end the capture.
+    """
+    if torch.compiler.is_compiling() or not _late or _capturing():
         return
     while True:
         with _lock:
@@ -101,14 +135,22 @@ def flush() -> None:
         _say(item.what, item.summary.tolist(), item.option, "warn")
 
 
-def _summarise(outcome: Tensor, residual: Tensor) -> Tensor:
+def _capturing() -> bool:
+    """Whether the current stream's work goes into a CUDA graph. False without CUDA."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
+def _summary(outcome: Tensor, residual: Tensor) -> list[float]:
     """[rows, failed by max_iter, by stalling, by NaN, worst residual among the failed]."""
+    total = float(outcome.numel())
     failed = outcome != int(Outcome.CONVERGED)
-    kinds = [(outcome == int(kind)).sum() for kind in Outcome if kind is not Outcome.CONVERGED]
+    if not failed.any():
+        return [total, 0.0, 0.0, 0.0, 0.0]
+    kinds = [
+        float((outcome == int(kind)).sum()) for kind in Outcome if kind is not Outcome.CONVERGED
+    ]
     finite = failed & torch.isfinite(residual)
-    worst = torch.where(finite, residual, 0.0).amax()
-    total = torch.tensor(outcome.numel(), device=outcome.device)
-    return torch.stack([t.to(torch.float64) for t in (total, *kinds, worst)])
+    return [total, *kinds, float(torch.where(finite, residual, 0.0).amax())]
 
 
 def _say(

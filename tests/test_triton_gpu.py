@@ -133,15 +133,47 @@ def test_a_solve_never_synchronises(dim, groups):
             torch.cuda.set_sync_debug_mode("default")
 
 
-def test_a_forward_is_two_launches_and_two_for_packing():
-    layer, x = DEQFusion(128, 3).requires_grad_(False).cuda(), torch.randn(3, 77, 128).cuda()
-    layer(list(x))  # compiles
+@pytest.mark.parametrize(("on_failure", "copies"), [("ignore", 0), ("warn", 2)])
+def test_a_forward_is_two_launches_and_two_for_packing(on_failure, copies):
+    layer = DEQFusion(128, 3, on_failure=on_failure).requires_grad_(False).cuda()
+    x = list(torch.randn(3, 77, 128).cuda())
+    layer(x)  # compiles
+    torch.cuda.synchronize()
+    layer(x)  # reports what the first left, and has pinned memory from now on
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        layer(list(x))
+        layer(x)
         torch.cuda.synchronize()
-    kernels = [e.name for e in profile.events() if e.device_type.name == "CUDA"]
+    names = [e.name for e in profile.events() if e.device_type.name == "CUDA"]
+    assert sum("Memcpy DtoH" in name for name in names) == copies, names
+    kernels = [name for name in names if "Memcpy" not in name]
     assert len(kernels) == 4, kernels
     assert sum("solve" in name for name in kernels) == 2
+
+
+@pytest.mark.parametrize("dim", [128, 300], ids=["whole", "stepped"])
+def test_a_default_layer_never_synchronises(dim):
+    layer, x = DEQFusion(dim, 3).cuda(), list(torch.randn(3, 77, dim).cuda())
+    for _ in range(3):  # compiles, and pins memory for the reports
+        layer(x)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            layer(x)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("dim", [128, 300], ids=["whole", "stepped"])
+def test_a_layer_under_a_graph_of_the_callers(dim):
+    """Its report would ask an event whether it has happened, which no capture survives."""
+    layer, x = DEQFusion(dim, 3).requires_grad_(False).cuda(), torch.randn(3, 77, dim).cuda()
+    expected = layer(list(x))  # leaves a report to be asked for
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        given = layer(list(x))
+    given.fill_(torch.nan)
+    graph.replay()
+    assert torch.equal(given, expected)
 
 
 @pytest.mark.parametrize(("dim", "groups"), [(128, 4), (300, 4)], ids=["whole", "stepped"])

@@ -6,14 +6,16 @@ import dataclasses
 import functools
 import itertools
 import re
+from collections import deque
 
 import pytest
 import torch
 from test_triton_cases import Case as Operands
 from test_triton_cases import poison  # noqa: F401 - a fixture
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from deqfuse import Anderson, Broyden, DEQFusion, Implicit, Outcome, Picard, Unrolled
+from deqfuse import Anderson, Broyden, DEQFusion, Implicit, Outcome, Picard, Unrolled, reporting
 from deqfuse.backends import Problem, cuda, reference
 from deqfuse.backends.problem import Solved
 from deqfuse.triton_kernels import tiles
@@ -295,6 +297,51 @@ def test_a_forward_is_two_launches_and_two_for_packing(monkeypatch: pytest.Monke
         solve(Anderson())
     assert [call.name for call in launches] == ["_solve_cells_kernel", "_solve_fuse_kernel"]
     assert operations.names == ["stack", "cat"], "packing the features and the cells' parameters"
+
+
+def test_nothing_in_the_module_adds_to_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of ``DEQFusion.forward``, on the backend that tensors on a GPU would take."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+    monkeypatch.setattr(cuda, "unavailable", lambda: None)
+    monkeypatch.setattr(cuda, "refuses", cuda.refuses_problem)
+    layer = DEQFusion(12, 3, num_groups=2, on_failure="ignore", backend="cuda")
+    xs = list(torch.randn(3, 5, 12))
+    for params_need_gradients in (False, True):
+        layer.requires_grad_(params_need_gradients)
+        launches: list[Launch] = []
+        with intercept(launches.append), Operations() as operations:
+            layer(xs)
+        assert [call.name for call in launches] == ["_solve_cells_kernel", "_solve_fuse_kernel"]
+        assert operations.names == ["stack", "cat"]
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_a_warning_costs_two_copies_and_an_event(
+    backward: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+
+    class Event:
+        def record(self, stream: object) -> None:
+            events.append("record")
+
+        def query(self) -> bool:
+            return False
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    late: deque = deque()
+    monkeypatch.setattr(reporting, "_late", late)
+    with FakeTensorMode():
+        outcome = torch.zeros(4, 5, dtype=torch.int8, device="cuda")
+        residual = torch.zeros(4, 5, device="cuda")
+        with Operations() as operations:
+            reporting.report_layer(outcome, residual, Anderson(), "warn", backward=backward)
+    launched = [name for name in operations.names if name != "device"]  # a fake tensor's own
+    assert launched == ["_to_copy", "_to_copy"]
+    assert events == ["record"]
+    assert [item.summary.outcome.shape for item in late] == [(5,), (3, 5)][:: 1 if backward else -1]
+    assert all(item.summary.residual.device.type == "cpu" for item in late)
 
 
 def test_launches_of_a_stepped_solve() -> None:

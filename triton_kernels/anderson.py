@@ -85,7 +85,7 @@ def verdict(residual, nfe, best_at, tol, max_iter):
     return tl.where(residual <= tol, CONVERGED, out)
 
 
-@triton.jit(do_not_specialize=["rows", "n", "step", "max_iter"])
+@triton.jit(do_not_specialize=["rows", "step", "max_iter"])  # n: whole vectors are loaded
 def _anderson_step_kernel(
     fz_ptr,  # (rows, n): f(z)
     z_ptr,  # (rows, n): the iterate, replaced by the next one
@@ -115,6 +115,9 @@ def _anderson_step_kernel(
     if step > 0:  # noqa: SIM102 - a ring without state must not be read
         if tl.load(active_ptr + row) == 0:
             return
+    # Every thread reads these and one replaces them: the sums below hold a barrier in between.
+    best = tl.load(best_residual_ptr + row, mask=step > 0, other=float("inf"))
+    best_at = tl.load(best_at_ptr + row, mask=step > 0, other=0)
     slot = step % M
     count = tl.minimum(step + 1, M)
     z_ptr += row * n
@@ -154,8 +157,6 @@ def _anderson_step_kernel(
             gram += (tl.load(older, mask=a < count, other=0.0),)
 
     residual = tl.sqrt(gram[0]) / (tl.sqrt(tl.sum(square, 0)) + RESIDUAL_FLOOR)
-    best = tl.load(best_residual_ptr + row, mask=step > 0, other=float("inf"))
-    best_at = tl.load(best_at_ptr + row, mask=step > 0, other=0)
     better = residual < best
     best_at = tl.where(better, step + 1, best_at)
     ended = verdict(residual, step + 1, best_at, tl.full((), tol, T), max_iter)

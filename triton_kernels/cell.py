@@ -242,6 +242,7 @@ def _residual_cell_vjp_kernel(
         dz = product(dy1_ptr, r, real_row, p_ptr, cols, real, False, D, BM, GT * C2, BK, T, PREC)
         if SKIP:
             dz += load_tile(dz_ptr, r, real_row, cols, real, D, T)
+            tl.debug_barrier()  # several threads may hold a number that one of them replaces
         store_tile(dz_ptr, r, real_row, cols, real, dz, D)
 
 

@@ -273,6 +273,7 @@ def _purify_combine_vjp_kernel(
         t = product(dgate_ptr, r, real_row, wa_ptr, cols, real, False, D, BM, GT * C2, BK, T, PREC)
         store_tile(dsum_ptr, r, real_row, cols, real, t, D)
         dz = load_tile(dz_ptr, r, real_row, cols, real, D, T) + modalities.to(T) * t
+        tl.debug_barrier()  # several threads may hold a number that one of them replaces
         store_tile(dz_ptr, r, real_row, cols, real, dz, D)
 
 
@@ -300,7 +301,7 @@ def purify_combine_vjp(
     """Cotangents of one step: one launch, or four, and torch's products for the weights."""
     rows, d = z.shape
     wa, ba, wf, bf, gamma, beta = params
-    tile = fuse_vjp_tile(d, num_groups, z.dtype)
+    tile = fuse_vjp_tile(d, num_groups, z.dtype, x_fuse.dtype)
     gate, q, dx, dgate, dsum, dz = (torch.empty_like(z) for _ in range(6))
     dy = dx if mask is None else torch.empty_like(z)
     gate_input = torch.add(cell_sum, z, alpha=num_modalities)

@@ -28,7 +28,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from deqfuse.triton_kernels import anderson, cell, fuse, solve
+from deqfuse.triton_kernels import anderson, cell, fuse, solve, tiles
 from deqfuse.triton_kernels.launch import Launch, intercept
 
 TARGETS = {
@@ -66,6 +66,13 @@ def _type_of(value: Any, annotation: str) -> str:
     return annotation or ("fp32" if isinstance(value, float) else "i32")
 
 
+def is_aligned(value: Any, parameter: Any) -> bool:
+    """Whether Triton compiles an argument as a multiple of 16 (bytes, if it is a tensor)."""
+    if isinstance(value, Tensor):
+        return not parameter.do_not_specialize_on_alignment and value.data_ptr() % 16 == 0
+    return isinstance(value, int) and not parameter.do_not_specialize and value % 16 == 0
+
+
 def compile_launch(call: Launch, target: str) -> Resources:
     """Compile a launch for ``target`` and read what it takes from the binary."""
     kernel = call.kernel
@@ -74,12 +81,13 @@ def compile_launch(call: Launch, target: str) -> Resources:
     signature, constants, attributes = {}, {}, {}
     for i, parameter in enumerate(kernel.params):
         value = given[parameter.name] if parameter.name in given else options.pop(parameter.name)
-        if parameter.is_constexpr or value is None:
+        known = isinstance(value, int) and value == 1 and not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or known:
             signature[parameter.name] = "constexpr"
             constants[parameter.name] = value
             continue
         signature[parameter.name] = _type_of(value, parameter.annotation_type)
-        if isinstance(value, Tensor) and value.data_ptr() % 16 == 0:
+        if is_aligned(value, parameter):
             attributes[(i,)] = [["tt.divisibility", 16]]
     if TARGETS[target].backend == "hip":
         options.pop("maxnreg", None)  # ptxas's
@@ -146,10 +154,12 @@ class Problem:
         active = torch.ones(2, 16, dtype=torch.bool)
         mask = x[0] if self.released else None
         if self.kind == "solve":
-            knobs = solve.Knobs(1e-4, 50, self.m, 0.5 if self.released else 1.0, 1e-6)
+            knobs = tiles.Knobs(1e-4, 50, self.m, 0.5 if self.released else 1.0, 1e-6)
             z0 = z if self.released else None
-            solve.solve_cells(x, packed, z0, g, self.released, knobs)
             start = None if z0 is None else z0[0]
+            weights, bias = vector[:2], vector[2] if self.released else None
+            rest = (g, self.released, self.released, knobs)
+            solve.solve_layer(x, packed, params, weights, bias, mask, start, z0, *rest)
             solve.solve_fuse(x[0], z[0], params, mask, start, 2, g, self.released, knobs)
             return
         cell.residual_cell(z, x, packed, g, self.released, active=active)
@@ -181,7 +191,12 @@ FULL = [
         for r in (False, True)
     ),
     *(Problem("step", d, g, "float64") for d, g in GROUPS.items()),
-    *(Problem("step", d, GROUPS[d], "bfloat16", "tf32") for d in (50, 128, 300, 512)),
+    *(
+        Problem("step", d, GROUPS[d], t, p)
+        for d in (50, 128, 300, 512)
+        for t in ("bfloat16", "float16")
+        for p in ("tf32", "ieee")
+    ),
     *(
         Problem("anderson", d, dtype=t, m=m, released=r)
         for d in (50, 512, 4000)

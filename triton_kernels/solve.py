@@ -38,7 +38,7 @@ from deqfuse.triton_kernels.rowmath import (
     tile_columns,
     tile_rows,
 )
-from deqfuse.triton_kernels.tiles import columns, solve_tile
+from deqfuse.triton_kernels.tiles import Knobs, columns, solve_tile
 
 
 @triton.jit(do_not_specialize=["rows", "max_iter"])
@@ -139,7 +139,11 @@ def combine(
     return x, total
 
 
-@triton.jit(do_not_specialize=["rows", "modalities", "max_iter"])
+@triton.jit(
+    do_not_specialize=["rows", "modalities", "max_iter"],
+    # Slices of the layer's results, aligned or not as the batch has it: no reason to recompile.
+    do_not_specialize_on_alignment=["out_ptr", "residual_ptr", "nfe_ptr", "outcome_ptr"],
+)
 def _solve_fuse_kernel(
     x_ptr,  # (rows, D); with weights the modalities' own (N, rows, D)
     cells_ptr,  # (N, rows, D) with weights, else None
@@ -249,16 +253,6 @@ class Answer(NamedTuple):
     residual: Tensor
     nfe: Tensor  # int32
     outcome: Tensor  # int8
-
-
-class Knobs(NamedTuple):
-    """What the solver is told."""
-
-    tol: float
-    max_iter: int
-    m: int
-    beta: float
-    lam: float
 
 
 def empty_answer(like: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Answer:

@@ -18,7 +18,8 @@ from deqfuse.triton_kernels.anderson import AndersonState, anderson_step
 from deqfuse.triton_kernels.cell import residual_cell
 from deqfuse.triton_kernels.fuse import gate_constant, purify_combine
 from deqfuse.triton_kernels.rowmath import precision
-from deqfuse.triton_kernels.solve import Answer, Knobs
+from deqfuse.triton_kernels.solve import Answer
+from deqfuse.triton_kernels.tiles import Knobs
 
 GRAPH_BYTES = 256 << 20  # of one problem's tensors, beyond which no graph is kept
 GRAPHS = 8  # problems whose graphs are kept
@@ -124,7 +125,8 @@ def _solve(
     assert x is not None
     size = (2 * knobs.m + 4) * x.numel() * dtype.itemsize
     size += sum(t.numel() * t.element_size() for t in operands if t is not None)
-    if not x.is_cuda or size > GRAPH_BYTES or torch.cuda.is_current_stream_capturing():
+    keep = x.is_cuda and x.numel() > 0 and size <= GRAPH_BYTES  # an empty graph cannot be captured
+    if not keep or torch.cuda.is_current_stream_capturing():
         solve = _Solve(operands, dtype, knobs, trace, evaluate)
         solve.start(z0)
         solve.steps()

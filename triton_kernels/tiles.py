@@ -1,4 +1,4 @@
-"""How a problem is cut into tiles: tables, no kernels. Nothing here depends on the batch.
+"""What a solve is told and how it is cut into tiles: tables, no kernels, nothing that depends on B.
 
 A tile is a few rows by whole groups of features, so that GroupNorm never leaves it. Triton's blocks
 are powers of two: each group is padded to one in registers (75 channels take 128 columns), never in
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -17,6 +18,16 @@ MAX_HISTORY = 5  # residuals that the whole-solve kernel keeps in registers
 MAX_GROUP = 1024  # channels of a group, which one tile must hold
 MAX_STEP_HISTORY = 8  # and that the Anderson step combines
 TF32_TOL = 1e-4  # what solves with TF32 products reach; docs/kernels-gpu.md
+
+
+class Knobs(NamedTuple):
+    """What a solve is told."""
+
+    tol: float
+    max_iter: int
+    m: int
+    beta: float
+    lam: float
 
 
 def power_of_two(n: int) -> int:
@@ -114,16 +125,18 @@ def step_tile(dim: int, num_groups: int, dtype: torch.dtype, vjp: bool = False) 
     return whole_tile(cols) if fits_whole(dim, num_groups) else product_tile(cols, dtype, vjp)
 
 
-def fuse_vjp_tile(dim: int, num_groups: int, dtype: torch.dtype) -> Tile:
+def fuse_vjp_tile(dim: int, num_groups: int, dtype: torch.dtype, stored: torch.dtype) -> Tile:
     """The tile of the fuse step's VJP, with the registers per thread that it needs.
 
-    Left alone, ptxas spills two numbers here for one more block on a multiprocessor.
+    Left alone, ptxas spills two numbers here for one more block on a multiprocessor. Weights
+    ``stored`` in 16 bits pass through registers on their way to float32.
     """
     cols, tile = columns(dim, num_groups), step_tile(dim, num_groups, dtype, vjp=True)
     if dtype == torch.float64 or fits_whole(dim, num_groups):
         return tile
     ragged = cols.width != cols.padded
-    return dataclasses.replace(tile, registers=255 if ragged and tile.columns > 128 else 128)
+    many = stored.itemsize < dtype.itemsize or (ragged and tile.columns > 128)
+    return dataclasses.replace(tile, registers=255 if many else 128)
 
 
 def stages_of(count: int, dim: int, num_groups: int) -> list[tuple[int, int]]:

@@ -11,9 +11,10 @@ imported when a solve asks for them: a bare checkout has none.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -26,6 +27,9 @@ from deqfuse.solvers.newton_krylov import Map
 from deqfuse.solvers.options import Anderson, Picard, SolverOption, Unrolled
 from deqfuse.solvers.rows import Solution
 
+if TYPE_CHECKING:
+    from deqfuse.triton_kernels.tiles import Knobs
+
 MIN_CAPABILITY = (8, 0)
 
 adjoint_cells = cuda_adjoint.adjoint_cells
@@ -35,6 +39,18 @@ adjoint_layer = cuda_adjoint.adjoint_layer
 
 def unavailable() -> tuple[str, str] | None:
     """Why this backend cannot run here, and what would change that."""
+    # Dynamo traces through a cache, and warns.
+    missing = _missing() if torch.compiler.is_compiling() else _missing_once()
+    if missing is not None:
+        return missing
+    if not torch.cuda.is_available():
+        built = "sees no GPU" if torch.version.cuda else "is built without CUDA"
+        return f"torch {torch.__version__} {built}", "a CUDA build of torch and an NVIDIA GPU"
+    return None
+
+
+def _missing() -> tuple[str, str] | None:
+    """What is missing whatever the machine: nothing of it changes while the process lives."""
     if torch.version.hip:
         return "its launches have been written for NVIDIA GPUs only", "none in this version"
     if importlib.util.find_spec("deqfuse.triton_kernels") is None:
@@ -44,10 +60,10 @@ def unavailable() -> tuple[str, str] | None:
         )
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed", "pip install 'deqfuse[triton]'"
-    if not torch.cuda.is_available():
-        built = "sees no GPU" if torch.version.cuda else "is built without CUDA"
-        return f"torch {torch.__version__} {built}", "a CUDA build of torch and an NVIDIA GPU"
     return None
+
+
+_missing_once = functools.cache(_missing)  # "auto" asks at every call
 
 
 def refuses(problem: Problem) -> str | None:
@@ -81,7 +97,7 @@ def one_launch(dim: int, num_groups: int, dtype: torch.dtype, solver: SolverOpti
     """Whether a solve is one launch, or steps."""
     from deqfuse.triton_kernels import tiles
 
-    return not solver.trace and tiles.fits_solve(dim, num_groups, dtype, _knobs(solver)[2])
+    return not solver.trace and tiles.fits_solve(dim, num_groups, dtype, _knobs(solver).m)
 
 
 def solve_cells(
@@ -95,7 +111,7 @@ def solve_cells(
     """Equilibria of all N residual cells."""
     from deqfuse.triton_kernels import cell, solve, stepped
 
-    dtype, knobs, skip = compute_dtype(x.dtype), solve.Knobs(*_knobs(solver)), variant != "paper"
+    dtype, knobs, skip = compute_dtype(x.dtype), _knobs(solver), variant != "paper"
     x, z0 = x.contiguous(), _contiguous(z0)
     with _on(x):
         packed = cell.pack_cells(flat_params)
@@ -126,7 +142,7 @@ def solve_fuse(
     """Equilibrium of the purify-then-combine step, the cells' equilibria held fixed."""
     from deqfuse.triton_kernels import solve, stepped
 
-    dtype, knobs = compute_dtype(x_fuse.dtype), solve.Knobs(*_knobs(solver))
+    dtype, knobs = compute_dtype(x_fuse.dtype), _knobs(solver)
     x, cell_sum = x_fuse.contiguous(), cell_sum.contiguous()
     mask, z0, params = _contiguous(mask), _contiguous(z0), [p.contiguous() for p in flat_params]
     shape = (num_modalities, num_groups, variant == "released-mmimdb")
@@ -174,7 +190,7 @@ def solve_layer(
             [p.contiguous() for p in params.fuse], params.weights.contiguous(), params.bias,
             mask, z0_fuse, z0_cells,
             num_groups, variant != "paper", variant == "released-mmimdb",
-            solve.Knobs(*_knobs(solver)),
+            _knobs(solver),
         )  # fmt: skip
     return SolvedLayer(z, *_solved(both, None, solver))
 
@@ -188,7 +204,6 @@ def anderson(f: Map, z0: Tensor, option: Anderson) -> Solution:
 
     state = AndersonState(z0, option.m, option.max_iter if option.trace else 0)
     state.z.copy_(z0)
-    state.best.copy_(z0)  # of no rows
     if state.trace is not None:
         state.trace.fill_(torch.nan)
     step = 0
@@ -218,12 +233,14 @@ def takes_rows(z0: Tensor, solver: SolverOption) -> bool:
     )
 
 
-def _knobs(solver: SolverOption) -> tuple[float, int, int, float, float]:
-    """tol, max_iter, m, beta, lam."""
+def _knobs(solver: SolverOption) -> Knobs:
+    """A solver's options as the kernels take them."""
+    from deqfuse.triton_kernels import tiles
+
     if isinstance(solver, Anderson):
-        return solver.tol, solver.max_iter, solver.m, solver.beta, solver.lam
+        return tiles.Knobs(solver.tol, solver.max_iter, solver.m, solver.beta, solver.lam)
     assert isinstance(solver, Picard)
-    return solver.tol, solver.max_iter, 1, solver.beta, 0.0
+    return tiles.Knobs(solver.tol, solver.max_iter, 1, solver.beta, 0.0)
 
 
 def _on(x: Tensor) -> AbstractContextManager[Any]:
