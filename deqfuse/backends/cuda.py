@@ -5,8 +5,8 @@ Which kernel runs which problem:
     float32 or 16-bit storage, at most 128 tile columns, m <= 5, no trace     one launch a solve
     everything else that is not refused                                       fused steps
 
-Adjoints: cuda_adjoint.py. The kernels, and Triton with them, are
-imported when a solve asks for them: a bare checkout has none.
+Adjoints: cuda_adjoint.py. The kernels, and Triton with them, are imported when a solve asks for
+them: a bare checkout has none.
 """
 
 from __future__ import annotations
