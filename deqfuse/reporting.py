@@ -99,7 +99,7 @@ def _report(
             _report_late(blocks, outcome, residual, option)
             return
     if outcome.any():  # CONVERGED is 0; the summary is for those who need it
-        outcome, residual = outcome.cpu(), residual.cpu()
+        outcome, residual = outcome.cpu(), residual.detach().cpu()
         for what, at in blocks:
             _say(what, _summary(outcome[at], residual[at]), option, on_failure)
 
