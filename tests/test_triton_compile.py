@@ -57,7 +57,10 @@ def assert_sound(table: list[dict], kinds: Iterable[str], targets: Iterable[str]
         # ptxas gives up two to four numbers of a step now and then, for the sake of one more block
         # on a multiprocessor: in float64, where 16 bits are widened, and on sm_100 at d = 300.
         few = entry["dtype"] != "float32" or (entry["target"], entry["dim"]) == ("sm_100", 300)
-        assert entry["spilled"] <= (16 if few and entry["kind"] == "step" else 0), entry
+        most = 16 if few and entry["kind"] == "step" else 0
+        if entry["kind"] == "anderson" and (few or entry["m"] not in (1, 3, 5)):
+            most = 16 if few else 8  # one or two numbers, at some widths; a limit makes it more
+        assert entry["spilled"] <= most, entry
 
 
 def test_the_shipped_kernels_compile_and_fit() -> None:
