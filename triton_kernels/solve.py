@@ -148,7 +148,7 @@ def _solve_fuse_kernel(
     x_ptr,  # (rows, D); with weights the modalities' own (N, rows, D)
     cells_ptr,  # (N, rows, D) with weights, else None
     weights_ptr,  # (N,) or None
-    bias_ptr,  # () or None
+    bias_ptr,  # (1,) or None
     sum_ptr,  # (rows, D): the cells' sum; with weights it is written here first
     mask_ptr,  # (rows, D) or None
     z0_ptr,  # (rows, D) or None for zero
@@ -303,7 +303,7 @@ def solve_layer(
     packed: Tensor,  # (N * packed_size(d),)
     params: Sequence[Tensor],  # FuseParams
     weights: Tensor,  # (N,)
-    bias: Tensor | None,  # ()
+    bias: Tensor | None,  # (1,)
     mask: Tensor | None,  # (B, d)
     z0_fuse: Tensor | None,  # (B, d)
     z0_cells: Tensor | None,  # (N, B, d)
