@@ -47,9 +47,9 @@ class AdjointBase {
       store(scale_ + v * W, sum == zero ? one : sum);
     }
   }
-  // The solutions of this tile's rows, for the cotangents as they came.
+  // The solutions of this tile's rows, one after the other, for the cotangents as they came.
   void load_solution(const T* solution, const LaneRows<R>& rows, int64_t d, T* u) const {
-    rows_to_lanes<T, NV>(solution, rows, u, d);
+    rows_to_lanes<T, NV>(solution, lane_rows<R>(0, rows.count()), u, d);
     for (int64_t o = 0; o < d * R; o += W) store(u + o, load(u + o) * load(magnitude_ + o % R));
   }
   void add_rhs(T* f, int64_t d) const {
@@ -182,9 +182,9 @@ class FuseAdjoint : public AdjointBase<T, NV> {
   static constexpr int kSums = 4;
   static int64_t tiles(int64_t d, int64_t groups) { return 11 + (groups + d - 1) / d; }
 
-  FuseAdjoint(const FuseAdjointWeights<T>& w, const T* z, const T* x, const T* cell_sum, const T* mask, const T* g,
-              int64_t d, int64_t groups, T* memory)
-      : w_(w), z_rows_(z), x_rows_(x), sum_rows_(cell_sum), mask_rows_(mask), g_rows_(g), d_(d), groups_(groups) {
+  FuseAdjoint(const FuseAdjointWeights<T>& w, const T* z, const FuseRows<T>& from, const T* mask, const T* g, int64_t d,
+              int64_t groups, T* memory)
+      : w_(w), from_(from), z_rows_(z), mask_rows_(mask), g_rows_(g), d_(d), groups_(groups) {
     T** slots[] = {&this->g_, &z_, &input_, &gate_, &q_, &sign_, &xh_, &mask_, &de_, &dq_, &work_};
     for (T** slot : slots) {
       *slot = memory;
@@ -198,8 +198,8 @@ class FuseAdjoint : public AdjointBase<T, NV> {
     this->load_rhs(g_rows_, rows, tiles(d_, groups_), d_);
     std::memcpy(start, this->g_, sizeof(T) * d_ * R);
     rows_to_lanes<T, NV>(z_rows_, rows, z_, d_);
-    rows_to_lanes<T, NV>(sum_rows_, rows, input_, d_);
-    rows_to_lanes<T, NV>(x_rows_, rows, work_, d_);
+    from_.template cell_sum_to_lanes<NV>(rows, d_, input_, q_);
+    from_.template x_to_lanes<NV>(rows, d_, work_, q_);
     if (mask_rows_) rows_to_lanes<T, NV>(mask_rows_, rows, mask_, d_);
     for (int64_t o = 0; o < d_ * R; o += W) store(input_ + o, fma(splat(f.modalities), load(z_ + o), load(input_ + o)));
     product<T, NV>(f.gate, input_, nullptr, nullptr, gate_, d_);
@@ -271,7 +271,8 @@ class FuseAdjoint : public AdjointBase<T, NV> {
   }
 
   const FuseAdjointWeights<T> w_;
-  const T *z_rows_, *x_rows_, *sum_rows_, *mask_rows_, *g_rows_;
+  const FuseRows<T> from_;
+  const T *z_rows_, *mask_rows_, *g_rows_;
   const int64_t d_, groups_;
   T *z_, *input_, *gate_, *q_, *sign_, *xh_, *mask_, *de_, *dq_, *work_, *rstd_;
 };

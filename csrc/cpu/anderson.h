@@ -28,10 +28,11 @@ struct SolveOptions {
 // Tiles that the state of a solve takes: z, starts, saved answers; images and residuals.
 constexpr int64_t solver_tiles(int history) { return 3 + 2 * (history > 0 ? history : 1); }
 
-// Where the answers of row r go. `trace` (steps, rows_total) may be null.
+// Where the answers of row r go; `z` begins with row `first`. `trace` (steps, rows_total) may be null.
 template <class T>
 struct RowResults {
   T* z;
+  int64_t first;
   T* residual;
   int32_t* nfe;
   int8_t* outcome;
@@ -197,7 +198,7 @@ class RowSolver {
       LaneRows<R> alike;  // lanes whose answer lies in the same place
       for (int k = 0; k < R; ++k) {
         const bool same = ended_[k] && answer_[k].value == a.value && answer_[k].minus == a.minus;
-        alike.row[k] = same ? row_[k] : -1;
+        alike.row[k] = same ? row_[k] - out_.first : -1;
         if (!same) continue;
         ended_[k] = false;
         row_[k] = -1;

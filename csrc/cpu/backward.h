@@ -7,9 +7,9 @@
 namespace deqfuse {
 namespace DEQFUSE_ISA {
 
-// u for the rows of one tile, which `map` linearises on the way.
+// u for the rows of one tile, one after the other, which `map` linearises on the way.
 template <class T, int NV, class Map, class P>
-void solve_tile(const P& p, Map& map, int64_t begin, int64_t end, T* u, const RowResults<T>& out, T* memory) {
+void solve_tile(const P& p, Map& map, int64_t begin, int64_t end, const RowResults<T>& out, T* memory) {
   constexpr int R = NV * kLanes<T>;
   const int64_t d = p.d;
   if (p.mode < 0) {
@@ -23,7 +23,7 @@ void solve_tile(const P& p, Map& map, int64_t begin, int64_t end, T* u, const Ro
     map(now, next);
     std::swap(now, next);
   }
-  lanes_to_rows<T, NV>(now, nullptr, rows, u, d);
+  lanes_to_rows<T, NV>(now, nullptr, lane_rows<R>(0, int(end - begin)), out.z, d);
   for (int64_t r = begin; r < end; ++r) {
     out.residual[r] = std::numeric_limits<T>::quiet_NaN();
     out.nfe[r] = p.mode;
@@ -32,7 +32,7 @@ void solve_tile(const P& p, Map& map, int64_t begin, int64_t end, T* u, const Ro
 }
 
 // What the adjoint of `blocks` blocks (cells, or the fuse step) of two matrices each needs beside its tiles: transposed
-// weights, the solutions u, and the parts of the parameters' gradients.
+// weights, and the parts of the parameters' gradients.
 template <class T, int NV>
 class AdjointMemory {
  public:
@@ -42,11 +42,10 @@ class AdjointMemory {
   AdjointMemory(const P& p, int64_t blocks, int params, int sums)
       : d_(p.d), rows_(p.rows), blocks_(blocks), params_(params), kinds_(sums), tiles_((p.rows + R - 1) / R),
         size_(Transposed<T, JR>::size(p.d)), in_(p.params), out_(p.dparams), transposed_(2 * blocks * size_),
-        u_(blocks * p.rows * p.d), panels_(out_ ? 2 * blocks * (a_size() + b_size()) : 0),
+        panels_(out_ ? 2 * blocks * (a_size() + b_size()) : 0),
         sums_(out_ ? blocks * tiles_ * sums * p.d : 0) {}
 
   int64_t tiles() const { return tiles_; }
-  T* u(int64_t block) const { return u_.get() + block * rows_ * d_; }
   Blocked<T> transposed(int64_t block, int which) const {
     return Transposed<T, JR>::matrix(weight(block, which), copy(block, which), d_);
   }
@@ -107,11 +106,12 @@ class AdjointMemory {
   const int64_t tiles_, size_;
   const T* const* in_;
   T* const* out_;
-  Scratch<T> transposed_, u_, panels_, sums_;
+  Scratch<T> transposed_, panels_, sums_;
 };
 
-template <class T, int NV>
-void adjoint_cells(const CellAdjointProblem<T>& p, int threads, ParallelFor parallel) {
+// after(i, begin, end): what is left to do for these rows of modality i once dx is there.
+template <class T, int NV, class After>
+void adjoint_cells(const CellAdjointProblem<T>& p, int threads, ParallelFor parallel, After after) {
   constexpr int R = NV * kLanes<T>;
   using Map = CellAdjoint<T, NV>;
   const int64_t d = p.d;
@@ -123,19 +123,26 @@ void adjoint_cells(const CellAdjointProblem<T>& p, int threads, ParallelFor para
     const T* const* q = p.params + 10 * i;
     const CellAdjointWeights<T> w{{{q[0]}, {q[2]}, q[1], q[3], q[4], q[5], q[6], q[7], q[8], q[9], nullptr, p.skip},
                                   shared.transposed(i, 0), shared.transposed(i, 1)};
-    Scratch<T> memory((map_tiles + RowSolver<T, NV, Map>::tiles(p.history)) * d * R);
-    Map map(w, p.z + first * d, p.x[i], p.g[i], d, p.groups, memory.get());
-    const RowResults<T> out{shared.u(i), p.residual + first, p.nfe + first, p.outcome + first, nullptr, 0};
-    solve_tile<T, NV>(p, map, begin, end, shared.u(i), out, memory.get() + map_tiles * d * R);
+    Scratch<T> memory((1 + map_tiles + RowSolver<T, NV, Map>::tiles(p.history)) * d * R);
+    T *u = memory.get(), *of_map = u + d * R;
+    Map map(w, p.z + first * d, p.x[i], p.g[i], d, p.groups, of_map);
+    const RowResults<T> out{u, begin, p.residual + first, p.nfe + first, p.outcome + first, nullptr, 0};
+    solve_tile<T, NV>(p, map, begin, end, out, of_map + map_tiles * d * R);
     GradientParts<T> parts;
     if (p.dparams) parts = shared.parts(i, t % shared.tiles());
-    map.finish(shared.u(i), lane_rows<R>(begin, int(end - begin)), p.dx[i], p.dparams ? &parts : nullptr);
+    map.finish(u, lane_rows<R>(begin, int(end - begin)), p.dx[i], p.dparams ? &parts : nullptr);
+    after(i, begin, end);
   });
   shared.parameter_gradients(T(1), threads, parallel);
 }
 
 template <class T, int NV>
-void adjoint_fuse(const FuseAdjointProblem<T>& p, int threads, ParallelFor parallel) {
+void adjoint_cells(const CellAdjointProblem<T>& p, int threads, ParallelFor parallel) {
+  adjoint_cells<T, NV>(p, threads, parallel, [](int64_t, int64_t, int64_t) {});
+}
+
+template <class T, int NV>
+void adjoint_fuse(const FuseAdjointProblem<T>& p, const FuseRows<T>& from, int threads, ParallelFor parallel) {
   constexpr int R = NV * kLanes<T>;
   using Map = FuseAdjoint<T, NV>;
   const int64_t d = p.d;
@@ -146,15 +153,21 @@ void adjoint_fuse(const FuseAdjointProblem<T>& p, int threads, ParallelFor paral
                                 shared.transposed(0, 0), shared.transposed(0, 1)};
   run_tasks(shared.tiles(), threads, parallel, [&](int64_t t) {
     const int64_t begin = t * R, end = begin + R < p.rows ? begin + R : p.rows, map_tiles = Map::tiles(d, p.groups);
-    Scratch<T> memory((map_tiles + RowSolver<T, NV, Map>::tiles(p.history)) * d * R);
-    Map map(w, p.z, p.x, p.cell_sum, p.mask, p.g, d, p.groups, memory.get());
-    const RowResults<T> out{shared.u(0), p.residual, p.nfe, p.outcome, nullptr, 0};
-    solve_tile<T, NV>(p, map, begin, end, shared.u(0), out, memory.get() + map_tiles * d * R);
+    Scratch<T> memory((1 + map_tiles + RowSolver<T, NV, Map>::tiles(p.history)) * d * R);
+    T *u = memory.get(), *of_map = u + d * R;
+    Map map(w, p.z, from, p.mask, p.g, d, p.groups, of_map);
+    const RowResults<T> out{u, begin, p.residual, p.nfe, p.outcome, nullptr, 0};
+    solve_tile<T, NV>(p, map, begin, end, out, of_map + map_tiles * d * R);
     GradientParts<T> parts;
     if (p.dparams) parts = shared.parts(0, t);
-    map.finish(shared.u(0), lane_rows<R>(begin, int(end - begin)), p.dx, p.dcell_sum, p.dparams ? &parts : nullptr);
+    map.finish(u, lane_rows<R>(begin, int(end - begin)), p.dx, p.dcell_sum, p.dparams ? &parts : nullptr);
   });
   shared.parameter_gradients(T(p.modalities), threads, parallel);
+}
+
+template <class T, int NV>
+void adjoint_fuse(const FuseAdjointProblem<T>& p, int threads, ParallelFor parallel) {
+  adjoint_fuse<T, NV>(p, {p.x, p.cell_sum}, threads, parallel);
 }
 
 template <class T, int NV>
@@ -162,15 +175,11 @@ void adjoint_layer(const LayerAdjointProblem<T>& p, int threads, ParallelFor par
   CellAdjointProblem<T> c = p.cells;
   FuseAdjointProblem<T> f = p.fuse;
   const int64_t n = c.modalities, rows = c.rows, d = c.d, size = rows * d;
-  const FuseInputs<T> inputs(rows, d);
-  inputs.fill(n, rows, d, c.x, c.z, p.weights, p.bias, threads, parallel);
   Scratch<T> dx_fuse(size), dcell_sum(size), g_cells(p.g_cells ? n * size : 0);
   Scratch<const T*> g(n);
-  f.x = inputs.x.get();
-  f.cell_sum = inputs.cell_sum.get();
   f.dx = dx_fuse.get();
   f.dcell_sum = dcell_sum.get();
-  adjoint_fuse<T, NV>(f, threads, parallel);
+  adjoint_fuse<T, NV>(f, rows_of_layer<T>(p), threads, parallel);
 
   for (int64_t i = 0; i < n; ++i) g.get()[i] = p.g_cells ? g_cells.get() + i * size : dcell_sum.get();
   if (p.g_cells)
@@ -179,27 +188,27 @@ void adjoint_layer(const LayerAdjointProblem<T>& p, int threads, ParallelFor par
         g_cells.get()[r * d + k] = p.g_cells[r * d + k] + dcell_sum.get()[r % rows * d + k];
     });
   c.g = g.get();
-  adjoint_cells<T, NV>(c, threads, parallel);
-
-  // x_i also reaches the fuse step, through its injection. `sums`: per row the terms of dweights, and of dbias.
-  Scratch<T> sums(p.dweights ? rows * (n + 1) : 0);
-  for_rows(rows, threads, parallel, [&](int64_t r) {
-    const T* from = dx_fuse.get() + r * d;
-    for (int64_t i = 0; i < n; ++i) {
-      T* to = c.dx[i] + r * d;
-      for (int64_t k = 0; k < d; ++k) to[k] += p.weights[i] * from[k];
-      if (p.dweights) sums.get()[r * (n + 1) + i] = dot(c.x[i] + r * d, from, d);
+  // x_i also reaches the fuse step, through its injection. `terms`: per row those of dweights, and of dbias.
+  Scratch<T> terms(p.dweights ? rows * (n + 1) : 0);
+  adjoint_cells<T, NV>(c, threads, parallel, [&](int64_t i, int64_t begin, int64_t end) {
+    const T weight = p.weights[i];
+    for (int64_t r = begin; r < end; ++r) {
+      const T* __restrict from = dx_fuse.get() + r * d;
+      T* __restrict to = c.dx[i] + r * d;
+      for (int64_t k = 0; k < d; ++k) to[k] += weight * from[k];
+      if (p.dweights) terms.get()[r * (n + 1) + i] = dot(c.x[i] + r * d, from, d);
+      if (p.dbias == nullptr || i > 0) continue;
+      T& sum = terms.get()[r * (n + 1) + n] = T(0);
+      for (int64_t k = 0; k < d; ++k) sum += from[k];
     }
-    if (p.dbias == nullptr) return;
-    T& sum = sums.get()[r * (n + 1) + n] = T(0);
-    for (int64_t k = 0; k < d; ++k) sum += from[k];
   });
   for (int64_t i = 0; i <= n; ++i) {
     T* out = i < n && p.dweights ? p.dweights + i : i == n ? p.dbias : nullptr;
     if (out == nullptr) continue;
     *out = T(0);
-    for (int64_t r = 0; r < rows; ++r) *out += sums.get()[r * (n + 1) + i];
+    for (int64_t r = 0; r < rows; ++r) *out += terms.get()[r * (n + 1) + i];
   }
 }
+
 }  // namespace DEQFUSE_ISA
 }  // namespace deqfuse

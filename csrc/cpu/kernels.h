@@ -29,7 +29,7 @@ struct FuseProblem {
   const T* const* params;             // 6, the order of FuseParams
   double tol, beta, lam;
   int max_iter, history;
-  T *z, *residual;
+  T *z, *copy, *residual;             // copy: z once more, or null
   int32_t* nfe;
   int8_t* outcome;
   T* trace;

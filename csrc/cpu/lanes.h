@@ -35,6 +35,12 @@ DEQFUSE_INLINE void transpose(Vec<T> (&m)[kLanes<T>]) {
 template <int R>
 struct LaneRows {
   int64_t row[R];
+
+  int count() const {
+    int n = 0;
+    for (int64_t r : row) n += r >= 0;
+    return n;
+  }
 };
 
 // Rows first, first + 1, ... in the first `count` lanes.

@@ -79,6 +79,55 @@ class CellMap {
   T *x_, *hidden_, *next_x_;
 };
 
+// The fuse step's injection and what its gate sees of the cells, row by row: given, or made of the modalities' rows as
+// they are needed, so that they never go through memory.
+template <class T>
+struct FuseRows {
+  const T *x, *cell_sum;  // (rows, d), or null:
+  int64_t modalities = 0, rows = 0;
+  // x = sum_i weights_i x_i + bias, cell_sum = sum_i z_i
+  const T* const* x_cells = nullptr;
+  const T *z_cells = nullptr, *weights = nullptr, *bias = nullptr;
+
+  // Into the lanes of a tile; `memory` holds a tile.
+  template <int NV>
+  void x_to_lanes(const LaneRows<NV * kLanes<T>>& lanes, int64_t d, T* tile, T* memory) const {
+    if (x != nullptr) return rows_to_lanes<T, NV>(x, lanes, tile, d);
+    const T offset = bias ? *bias : T(0);
+    made<NV>(lanes, d, tile, memory, [&](int64_t r, T* __restrict to) {
+      for (int64_t i = 0; i < modalities; ++i) {
+        const T *from = x_cells[i] + r * d, w = weights[i];
+        for (int64_t k = 0; k < d; ++k) to[k] += w * from[k];
+      }
+      for (int64_t k = 0; k < d; ++k) to[k] += offset;
+    });
+  }
+  template <int NV>
+  void cell_sum_to_lanes(const LaneRows<NV * kLanes<T>>& lanes, int64_t d, T* tile, T* memory) const {
+    if (cell_sum != nullptr) return rows_to_lanes<T, NV>(cell_sum, lanes, tile, d);
+    made<NV>(lanes, d, tile, memory, [&](int64_t r, T* __restrict to) {
+      for (int64_t i = 0; i < modalities; ++i) {
+        const T* from = z_cells + (i * rows + r) * d;
+        for (int64_t k = 0; k < d; ++k) to[k] += from[k];
+      }
+    });
+  }
+
+ private:
+  // add(row, to): a row's terms onto zeros.
+  template <int NV, class Add>
+  static void made(const LaneRows<NV * kLanes<T>>& lanes, int64_t d, T* tile, T* memory, Add add) {
+    LaneRows<NV * kLanes<T>> own;
+    for (int l = 0; l < NV * kLanes<T>; ++l) {
+      own.row[l] = lanes.row[l] >= 0 ? l : -1;
+      if (own.row[l] < 0) continue;
+      for (int64_t k = 0; k < d; ++k) memory[l * d + k] = T(0);
+      add(lanes.row[l], memory + l * d);
+    }
+    rows_to_lanes<T, NV>(memory, own, tile, d);
+  }
+};
+
 template <class T>
 struct FuseWeights {
   RowMajor<T> gate, fuse;
@@ -95,10 +144,10 @@ class FuseMap {
   static constexpr bool kAnswerIsImage = true;
   static int64_t tiles() { return 8; }
 
-  // `x`, `cell_sum`, `mask` (null without dropout), `z0` (null for zero): row-major (rows, d).
-  FuseMap(const FuseWeights<T>& w, const T* x, const T* cell_sum, const T* mask, const T* z0, int64_t d,
-          int64_t groups, T* memory)
-      : w_(w), x_rows_(x), sum_rows_(cell_sum), mask_rows_(mask), z0_(z0), d_(d), groups_(groups) {
+  // `mask` (null without dropout), `z0` (null for zero): row-major (rows, d).
+  FuseMap(const FuseWeights<T>& w, const FuseRows<T>& from, const T* mask, const T* z0, int64_t d, int64_t groups,
+          T* memory)
+      : w_(w), from_(from), mask_rows_(mask), z0_(z0), d_(d), groups_(groups) {
     std::memset(memory, 0, sizeof(T) * tiles() * d * R);
     T** slots[] = {&x_, &constant_, &mask_, &gated_, &bias_, &next_x_, &next_constant_, &next_mask_};
     for (T** slot : slots) {
@@ -114,9 +163,9 @@ class FuseMap {
   void stage(const LaneRows<R>& rows, T* start, bool in_place) {
     T *x = in_place ? x_ : next_x_, *constant = in_place ? constant_ : next_constant_;
     T* mask = in_place ? mask_ : next_mask_;
-    rows_to_lanes<T, NV>(x_rows_, rows, x, d_);
+    from_.template x_to_lanes<NV>(rows, d_, x, gated_);
     if (mask_rows_) rows_to_lanes<T, NV>(mask_rows_, rows, mask, d_);
-    rows_to_lanes<T, NV>(sum_rows_, rows, start, d_);
+    from_.template cell_sum_to_lanes<NV>(rows, d_, start, gated_);
     product<T, NV>(w_.gate, start, bias_, nullptr, constant, d_);
     if (z0_ != nullptr) return rows_to_lanes<T, NV>(z0_, rows, start, d_);
     // f(0): the gated product vanishes, unless the gate is NaN or infinite, which must show.
@@ -152,7 +201,8 @@ class FuseMap {
   }
 
   const FuseWeights<T> w_;
-  const T *x_rows_, *sum_rows_, *mask_rows_, *z0_;
+  const FuseRows<T> from_;
+  const T *mask_rows_, *z0_;
   const int64_t d_, groups_;
   T *x_, *constant_, *mask_, *gated_, *bias_, *next_x_, *next_constant_, *next_mask_;
 };

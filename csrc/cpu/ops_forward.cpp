@@ -138,10 +138,10 @@ SolvedLayer solve_layer(Tensors x, Tensors params, std::optional<Tensor> mask, s
     p.fuse.z0 = data<T>(z0_fuse);
     p.fuse.params = in.data() + 10 * n;
     p.fuse.z = data<T>(states) + n * rows * d;
+    p.fuse.copy = data<T>(z);
     p.fuse.trace = trace_at<T>(trace, n * rows);
     p.cells.trace_stride = p.fuse.trace_stride = (n + 1) * rows;
     table.solve_layer(p, threads(), parallel);
-    std::copy_n(p.fuse.z, rows * d, data<T>(z));
   });
   return {z, states, statistics.residual, statistics.nfe, statistics.outcome, trace};
 }

@@ -35,14 +35,16 @@ void solve_cells(const CellProblem<T>& p, int threads, ParallelFor parallel) {
     using Solver = RowSolver<T, NV, Map>;
     Scratch<T> memory((Map::tiles() + Solver::tiles(p.history)) * d * R);
     Map map(cell(i), p.x[i], p.z0 ? p.z0 + first * d : nullptr, d, p.groups, memory.get());
-    RowResults<T> out{p.z + first * d, p.residual + first, p.nfe + first, p.outcome + first,
-                      p.trace ? p.trace + first : nullptr, p.trace_stride};
+    RowResults<T> out{p.z + first * d,     0,
+                      p.residual + first,  p.nfe + first,
+                      p.outcome + first,   p.trace ? p.trace + first : nullptr,
+                      p.trace_stride};
     Solver(map, d, options<T>(p), out, memory.get() + Map::tiles() * d * R).run(begin, chunks.end(begin));
   });
 }
 
 template <class T, int NV>
-void solve_fuse(const FuseProblem<T>& p, int threads, ParallelFor parallel) {
+void solve_fuse(const FuseProblem<T>& p, const FuseRows<T>& from, int threads, ParallelFor parallel) {
   constexpr int R = NV * kLanes<T>;
   const int64_t d = p.d;
   const T* const* q = p.params;
@@ -53,48 +55,29 @@ void solve_fuse(const FuseProblem<T>& p, int threads, ParallelFor parallel) {
     using Map = FuseMap<T, NV>;
     using Solver = RowSolver<T, NV, Map>;
     Scratch<T> memory((Map::tiles() + Solver::tiles(p.history)) * d * R);
-    Map map(fuse, p.x, p.cell_sum, p.mask, p.z0, d, p.groups, memory.get());
-    RowResults<T> out{p.z, p.residual, p.nfe, p.outcome, p.trace, p.trace_stride};
-    Solver(map, d, options<T>(p), out, memory.get() + Map::tiles() * d * R).run(begin, chunks.end(begin));
+    Map map(fuse, from, p.mask, p.z0, d, p.groups, memory.get());
+    RowResults<T> out{p.z, 0, p.residual, p.nfe, p.outcome, p.trace, p.trace_stride};
+    const int64_t end = chunks.end(begin);
+    Solver(map, d, options<T>(p), out, memory.get() + Map::tiles() * d * R).run(begin, end);
+    if (p.copy) std::memcpy(p.copy + begin * d, p.z + begin * d, sizeof(T) * (end - begin) * d);
   });
 }
 
-// The fuse step's injection sum_i w_i x_i + bias, and what its gate sees of the cells, sum_i z_i: row-major (rows, d).
-template <class T>
-class FuseInputs {
- public:
-  FuseInputs(int64_t rows, int64_t d) : x(rows * d), cell_sum(rows * d) {}
+template <class T, int NV>
+void solve_fuse(const FuseProblem<T>& p, int threads, ParallelFor parallel) {
+  solve_fuse<T, NV>(p, {p.x, p.cell_sum}, threads, parallel);
+}
 
-  void fill(int64_t modalities, int64_t rows, int64_t d, const T* const* x_cells, const T* z, const T* weights,
-            const T* bias, int threads, ParallelFor parallel) const {
-    const T offset = bias ? *bias : T(0);
-    for_rows(rows, threads, parallel, [&](int64_t r) {
-      T *__restrict to = x.get() + r * d, *__restrict sum = cell_sum.get() + r * d;
-      for (int64_t k = 0; k < d; ++k) to[k] = sum[k] = T(0);
-      for (int64_t i = 0; i < modalities; ++i) {
-        const T *from = x_cells[i] + r * d, *cell = z + (i * rows + r) * d, w = weights[i];
-        for (int64_t k = 0; k < d; ++k) {
-          to[k] += w * from[k];
-          sum[k] += cell[k];
-        }
-      }
-      for (int64_t k = 0; k < d; ++k) to[k] += offset;
-    });
-  }
-
-  const Scratch<T> x, cell_sum;
-};
+// What the fuse step of a layer is made of: the cells' inputs and their equilibria.
+template <class T, class P>
+FuseRows<T> rows_of_layer(const P& p) {
+  return {nullptr, nullptr, p.cells.modalities, p.rows, p.cells.x, p.cells.z, p.weights, p.bias};
+}
 
 template <class T, int NV>
 void solve_layer(const LayerProblem<T>& p, int threads, ParallelFor parallel) {
-  const CellProblem<T>& c = p.cells;
-  solve_cells<T, NV>(c, threads, parallel);
-  const FuseInputs<T> inputs(c.rows, c.d);
-  inputs.fill(c.modalities, c.rows, c.d, c.x, c.z, p.weights, p.bias, threads, parallel);
-  FuseProblem<T> fuse = p.fuse;
-  fuse.x = inputs.x.get();
-  fuse.cell_sum = inputs.cell_sum.get();
-  solve_fuse<T, NV>(fuse, threads, parallel);
+  solve_cells<T, NV>(p.cells, threads, parallel);
+  solve_fuse<T, NV>(p.fuse, rows_of_layer<T>(p), threads, parallel);
 }
 
 }  // namespace DEQFUSE_ISA
