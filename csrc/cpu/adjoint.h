@@ -120,9 +120,7 @@ class CellAdjoint : public AdjointBase<T, NV> {
   void finish(const T* solution, const LaneRows<R>& rows, T* dx, const GradientParts<T>* parts) {
     T* u = this->g_;  // the right-hand side is no longer needed
     this->load_solution(solution, rows, d_, u);
-    const CellWeights<T>& f = w_.forward;
-    group_norm_backward<T, NV>(u, nullptr, f.g3, xh3_, rstd_ + 2 * groups_ * R, e_, de_, d_, groups_);
-    group_norm_backward<T, NV>(de_, nullptr, f.g2, xh2_, rstd_ + groups_ * R, nullptr, dy2_, d_, groups_);
+    pull_norms(u);
     lanes_to_rows<T, NV>(dy2_, nullptr, rows, dx, d_);
     if (parts == nullptr) return;
     product<T, NV>(w_.w2_transposed, dy2_, nullptr, nullptr, dn1_, d_);
@@ -131,7 +129,7 @@ class CellAdjoint : public AdjointBase<T, NV> {
     norm_sums<T, NV>(dn1_, xh1_, sums + 2 * d_, sums + 3 * d_, d_);
     norm_sums<T, NV>(de_, xh2_, sums + 4 * d_, sums + 5 * d_, d_);
     norm_sums<T, NV>(u, xh3_, sums + 6 * d_, sums + 7 * d_, d_);
-    group_norm_backward<T, NV>(dn1_, nullptr, f.g1, xh1_, rstd_, nullptr, dn1_, d_, groups_);
+    group_norm_backward<T, NV>(dn1_, nullptr, w_.forward.g1, xh1_, rstd_, nullptr, dn1_, d_, groups_);
     row_sums<T, NV>(dn1_, sums, d_);
     row_sums<T, NV>(dy2_, sums + d_, d_);
     lanes_to_panels<T, NV>(dn1_, rows, d_, parts->cotangent[0]);
@@ -143,11 +141,21 @@ class CellAdjoint : public AdjointBase<T, NV> {
  private:
   // Cotangents at GN2's output (de), W2's output (dy2) and W1's output (left in dn1_).
   void pull(const T* u) {
-    const CellWeights<T>& f = w_.forward;
-    group_norm_backward<T, NV>(u, nullptr, f.g3, xh3_, rstd_ + 2 * groups_ * R, e_, de_, d_, groups_);
-    group_norm_backward<T, NV>(de_, nullptr, f.g2, xh2_, rstd_ + groups_ * R, nullptr, dy2_, d_, groups_);
+    pull_norms(u);
     product<T, NV>(w_.w2_transposed, dy2_, nullptr, nullptr, dn1_, d_);
-    group_norm_backward<T, NV>(dn1_, h_, f.g1, xh1_, rstd_, nullptr, dn1_, d_, groups_);
+    group_norm_backward<T, NV>(dn1_, h_, w_.forward.g1, xh1_, rstd_, nullptr, dn1_, d_, groups_);
+  }
+
+  // The first two of them, both norms of a group while it is in the cache.
+  void pull_norms(const T* u) {
+    const CellWeights<T>& f = w_.forward;
+    const int64_t width = d_ / groups_;
+    for (int64_t g = 0, at = 0; g < groups_; ++g, at += width) {
+      const int64_t o = at * R;
+      const T *rstd2 = rstd_ + (groups_ + g) * R, *rstd3 = rstd_ + (2 * groups_ + g) * R;
+      norm_group_backward<T, NV>(u + o, nullptr, f.g3 + at, xh3_ + o, rstd3, e_ + o, de_ + o, width);
+      norm_group_backward<T, NV>(de_ + o, nullptr, f.g2 + at, xh2_ + o, rstd2, nullptr, dy2_ + o, width);
+    }
   }
 
   void affine(const T* x_hat, const T* gamma, const T* beta, const T* skip, T* out, bool rectify) {

@@ -24,7 +24,7 @@ void cell_at_zero(const CellWeights<T>& w, int64_t d, int64_t groups, T* memory,
   constexpr int W = kLanes<T>;
   T *hidden = memory, *second = memory + d * W;
   for (int64_t i = 0; i < d; ++i) store(hidden + i * W, splat(w.b1[i]));
-  group_norm<T, 1>(hidden, w.g1, w.c1, nullptr, d, groups, {false, true});
+  group_norm<T, 1>(hidden, w.g1, w.c1, d, groups, {false, true});
   product<T, 1>(w.w2, hidden, w.b2, nullptr, second, d);
   for (int64_t i = 0; i < d; ++i) out[i] = second[i * W];
 }
@@ -62,15 +62,20 @@ class CellMap {
 
   void operator()(const T* z, T* f) {
     product<T, NV>(w_.w1, z, w_.b1, nullptr, hidden_, d_);
-    group_norm<T, NV>(hidden_, w_.g1, w_.c1, nullptr, d_, groups_, {false, true});
+    group_norm<T, NV>(hidden_, w_.g1, w_.c1, d_, groups_, {false, true});
     product<T, NV>(w_.w2, hidden_, w_.b2, x_, f, d_);
     finish(f, w_.skip ? z : nullptr);
   }
 
  private:
+  // Both norms of a group while it is in the cache.
   void finish(T* y, const T* skip) {
-    group_norm<T, NV>(y, w_.g2, w_.c2, skip, d_, groups_, {});
-    group_norm<T, NV>(y, w_.g3, w_.c3, nullptr, d_, groups_, {true, false});
+    const int64_t width = d_ / groups_;
+    for (int64_t at = 0; at < d_; at += width) {
+      T* group = y + at * R;
+      norm_group<T, NV>(group, w_.g2 + at, w_.c2 + at, skip ? skip + at * R : nullptr, width, {});
+      norm_group<T, NV>(group, w_.g3 + at, w_.c3 + at, nullptr, width, {true, false});
+    }
   }
 
   const CellWeights<T> w_;
@@ -197,7 +202,7 @@ class FuseMap {
       if (mask_rows_) a *= load(mask + o);
       store(y + o, a + load(x + o));
     }
-    group_norm<T, NV>(y, w_.gamma, w_.beta, nullptr, d_, groups_, {!w_.relu_last, w_.relu_last});
+    group_norm<T, NV>(y, w_.gamma, w_.beta, d_, groups_, {!w_.relu_last, w_.relu_last});
   }
 
   const FuseWeights<T> w_;

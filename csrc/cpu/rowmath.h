@@ -54,28 +54,30 @@ struct NormForm {
   bool rectify_input = false, rectify_output = false;
 };
 
-// y <- [relu](GN([relu] y) * gamma + beta [+ skip])
+// One group of `width` features: y <- [relu](norm([relu] y) * gamma + beta [+ skip])
 template <class T, int NV>
-void group_norm(T* __restrict y, const T* gamma, const T* beta, const T* skip, int64_t d, int64_t groups,
-                NormForm form) {
+void norm_group(T* __restrict y, const T* gamma, const T* beta, const T* skip, int64_t width, NormForm form) {
   constexpr int W = kLanes<T>, R = NV * W;
-  const int64_t width = d / groups;
-  for (int64_t g = 0; g < groups; ++g) {
-    T* group = y + g * width * R;
-    Vec<T> mean[NV], rstd[NV];
-    moments<T, NV>(group, width, form.rectify_input, mean, rstd);
-    for (int64_t k = 0; k < width; ++k) {
-      const Vec<T> scale = splat(gamma[g * width + k]), shift = splat(beta[g * width + k]);
-      for (int v = 0; v < NV; ++v) {
-        T* p = group + k * R + v * W;
-        Vec<T> a = load(p);
-        a = standardised<VecLane<T>>(form.rectify_input ? relu(a) : a, mean[v], rstd[v]);
-        a = fma(a, scale, shift);
-        if (skip) a += load(skip + g * width * R + k * R + v * W);
-        store(p, form.rectify_output ? relu(a) : a);
-      }
+  Vec<T> mean[NV], rstd[NV];
+  moments<T, NV>(y, width, form.rectify_input, mean, rstd);
+  for (int64_t k = 0; k < width; ++k) {
+    const Vec<T> scale = splat(gamma[k]), shift = splat(beta[k]);
+    for (int v = 0; v < NV; ++v) {
+      T* p = y + k * R + v * W;
+      Vec<T> a = load(p);
+      a = standardised<VecLane<T>>(form.rectify_input ? relu(a) : a, mean[v], rstd[v]);
+      a = fma(a, scale, shift);
+      if (skip) a += load(skip + k * R + v * W);
+      store(p, form.rectify_output ? relu(a) : a);
     }
   }
+}
+
+template <class T, int NV>
+void group_norm(T* y, const T* gamma, const T* beta, int64_t d, int64_t groups, NormForm form) {
+  constexpr int R = NV * kLanes<T>;
+  const int64_t width = d / groups;
+  for (int64_t at = 0; at < d; at += width) norm_group<T, NV>(y + at * R, gamma + at, beta + at, nullptr, width, form);
 }
 
 // Saves what the backward needs: x_hat (tile) and rstd (groups x R), from y.
@@ -96,38 +98,46 @@ void normalise(const T* __restrict y, T* __restrict x_hat, T* __restrict rstd, i
   }
 }
 
-// out = S (gamma * t), S the symmetric part of GroupNorm's Jacobian:
-//   S s = rstd (s - mean(s) - x_hat mean(s x_hat))   per group.
+// One group: out = S (gamma * t), S the symmetric part of GroupNorm's Jacobian,
+//   S s = rstd (s - mean(s) - x_hat mean(s x_hat)).
 // t is first set to zero where `gate_in` <= 0, the result where `gate_out` <= 0 (either may be null).
+template <class T, int NV>
+void norm_group_backward(const T* t, const T* gate_in, const T* gamma, const T* x_hat, const T* rstd,
+                         const T* gate_out, T* out, int64_t width) {
+  constexpr int W = kLanes<T>, R = NV * W;
+  const Vec<T> inv = splat(T(1) / T(width)), zero{};
+  Vec<T> sum[NV], projected[NV];
+  sum_features<T, NV>(width, sum, [&](int64_t k, int v, Vec<T> s) {
+    const int64_t o = k * R + v * W;
+    Vec<T> a = load(t + o) * splat(gamma[k]);
+    if (gate_in) a = load(gate_in + o) > zero ? a : zero;
+    store(out + o, a);
+    return s + a;
+  });
+  sum_features<T, NV>(width, projected, [&](int64_t k, int v, Vec<T> s) {
+    const int64_t o = k * R + v * W;
+    return fma(load(out + o), load(x_hat + o), s);
+  });
+  for (int v = 0; v < NV; ++v) {
+    const Vec<T> r = load(rstd + v * W), m = sum[v] * inv, p = projected[v] * inv;
+    for (int64_t k = 0; k < width; ++k) {
+      const int64_t o = k * R + v * W;
+      Vec<T> a = norm_symmetric<VecLane<T>>(load(out + o), m, load(x_hat + o), p, r);
+      if (gate_out) a = load(gate_out + o) > zero ? a : zero;
+      store(out + o, a);
+    }
+  }
+}
+
 template <class T, int NV>
 void group_norm_backward(const T* t, const T* gate_in, const T* gamma, const T* x_hat, const T* rstd,
                          const T* gate_out, T* out, int64_t d, int64_t groups) {
-  constexpr int W = kLanes<T>, R = NV * W;
+  constexpr int R = NV * kLanes<T>;
   const int64_t width = d / groups;
-  const Vec<T> inv = splat(T(1) / T(width)), zero{};
-  for (int64_t g = 0; g < groups; ++g) {
-    const int64_t at = g * width * R;
-    Vec<T> sum[NV], projected[NV];
-    sum_features<T, NV>(width, sum, [&](int64_t k, int v, Vec<T> s) {
-      const int64_t o = at + k * R + v * W;
-      Vec<T> a = load(t + o) * splat(gamma[g * width + k]);
-      if (gate_in) a = load(gate_in + o) > zero ? a : zero;
-      store(out + o, a);
-      return s + a;
-    });
-    sum_features<T, NV>(width, projected, [&](int64_t k, int v, Vec<T> s) {
-      const int64_t o = at + k * R + v * W;
-      return fma(load(out + o), load(x_hat + o), s);
-    });
-    for (int v = 0; v < NV; ++v) {
-      const Vec<T> r = load(rstd + g * R + v * W), m = sum[v] * inv, p = projected[v] * inv;
-      for (int64_t k = 0; k < width; ++k) {
-        const int64_t o = at + k * R + v * W;
-        Vec<T> a = norm_symmetric<VecLane<T>>(load(out + o), m, load(x_hat + o), p, r);
-        if (gate_out) a = load(gate_out + o) > zero ? a : zero;
-        store(out + o, a);
-      }
-    }
+  for (int64_t g = 0, at = 0; g < groups; ++g, at += width) {
+    const int64_t o = at * R;
+    norm_group_backward<T, NV>(t + o, gate_in ? gate_in + o : nullptr, gamma + at, x_hat + o, rstd + g * R,
+                               gate_out ? gate_out + o : nullptr, out + o, width);
   }
 }
 
