@@ -64,13 +64,13 @@ def upcast(dtype: torch.dtype, *tensors):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("dim", "groups"), WIDTHS)
 def test_a_cell_and_its_vjp(dim, groups, dtype, variant):
-    from deqfuse.triton_kernels import cell
+    from deqfuse.triton_kernels import cell, cell_vjp
 
     draw, flat, _ = operands(dim, dtype, 2)
     u, z, x = draw(2, state=True), draw(2, state=True), draw(2)
     packed, skip = cell.pack_cells(flat), variant != "paper"
     f = cell.residual_cell(z, x, packed, groups, skip)
-    given = cell.residual_cell_vjp(u, z, x, packed, groups, skip)
+    given = cell_vjp.residual_cell_vjp(u, z, x, packed, groups, skip)
 
     def reference(kind):
         u_, z_, x_, p = upcast(kind, u, z, x, flat)
@@ -88,7 +88,7 @@ def test_a_cell_and_its_vjp(dim, groups, dtype, variant):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("dim", "groups"), WIDTHS)
 def test_purify_combine_and_its_vjp(dim, groups, dtype, variant):
-    from deqfuse.triton_kernels import fuse
+    from deqfuse.triton_kernels import fuse, fuse_vjp
 
     draw, _, flat = operands(dim, dtype, 2)
     u, z, cell_sum, x = draw(state=True), draw(state=True), draw(state=True), draw()
@@ -96,7 +96,7 @@ def test_purify_combine_and_its_vjp(dim, groups, dtype, variant):
     last = variant == "released-mmimdb"
     constant = fuse.gate_constant(cell_sum, 2, flat, groups, z.dtype)
     f = fuse.purify_combine(z, x, constant, mask, 2, flat, groups, last)
-    given = fuse.purify_combine_vjp(u, z, x, cell_sum, mask, 2, flat, groups, last)
+    given = fuse_vjp.purify_combine_vjp(u, z, x, cell_sum, mask, 2, flat, groups, last)
 
     def reference(kind):
         u_, z_, x_, s, p, m = upcast(kind, u, z, x, cell_sum, flat, mask)

@@ -28,7 +28,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from deqfuse.triton_kernels import anderson, cell, fuse, solve, tiles
+from deqfuse.triton_kernels import anderson, cell, cell_vjp, fuse, fuse_vjp, solve, tiles
 from deqfuse.triton_kernels.launch import Launch, intercept
 
 TARGETS = {
@@ -163,11 +163,11 @@ class Problem:
             solve.solve_fuse(x[0], z[0], params, mask, start, 2, g, self.released, knobs)
             return
         cell.residual_cell(z, x, packed, g, self.released, active=active)
-        cell.residual_cell_vjp(z, z, x, packed, g, self.released)
+        cell_vjp.residual_cell_vjp(z, z, x, packed, g, self.released)
         constant = fuse.gate_constant(z[0], 2, params, g, state)
         fused = (2, params, g, self.released)
         fuse.purify_combine(z[0], x[0], constant, mask, *fused, active=active[0])
-        fuse.purify_combine_vjp(z[0], z[0], x[0], z[0], mask, *fused)
+        fuse_vjp.purify_combine_vjp(z[0], z[0], x[0], z[0], mask, *fused)
 
 
 GROUPS = {32: 4, 50: 2, 64: 4, 128: 4, 256: 4, 300: 4, 500: 4, 512: 4, 768: 4, 1000: 4, 1024: 4}
