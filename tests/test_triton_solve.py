@@ -112,7 +112,7 @@ STEPPED = [
 @pytest.mark.parametrize("case", WHOLE, ids=str)
 def test_whole_solves(case: Case) -> None:
     solver = Anderson(tol=1e-5)
-    assert cuda.one_launch(case.dim, case.groups, case.draw().dtype, solver)
+    assert cuda.one_launch(case.draw(), case.groups, solver)
     for given, expected in both(case, solver):
         assert_same(given, expected, solver)
 
@@ -120,7 +120,7 @@ def test_whole_solves(case: Case) -> None:
 @pytest.mark.parametrize("case", STEPPED, ids=str)
 def test_stepped_solves(case: Case) -> None:
     solver = Anderson(tol=1e-8 if case.dtype == "f64" else 1e-5, max_iter=40)
-    assert not cuda.one_launch(case.dim, case.groups, case.draw().dtype, solver)
+    assert not cuda.one_launch(case.draw(), case.groups, solver)
     for given, expected in both(case, solver):
         assert_same(given, expected, solver)
 
@@ -427,7 +427,7 @@ def test_tf32_where_the_switch_allows_it_and_the_tolerance_can_be_reached(dim, n
     ],
 )
 def test_which_kernel_runs_which_problem(dim, groups, dtype, solver, whole) -> None:
-    assert cuda.one_launch(dim, groups, dtype, solver) is whole
+    assert cuda.one_launch(torch.empty(0, dim, dtype=dtype), groups, solver) is whole
 
 
 @pytest.mark.parametrize("dim", [4, 12, 50, 75, 300, 500, 512, 768, 1000, 1024])
