@@ -50,22 +50,36 @@ def compiled(*arguments: str) -> list[dict]:
     return [json.loads(line) for line in lines]
 
 
+# float32 on sm_100, in IEEE arithmetic; none on sm_80 and sm_90.
+SPILLED_ON_SM_100 = {
+    ("_purify_combine_kernel", 300): 16,
+    ("_residual_cell_vjp_kernel", 1000): 16,
+    ("_purify_combine_vjp_kernel", 1000): 32,
+    ("_gate_constant_kernel", 1024): 16,
+    ("_anderson_step_kernel", 512): 8,
+}
+
+
 def may_spill(entry: dict) -> int:
     """Bytes per thread that a kernel is known to spill: these, and no others.
 
-    ptxas gives up one to four numbers of a step now and then, for the sake of one more block on a
-    multiprocessor: in float64, where 16 bits are widened, and on sm_100 at d = 300. A limit on
-    registers makes it more.
+    ptxas gives up a few numbers of a step now and then, for the sake of one more block on a
+    multiprocessor; a limit on registers makes it more. Whole solves spill nothing.
     """
-    if entry["target"] == "gfx942":
-        # Five residuals and two weights of 64 columns: more than 256 registers.
-        return 128 if entry["kind"] == "solve" and entry["m"] == 5 else 0
-    few = entry["dtype"] != "float32" or (entry["target"], entry["dim"]) == ("sm_100", 300)
-    if entry["kind"] == "step":
-        return 16 if few else 0
-    if entry["kind"] == "anderson":
-        sm_100 = (entry["target"], entry["m"], entry["dim"]) == ("sm_100", 3, 512)
-        return 16 if few else 8 if sm_100 or entry["m"] not in (1, 3, 5) else 0
+    kind, target, dtype = entry["kind"], entry["target"], entry["dtype"]
+    if target == "gfx942":
+        # Five residuals and a weight of 64 columns take more than 256 registers.
+        return 128 if kind == "solve" and entry["m"] == 5 else 0
+    if kind == "solve":
+        return 0
+    if dtype != "float32":
+        if target == "sm_100":
+            return 296 if (dtype, entry["dim"]) == ("float64", 32) else 48
+        return 16
+    if kind == "anderson" and entry["m"] not in (1, 3, 5):
+        return 8
+    if target == "sm_100" and entry["precision"] == "ieee":
+        return SPILLED_ON_SM_100.get((entry["kernel"], entry["dim"]), 0)
     return 0
 
 

@@ -21,6 +21,7 @@ from gpu_cases import (
     ROWS,
     STEPPED,
     WHOLE,
+    WIDE,
     anderson,
     in_float64,
     needs_memory,
@@ -39,7 +40,7 @@ from deqfuse.testing import gradient_errors
 
 pytestmark = MARK
 
-WIDTHS = (WHOLE, STEPPED) if REHEARSAL else ((50, 2), (128, 4), (300, 4), (512, 4), (1000, 4))
+WIDTHS = (WHOLE, WIDE) if REHEARSAL else ((50, 2), (128, 4), (300, 4), (512, 4), (1000, 4))
 
 
 def assert_as_good_as_torch(given: list[Tensor], reference) -> None:
@@ -276,8 +277,8 @@ def test_a_layers_gradients(dim, groups):
 
 def test_a_float64_layers_gradients_are_the_dense_ones():
     torch.manual_seed(0)
-    tight = {"solver": Anderson(tol=1e-11, max_iter=200), "adjoint": Implicit(tol=1e-11)}
-    rows, dim, groups = (2, 12, 3) if REHEARSAL else (4, 16, 4)
+    rows, dim, groups, steps = (1, 12, 3, 30) if REHEARSAL else (4, 16, 4, 200)
+    tight = {"solver": Anderson(tol=1e-11, max_iter=steps), "adjoint": Implicit(tol=1e-11)}
     layer = DEQFusion(dim, 2, num_groups=groups, **tight).double().to(DEVICE)
     features = [torch.randn(rows, dim, dtype=torch.float64).to(DEVICE) for _ in range(2)]
     assert layer(features, return_info=True)[1].backend == "cuda"
