@@ -68,8 +68,12 @@ def may_spill(entry: dict) -> int:
     """
     kind, target, dtype = entry["kind"], entry["target"], entry["dtype"]
     if target == "gfx942":
-        # Five residuals and a weight of 64 columns take more than 256 registers.
-        return 128 if kind == "solve" and entry["m"] == 5 else 0
+        if kind == "solve":  # five residuals and a weight of 64 columns: over 256 registers
+            return 128 if entry["m"] == 5 else 0
+        cells = entry["kernel"] in ("_residual_cell_kernel", "_residual_cell_vjp_kernel")
+        if cells and (dtype, entry["dim"]) == ("float64", 64):
+            return 160
+        return 460 if cells and entry["dim"] in (256, 512) else 0  # tiles of 32 rows
     if kind == "solve":
         return 0
     if dtype != "float32":
