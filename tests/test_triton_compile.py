@@ -73,7 +73,7 @@ def may_spill(entry: dict) -> int:
         cells = entry["kernel"] in ("_residual_cell_kernel", "_residual_cell_vjp_kernel")
         if cells and (dtype, entry["dim"]) == ("float64", 64):
             return 160
-        return 460 if cells and entry["dim"] in (256, 512) else 0  # tiles of 32 rows
+        return 404 if cells and entry["dim"] in (256, 512) else 0  # tiles of 32 rows
     if kind == "solve":
         return 0
     if dtype != "float32":
