@@ -36,7 +36,8 @@ DTYPES = {
 # Dimension and groups: what one program solves, and what takes steps.
 WHOLE, STEPPED = ((12, 3), (81, 9)) if REHEARSAL else ((128, 4), (300, 4))
 # The interpreter takes its time over steps; CI rehearses the rest.
-WIDE = pytest.param(*STEPPED, marks=[pytest.mark.slow] if REHEARSAL else [], id="stepped")
+LONG_REHEARSAL = pytest.mark.slow if REHEARSAL else pytest.mark.gpu
+WIDE = pytest.param(*STEPPED, marks=LONG_REHEARSAL, id="stepped")
 WIDTHS = (
     (WHOLE, WIDE)
     if REHEARSAL

@@ -14,6 +14,7 @@ from gpu_cases import (
     DEVICE,
     DTYPES,
     LARGE,
+    LONG_REHEARSAL,
     MARK,
     NAMES,
     PATHS,
@@ -275,6 +276,7 @@ def test_a_layers_gradients(dim, groups):
         assert (mine - wanted).norm() <= 1e-4 * wanted.norm()
 
 
+@LONG_REHEARSAL
 def test_a_float64_layers_gradients_are_the_dense_ones():
     torch.manual_seed(0)
     rows, dim, groups, steps = (1, 12, 3, 30) if REHEARSAL else (4, 16, 4, 200)
