@@ -6,6 +6,7 @@ process of its own, because under TRITON_INTERPRET kernels cannot be compiled.
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import subprocess
@@ -17,7 +18,7 @@ import pytest
 import torch
 
 from deqfuse.triton_kernels import tiles
-from deqfuse.triton_kernels.resource_table import SHARED, cells, documented, markdown
+from deqfuse.triton_kernels.resource_table import SHARED, TRITON, cells, documented, markdown
 
 pytestmark = pytest.mark.triton
 
@@ -105,6 +106,8 @@ def assert_sound(table: list[dict], kinds: Iterable[str], targets: Iterable[str]
 
 def assert_documented(table: list[dict]) -> None:
     """Each kernel's line in the docs, as far as it is compiled here, is what it takes."""
+    if importlib.metadata.version("triton") != TRITON:
+        return  # another compiler, other numbers; what must hold of them is asserted above
     page = documented(TABLE.read_text())
     for key, row in cells(table).items():
         assert {target: page[key].get(target) for target in row} == row, key
@@ -140,6 +143,8 @@ def test_the_full_grid_compiles_and_fits(kind: str) -> None:
     """On every target; minutes on the first run, whose binaries Triton caches."""
     table = compiled("--set", "full", "--kind", kind)
     assert_sound(table, [kind], SHARED)
+    if importlib.metadata.version("triton") != TRITON:
+        return
     names = {name.strip("_").removesuffix("_kernel") for name in KERNELS[kind]}
     page = documented(TABLE.read_text())
     assert {key: row for key, row in page.items() if key[0] in names} == cells(table)

@@ -10,10 +10,11 @@ from deqfuse.triton_kernels.tiles import SHARED_BYTES
 # Shared memory that a block may have, in bytes (CUDA C++ programming guide; CDNA3's LDS).
 SHARED = {"sm_80": SHARED_BYTES, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
 
-HEADER = """# Registers, spills and shared memory of the GPU kernels
+TRITON = "3.7.1"  # whose compiler and ptxas the page is about
+HEADER = f"""# Registers, spills and shared memory of the GPU kernels
 
-Generated: `python -m deqfuse.triton_kernels.resources --set full --markdown`. Read
-[kernels-gpu.md](kernels-gpu.md) first. In each cell: registers per thread / bytes spilled per
+Generated with triton {TRITON}: `python -m deqfuse.triton_kernels.resources --set full --markdown`.
+Read [kernels-gpu.md](kernels-gpu.md) first. In each cell: registers per thread / bytes spilled per
 thread / bytes of shared memory per block, the most over a kernel's stages and variants (paper and
 released, with and without dropout, warm start and damping). A dash: not launched there; steps are.
 """

@@ -255,7 +255,8 @@ def main() -> None:
         {**dataclasses.asdict(problem), **dataclasses.asdict(resources)}
         for problem, resources in measure_all(problems, targets, args.jobs)
     ]
-    print(markdown(entries, targets) if args.markdown else "\n".join(map(json.dumps, entries)))
+    for line in [markdown(entries, targets)] if args.markdown else map(json.dumps, entries):
+        print(line)
 
 
 if __name__ == "__main__":
