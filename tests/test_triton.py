@@ -18,6 +18,9 @@ INTERPRETED = (
     "test_triton_steps.py",
     "test_triton_anderson.py",
     "test_triton_solve.py",
+    "test_triton_launches.py",
+    "test_triton_gpu.py",
+    "test_triton_gpu_steps.py",
     "test_triton_adjoint.py",
 )
 interpreted_already = os.environ.get("TRITON_INTERPRET") == "1"
@@ -40,8 +43,9 @@ def test_under_the_interpreter(file: str, request: pytest.FixtureRequest) -> Non
 
 
 def test_every_interpreted_file_is_run() -> None:
+    shared = ("from test_triton_cases", "from gpu_cases")
     files = {
-        p.name for p in HERE.glob("test_triton*.py") if "from test_triton_cases" in p.read_text()
+        p.name for p in HERE.glob("test_triton*.py") if any(s in p.read_text() for s in shared)
     }
     assert files == set(INTERPRETED) | {Path(__file__).name}
 
@@ -50,6 +54,7 @@ def test_importing_deqfuse_does_not_import_triton() -> None:
     program = (
         "import sys, deqfuse, deqfuse.triton_kernels, deqfuse.triton_kernels.tiles;"
         "import deqfuse.triton_kernels.launch, deqfuse.backends.cuda;"
+        "import deqfuse.triton_kernels.resource_table;"
         "deqfuse.backends.cuda.unavailable();"
         "sys.exit('triton' in sys.modules)"
     )

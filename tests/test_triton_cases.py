@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 
 import pytest
 import torch
 from torch import Tensor
 
+from deqfuse import DEQFusion
 from deqfuse.backends.maps import CellParams, FuseParams
 from deqfuse.backends.reference import compute_dtype
 
@@ -74,6 +76,53 @@ class Case:
 
     def drop(self) -> Tensor | None:
         return 2.0 * (self.draw() > 0).to(DTYPES[self.dtype]) if self.mask else None
+
+
+@dataclasses.dataclass(frozen=True)
+class SolveCase(Case):
+    """A layer's operands, and its solves by a backend."""
+
+    init: str = "contractive"
+    start: bool = False
+
+    def layer(self) -> DEQFusion:
+        """Every parameter is away from its initial zeros and ones."""
+        torch.manual_seed(1000 * self.dim + self.n)
+        given = {"num_groups": self.groups, "variant": self.variant, "init": self.init}
+        layer = DEQFusion(self.dim, self.n, **given).requires_grad_(False)
+        for part in layer.modules():
+            if isinstance(part, torch.nn.GroupNorm):
+                part.weight.uniform_(0.6, 1.4)
+                part.bias.uniform_(-0.3, 0.3)
+        if self.variant != "paper":
+            for cell in layer.cells:
+                cell.norm3.weight.mul_(0.1)
+        return layer.to(self.draw(1).dtype)
+
+    def solves(self, backend) -> list[functools.partial]:
+        """Both solves, as functions of the solver."""
+        layer = self.layer()
+        x, cell_sum = self.draw(self.n), self.draw(stored=False)
+        z0 = self.draw(self.n) if self.start else None
+        flat = [t for part in layer.cells for t in part.flat()]
+        rest = (self.groups, self.variant)
+        z0_fuse = None if z0 is None else z0[0]
+        fuse = (x.sum(0), cell_sum, layer.combine.flat(), self.drop(), z0_fuse, self.n)
+        return [
+            functools.partial(backend.solve_cells, x, flat, z0, *rest),
+            functools.partial(backend.solve_fuse, *fuse, *rest),
+        ]
+
+    def whole_layer(self, backend) -> functools.partial:
+        """The layer's solve, as a function of the solver."""
+        layer = self.layer()
+        flat = [t for part in (*layer.cells, layer.combine) for t in part.flat()]
+        flat.append(torch.rand(self.n).to(flat[0]) + 0.5)
+        flat += [torch.tensor(0.3).to(flat[0])] if self.variant != "paper" else []
+        z0 = self.draw(self.n) if self.start else None
+        z0_fuse = None if z0 is None else z0[0]
+        fixed = (flat, self.drop(), z0_fuse, z0, self.groups, self.variant)
+        return functools.partial(backend.solve_layer, list(self.draw(self.n)), *fixed)
 
 
 def upcast(value, dtype):

@@ -18,7 +18,7 @@ from test_triton_cases import (
 from deqfuse.backends import maps
 from deqfuse.backends.linearization import CellLinearization, FuseLinearization
 from deqfuse.backends.reference import compute_dtype
-from deqfuse.triton_kernels import cell, fuse
+from deqfuse.triton_kernels import cell, cell_vjp, fuse, fuse_vjp
 from deqfuse.triton_kernels.launch import counted
 
 pytestmark = [pytest.mark.triton, pytest.mark.usefixtures("poison")]
@@ -66,8 +66,8 @@ def run_cell_vjp(case):
     z, x, params = cell_operands(case)
     u, skip = case.draw(case.n, stored=False), case.variant != "paper"
     packed = cell.pack_cells(params)
-    given = cell.residual_cell_vjp(u, z, x, packed, case.groups, skip)
-    without = cell.residual_cell_vjp(u, z, x, packed, case.groups, skip, want_params=False)
+    given = cell_vjp.residual_cell_vjp(u, z, x, packed, case.groups, skip)
+    without = cell_vjp.residual_cell_vjp(u, z, x, packed, case.groups, skip, want_params=False)
     assert torch.equal(without.dz, given.dz)
     assert torch.equal(without.dx, given.dx)
     assert without[2:] == (None, None, None)
@@ -131,8 +131,8 @@ def run_fuse_vjp(case):
     z, x, cell_sum, params, mask = fuse_operands(case)
     u, last = case.draw(stored=False), case.variant == "released-mmimdb"
     operands = (u, z, x, cell_sum, mask, case.n, params, case.groups, last)
-    given = fuse.purify_combine_vjp(*operands)
-    without = fuse.purify_combine_vjp(*operands, want_params=False)
+    given = fuse_vjp.purify_combine_vjp(*operands)
+    without = fuse_vjp.purify_combine_vjp(*operands, want_params=False)
     assert all(torch.equal(a, b) for a, b in zip(without[:3], given[:3], strict=True))
     assert without.params is None
 
@@ -228,13 +228,13 @@ def test_launches_of_a_step(dim, groups, steps, vjps):
     packed = cell.pack_cells(params)
     with counted() as names:
         cell.residual_cell(z, x, packed, groups, False)
-        cell.residual_cell_vjp(z, z, x, packed, groups, False)
+        cell_vjp.residual_cell_vjp(z, z, x, packed, groups, False)
     assert names == ["_residual_cell_kernel"] * steps + ["_residual_cell_vjp_kernel"] * vjps
     z, x, cell_sum, params, _ = fuse_operands(case)
     with counted() as names:
         constant = fuse.gate_constant(cell_sum, 3, params, groups, z.dtype)
         fuse.purify_combine(z, x, constant, None, 3, params, groups, False)
-        fuse.purify_combine_vjp(z, z, x, cell_sum, None, 3, params, groups, False)
+        fuse_vjp.purify_combine_vjp(z, z, x, cell_sum, None, 3, params, groups, False)
     assert names == [
         "_gate_constant_kernel",
         *["_purify_combine_kernel"] * steps,
@@ -247,7 +247,7 @@ def test_no_rows_no_launch():
     z, x, params = cell_operands(case)
     with counted() as names:
         out = cell.residual_cell(z, x, cell.pack_cells(params), case.groups, False)
-        gradients = cell.residual_cell_vjp(z, z, x, cell.pack_cells(params), case.groups, False)
+        gradients = cell_vjp.residual_cell_vjp(z, z, x, cell.pack_cells(params), case.groups, False)
     assert out.shape == z.shape
     assert (gradients.weight1 == 0).all()
     assert (gradients.vectors == 0).all()

@@ -13,7 +13,7 @@ from deqfuse.triton_kernels.anderson import RESIDUAL_FLOOR, RUNNING, mixing_weig
 
 @triton.jit
 def begin(real_row, BM: tl.constexpr, W: tl.constexpr, M: tl.constexpr, T: tl.constexpr):
-    """Empty history (images, residuals, Gram matrix by age) and statistics of a tile's rows."""
+    """Empty history (images, residuals, Gram matrix by age), statistics and answers of a tile."""
     images = ()
     residuals = ()
     gram = ()
@@ -25,12 +25,42 @@ def begin(real_row, BM: tl.constexpr, W: tl.constexpr, M: tl.constexpr, T: tl.co
     outcome = tl.where(real_row, RUNNING, 0)
     nothing = tl.zeros((BM,), tl.int32)
     best = tl.full((BM,), float("inf"), T)
-    return images, residuals, gram, best, nothing, nothing, outcome
+    found = (best, nothing, nothing, outcome)
+    return (images, residuals, gram), found, tl.zeros((BM, W), T)
 
 
 @triton.jit
-def remember(z, f, images, residuals, gram, M: tl.constexpr):
+def any_running(found):
+    return tl.min(found[3], 0) == RUNNING
+
+
+@triton.jit
+def advance(
+    z,
+    f,
+    history,
+    found,
+    out,
+    step,
+    tol,
+    max_iter,
+    beta,
+    lam,
+    DAMPED: tl.constexpr,
+    M: tl.constexpr,
+):
+    """After evaluation ``step`` gave ``f``: the next iterate, with all that a solve carries on."""
+    history = remember(z, f, history, M)
+    keep, found = judge(f, history[2][0], step, found, tol, max_iter)
+    out = tl.where(keep[:, None], f, out)
+    z = mix(history, tl.minimum(step, M), beta, lam, DAMPED, M)
+    return z, history, found, out
+
+
+@triton.jit
+def remember(z, f, history, M: tl.constexpr):
     """The history with ``f = f(z)`` as its newest entry: shifted, which costs no move."""
+    images, residuals, gram = history
     new_images = (f,)
     new_residuals = (f - z,)
     for i in tl.static_range(M - 1):
@@ -45,8 +75,9 @@ def remember(z, f, images, residuals, gram, M: tl.constexpr):
 
 
 @triton.jit
-def judge(f, square, step, best, best_at, nfe, outcome, tol, max_iter):
-    """Statistics after evaluation ``step``; which rows keep this image as their answer."""
+def judge(f, square, step, found, tol, max_iter):
+    """Which rows keep the image of evaluation ``step`` as their answer, and the statistics."""
+    best, best_at, nfe, outcome = found
     active = outcome == RUNNING
     residual = tl.sqrt(square) / (tl.sqrt(tl.sum(f * f, 1)) + RESIDUAL_FLOOR)
     better = active & (residual < best)  # NaN compares false
@@ -56,12 +87,13 @@ def judge(f, square, step, best, best_at, nfe, outcome, tol, max_iter):
     # The first image is kept whatever it is: a poisoned row returns NaN and not its start.
     keep = active & ((best_at == step) | (nfe == 1))
     outcome = tl.where(active, verdict(residual, step, best_at, tol, max_iter), outcome)
-    return keep, best, best_at, nfe, outcome
+    return keep, (best, best_at, nfe, outcome)
 
 
 @triton.jit
-def mix(images, residuals, gram, count, beta, lam, DAMPED: tl.constexpr, M: tl.constexpr):
+def mix(history, count, beta, lam, DAMPED: tl.constexpr, M: tl.constexpr):
     """The next iterate."""
+    images, residuals, gram = history
     alpha = mixing_weights(gram, count, lam, M)
     z = tl.zeros_like(images[0])
     for i in tl.static_range(M):
@@ -73,7 +105,8 @@ def mix(images, residuals, gram, count, beta, lam, DAMPED: tl.constexpr, M: tl.c
 
 
 @triton.jit
-def store_statistics(residual_ptr, nfe_ptr, outcome_ptr, r, real_row, best, nfe, outcome):
+def store_statistics(residual_ptr, nfe_ptr, outcome_ptr, r, real_row, found):
+    best, _, nfe, outcome = found
     tl.store(residual_ptr + r, best, mask=real_row)
     tl.store(nfe_ptr + r, nfe, mask=real_row)
     tl.store(outcome_ptr + r, outcome, mask=real_row)

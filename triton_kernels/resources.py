@@ -1,8 +1,8 @@
 """Registers, shared memory and spills of every kernel, compiled for GPUs that need not be here.
 
 The launchers themselves are run, but each launch is compiled instead, for the named target. So what
-is measured is what a solve would launch. ``python -m deqfuse.triton_kernels.resources`` prints the
-table of docs/kernels-gpu.md; it must not run under TRITON_INTERPRET.
+is measured is what a solve would launch. docs/kernels-gpu-resources.md is what ``python -m
+deqfuse.triton_kernels.resources --set full --markdown`` prints; not under TRITON_INTERPRET.
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from deqfuse.triton_kernels import anderson, cell, fuse, solve, tiles
+from deqfuse.triton_kernels import anderson, cell, cell_vjp, fuse, fuse_vjp, solve, tiles
 from deqfuse.triton_kernels.launch import Launch, intercept
+from deqfuse.triton_kernels.resource_table import SHARED, markdown
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -90,7 +91,7 @@ def compile_launch(call: Launch, target: str) -> Resources:
         if is_aligned(value, parameter):
             attributes[(i,)] = [["tt.divisibility", 16]]
     if TARGETS[target].backend == "hip":
-        options.pop("maxnreg", None)  # ptxas's
+        options = tiles.amd_options(options)
     source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
     compiled = triton.compile(source, target=TARGETS[target], options=options)
     registers, spilled = _usage(compiled)
@@ -137,6 +138,13 @@ class Problem:
     m: int = 5
     released: bool = True
 
+    def shipped(self, target: str) -> bool:
+        """Whether the backend would launch it there: else steps take the place of a solve."""
+        dtype = getattr(torch, self.dtype)
+        return self.kind != "solve" or tiles.fits_solve(
+            self.dim, self.groups, dtype, self.m, SHARED[target]
+        )
+
     def run(self) -> None:
         """Launch all kernels of the kind, on one tile of zeros."""
         torch.backends.cuda.matmul.fp32_precision = self.precision
@@ -163,18 +171,24 @@ class Problem:
             solve.solve_fuse(x[0], z[0], params, mask, start, 2, g, self.released, knobs)
             return
         cell.residual_cell(z, x, packed, g, self.released, active=active)
-        cell.residual_cell_vjp(z, z, x, packed, g, self.released)
+        cell_vjp.residual_cell_vjp(z, z, x, packed, g, self.released)
         constant = fuse.gate_constant(z[0], 2, params, g, state)
         fused = (2, params, g, self.released)
         fuse.purify_combine(z[0], x[0], constant, mask, *fused, active=active[0])
-        fuse.purify_combine_vjp(z[0], z[0], x[0], z[0], mask, *fused)
+        fuse_vjp.purify_combine_vjp(z[0], z[0], x[0], z[0], mask, *fused)
 
 
 GROUPS = {32: 4, 50: 2, 64: 4, 128: 4, 256: 4, 300: 4, 500: 4, 512: 4, 768: 4, 1000: 4, 1024: 4}
 SMALL = [
-    *(Problem("step", d, GROUPS[d], precision=p) for d, p in ((128, "tf32"), (300, "ieee"))),
-    *(Problem("solve", d, GROUPS[d], precision=p) for d in (50, 128) for p in ("tf32", "ieee")),
-    Problem("anderson", 128),
+    Problem(kind, dim, groups, precision=precision, released=released)
+    for kind, dim, groups, precision in (
+        ("step", 128, 4, "tf32"),
+        ("step", 300, 4, "ieee"),
+        ("solve", 50, 2, "ieee"),
+        ("solve", 128, 4, "tf32"),
+        ("anderson", 512, 4, "ieee"),
+    )
+    for released in (False, True)
 ]
 FULL = [
     *(
@@ -208,49 +222,24 @@ FULL = [
 
 
 def _measure(problem: Problem, targets: list[str]) -> list[Resources]:
-    return measure(problem.run, targets)
+    return measure(problem.run, [target for target in targets if problem.shipped(target)])
 
 
 def measure_all(
     problems: list[Problem], targets: list[str], jobs: int
 ) -> list[tuple[Problem, Resources]]:
-    """Compile in ``jobs`` processes."""
+    """Compile what is shipped in ``jobs`` processes."""
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(jobs, mp_context=context) as pool:
         found = pool.map(_measure, problems, [targets] * len(problems))
         return [(p, r) for p, results in zip(problems, found, strict=True) for r in results]
 
 
-def markdown(entries: list[dict[str, Any]], targets: list[str]) -> str:
-    """One line per kernel and width: the most that any variant and stage takes."""
-    lines: dict[tuple[Any, ...], dict[str, dict[str, int]]] = {}
-    for e in entries:
-        history = f", m = {e['m']}" if e["kind"] == "solve" else ""
-        where = f"{e['dim']} in {e['groups']}" if e["kind"] != "anderson" else f"m = {e['m']}"
-        kernel = e["kernel"].strip("_").removesuffix("_kernel")
-        key = (kernel, where + history, f"{e['dtype']} {e['precision']}")
-        most = lines.setdefault(key, {}).setdefault(e["target"], {})
-        for name in ("registers", "spilled", "shared"):
-            most[name] = max(most.get(name, 0), e[name])
-    head = "".join(f" {t}: registers | spilled | shared |" for t in targets)
-    out = [
-        f"| kernel | features, groups | arithmetic |{head}",
-        "|---|---|---|" + "---:|" * 3 * len(targets),
-    ]
-    for key, found in lines.items():
-        cells = [
-            f"{found[t]['registers']} | {found[t]['spilled']} | {found[t]['shared']:,}"
-            for t in targets
-        ]
-        out.append("| " + " | ".join([*key, *cells]) + " |")
-    return "\n".join(out)
-
-
 def main() -> None:
     """Compile a set of problems; print JSON, one kernel a line, or a table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--set", choices=("small", "full"), default="small")
-    parser.add_argument("--targets", default="sm_80,sm_90", help=f"of {', '.join(TARGETS)}")
+    parser.add_argument("--targets", default=",".join(TARGETS), help="some of %(default)s")
     parser.add_argument("--markdown", action="store_true", help="a table instead of JSON lines")
     parser.add_argument("--kind", help="only problems of this kind")
     parser.add_argument("--dim", type=int, help="only problems of this width")
@@ -266,7 +255,8 @@ def main() -> None:
         {**dataclasses.asdict(problem), **dataclasses.asdict(resources)}
         for problem, resources in measure_all(problems, targets, args.jobs)
     ]
-    print(markdown(entries, targets) if args.markdown else "\n".join(map(json.dumps, entries)))
+    for line in [markdown(entries, targets)] if args.markdown else map(json.dumps, entries):
+        print(line)
 
 
 if __name__ == "__main__":

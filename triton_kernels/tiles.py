@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -17,6 +17,7 @@ FUSED_WIDTH = 128  # widest tile, in columns, that holds all features of a row a
 MAX_HISTORY = 5  # residuals that the whole-solve kernel keeps in registers
 MAX_GROUP = 1024  # channels of a group, which one tile must hold
 MAX_STEP_HISTORY = 8  # and that the Anderson step combines
+SHARED_BYTES = 166_912  # shared memory of a block on sm_80
 TF32_TOL = 1e-4  # what solves with TF32 products reach; docs/kernels-gpu.md
 
 
@@ -114,9 +115,23 @@ def fits_whole(dim: int, num_groups: int) -> bool:
     return columns(dim, num_groups).whole <= FUSED_WIDTH
 
 
-def fits_solve(dim: int, num_groups: int, dtype: torch.dtype, m: int) -> bool:
-    """Whether the whole-solve kernels take the problem."""
-    return dtype != torch.float64 and m <= MAX_HISTORY and fits_whole(dim, num_groups)
+def solve_bytes(dim: int, num_groups: int) -> int:
+    """Shared memory of a whole solve: two weights, and a block of the gate constant's product."""
+    width = columns(dim, num_groups).whole
+    return 4 * (2 * width * width + 32 * (width + 16))
+
+
+def fits_solve(
+    dim: int, num_groups: int, dtype: torch.dtype, m: int, shared: int = SHARED_BYTES
+) -> bool:
+    """Whether the whole-solve kernels take the problem on a device with ``shared`` bytes a block.
+
+    All widths fit on sm_80, sm_90 and sm_100. Two weights of 128 columns do not on sm_86, sm_89 and
+    sm_120 (99 KB), nor on gfx942 (64 KB).
+    """
+    if dtype == torch.float64 or m > MAX_HISTORY or not fits_whole(dim, num_groups):
+        return False
+    return solve_bytes(dim, num_groups) <= shared
 
 
 def step_tile(dim: int, num_groups: int, dtype: torch.dtype, vjp: bool = False) -> Tile:
@@ -137,6 +152,13 @@ def fuse_vjp_tile(dim: int, num_groups: int, dtype: torch.dtype, stored: torch.d
     ragged = cols.width != cols.padded
     many = stored.itemsize < dtype.itemsize or (ragged and tile.columns > 128)
     return dataclasses.replace(tile, registers=255 if many else 128)
+
+
+def amd_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Launch options on AMD: the limit on registers is ptxas's, and with a third stage the weights'
+    blocks of wide groups would not fit 64 KB."""
+    options = {name: value for name, value in options.items() if name != "maxnreg"}
+    return options | {"num_stages": min(options["num_stages"], 2)}
 
 
 def stages_of(count: int, dim: int, num_groups: int) -> list[tuple[int, int]]:

@@ -2,7 +2,8 @@
 
 Which kernel runs which problem:
 
-    float32 or 16-bit storage, at most 128 tile columns, m <= 5, no trace     one launch a solve
+    float32 or 16-bit storage, at most 128 tile columns, m <= 5, no trace,
+    and two weights fit a block's shared memory                               one launch a solve
     everything else that is not refused                                       fused steps
 
 Adjoints: cuda_adjoint.py. The kernels, and Triton with them, are imported when a solve asks for
@@ -93,11 +94,19 @@ def refuses_problem(problem: Problem) -> str | None:
     return None
 
 
-def one_launch(dim: int, num_groups: int, dtype: torch.dtype, solver: SolverOption) -> bool:
-    """Whether a solve is one launch, or steps."""
+def one_launch(x: Tensor, num_groups: int, solver: SolverOption) -> bool:
+    """Whether the solve of features like ``x`` (..., d) is one launch, or steps."""
     from deqfuse.triton_kernels import tiles
 
-    return not solver.trace and tiles.fits_solve(dim, num_groups, dtype, _knobs(solver).m)
+    shared = _shared_bytes(x.device) if x.is_cuda else tiles.SHARED_BYTES
+    m = _knobs(solver).m
+    return not solver.trace and tiles.fits_solve(x.shape[-1], num_groups, x.dtype, m, shared)
+
+
+@functools.cache
+def _shared_bytes(device: torch.device) -> int:
+    """Shared memory that a block may have: a multiprocessor's less 1 KB, which CUDA keeps."""
+    return torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor - 1024
 
 
 def solve_cells(
@@ -115,7 +124,7 @@ def solve_cells(
     x, z0 = x.contiguous(), _contiguous(z0)
     with _on(x):
         packed = cell.pack_cells(flat_params)
-        if one_launch(x.shape[-1], num_groups, x.dtype, solver):
+        if one_launch(x, num_groups, solver):
             found = solve.solve_cells(x, packed, z0, num_groups, skip, knobs), None
         else:
             rest = (num_groups, skip, dtype, knobs, solver.trace)
@@ -147,7 +156,7 @@ def solve_fuse(
     mask, z0, params = _contiguous(mask), _contiguous(z0), [p.contiguous() for p in flat_params]
     shape = (num_modalities, num_groups, variant == "released-mmimdb")
     with _on(x):
-        if one_launch(x.shape[-1], num_groups, x.dtype, solver):
+        if one_launch(x, num_groups, solver):
             found = solve.solve_fuse(x, cell_sum, params, mask, z0, *shape, knobs), None
         else:
             rest = (*shape, dtype, knobs, solver.trace)
@@ -177,7 +186,7 @@ def solve_layer(
     from deqfuse.triton_kernels import cell, solve
 
     like, rescue = x[0], isinstance(solver, Anderson) and solver.rescue  # between the blocks
-    if rescue or not one_launch(like.shape[-1], num_groups, like.dtype, solver):
+    if rescue or not one_launch(like, num_groups, solver):
         return layer.solve(
             solve_cells, solve_fuse,
             x, flat_params, mask, z0_fuse, z0_cells, num_groups, variant, solver,

@@ -7,6 +7,7 @@ for solvers that it does not know, the reference's linear solvers apply the step
 from __future__ import annotations
 
 import logging
+import math
 from typing import Any
 
 import torch
@@ -47,13 +48,13 @@ def adjoint_cells(
             *adjoint_numbers(adjoint), _allow_tf32(adjoint),
         )  # fmt: skip
         return dx.to(x.dtype), like_all(grads, flat_params), Statistics(*statistics)
-    from deqfuse.triton_kernels import cell
+    from deqfuse.triton_kernels import cell, cell_vjp
 
-    packed, shape = cell.pack_cells(params), z.shape
+    packed, shape, tol = cell.pack_cells(params), z.shape, _tolerance(adjoint)
 
-    def vjp(u: Tensor, want: bool = False) -> cell.CellGradients:
+    def vjp(u: Tensor, want: bool = False) -> cell_vjp.CellGradients:
         u = u.reshape(shape).contiguous()
-        return cell.residual_cell_vjp(u, z, x_, packed, num_groups, skip, want)
+        return cell_vjp.residual_cell_vjp(u, z, x_, packed, num_groups, skip, want, tol)
 
     with torch.cuda.device_of(z):
         rows = g.reshape(-1, shape[-1])
@@ -89,12 +90,15 @@ def adjoint_fuse(
         )  # fmt: skip
         grads = like_all(grads, flat_params)
         return dx.to(x_fuse.dtype), dcell_sum.to(cell_sum.dtype), grads, Statistics(*statistics)
-    from deqfuse.triton_kernels import fuse
+    from deqfuse.triton_kernels import fuse_vjp
 
-    def vjp(u: Tensor, want: bool = False) -> fuse.FuseGradients:
-        return fuse.purify_combine_vjp(
-            u.contiguous(), z, x, total, mask, num_modalities, params, num_groups, relu_last, want
-        )
+    tol = _tolerance(adjoint)
+
+    def vjp(u: Tensor, want: bool = False) -> fuse_vjp.FuseGradients:
+        return fuse_vjp.purify_combine_vjp(
+            u.contiguous(), z, x, total, mask,
+            num_modalities, params, num_groups, relu_last, want, tol,
+        )  # fmt: skip
 
     with torch.cuda.device_of(z):
         solution = solve_adjoint(lambda u: vjp(u).dz, g, adjoint)
@@ -128,7 +132,12 @@ def _allow_tf32(adjoint: GradientOption) -> bool:
     from deqfuse.triton_kernels.tiles import TF32_TOL
 
     switch = torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return switch and (not isinstance(adjoint, Implicit) or adjoint.tol >= TF32_TOL)
+    return switch and _tolerance(adjoint) >= TF32_TOL
+
+
+def _tolerance(adjoint: GradientOption) -> float:
+    """What the products have to reach; infinite for gradients that promise no accuracy."""
+    return adjoint.tol if isinstance(adjoint, Implicit) else math.inf
 
 
 def _statistics(solution: Solution, shape: torch.Size) -> Statistics:

@@ -1,0 +1,61 @@
+"""What compiled kernels take, as the table of docs/kernels-gpu-resources.md; needs no Triton."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from deqfuse.triton_kernels.tiles import SHARED_BYTES
+
+# Shared memory that a block may have, in bytes (CUDA C++ programming guide; CDNA3's LDS).
+SHARED = {"sm_80": SHARED_BYTES, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
+
+TRITON = "3.7.1"  # whose compiler and ptxas the page is about
+HEADER = f"""# Registers, spills and shared memory of the GPU kernels
+
+Generated with triton {TRITON}: `python -m deqfuse.triton_kernels.resources --set full --markdown`.
+Read [kernels-gpu.md](kernels-gpu.md) first. In each cell: registers per thread / bytes spilled per
+thread / bytes of shared memory per block, the most over a kernel's stages and variants (paper and
+released, with and without dropout, warm start and damping). A dash: not launched there; steps are.
+"""
+
+Row = tuple[str, str, str]  # kernel, width and history, arithmetic
+
+
+def cells(entries: Iterable[dict[str, Any]]) -> dict[Row, dict[str, str]]:
+    """By row and target: the most that any variant and stage takes."""
+    most: dict[Row, dict[str, list[int]]] = {}
+    for e in entries:
+        where = f"{e['dim']} in {e['groups']}" if e["kind"] != "anderson" else str(e["dim"])
+        history = "" if e["kind"] == "step" else f", m = {e['m']}"
+        arithmetic = e["dtype"] if e["kind"] == "anderson" else f"{e['dtype']} {e['precision']}"
+        kernel = e["kernel"].strip("_").removesuffix("_kernel")
+        row = most.setdefault((kernel, where + history, arithmetic), {})
+        numbers = e["registers"], e["spilled"], e["shared"]
+        row[e["target"]] = list(map(max, row.get(e["target"], [0, 0, 0]), numbers))
+    return {
+        key: {target: " / ".join(f"{n:,}" for n in numbers) for target, numbers in row.items()}
+        for key, row in most.items()
+    }
+
+
+def markdown(entries: Iterable[dict[str, Any]], targets: Iterable[str]) -> str:
+    """The whole page."""
+    targets = list(targets)
+    lines = [
+        f"| kernel | features, groups | arithmetic | {' | '.join(targets)} |",
+        "|---|---|---|" + "---:|" * len(targets),
+    ]
+    for key, row in cells(entries).items():
+        lines.append("| " + " | ".join([*key, *(row.get(t, "-") for t in targets)]) + " |")
+    return "\n".join([HEADER, *lines])
+
+
+def documented(page: str) -> dict[Row, dict[str, str]]:
+    """:func:`cells`, read from the page."""
+    lines = [line.strip("| ").split(" | ") for line in page.splitlines() if line[:2] == "| "]
+    targets = lines[0][3:]
+    return {
+        (a, b, c): {t: cell for t, cell in zip(targets, rest, strict=True) if cell != "-"}
+        for a, b, c, *rest in lines[1:]
+    }
