@@ -141,7 +141,7 @@ def runs(device: str) -> Iterator[tuple[str, Callable[[], float], float]]:
                 continue  # the backward computes in float32
             z = [t.to(device, dtype) for t in truth]
             exact = adjoint(reference, given.exact(), truth, tight)
-            option = Implicit(tol=TOL) if cut else Implicit("gmres", tol=TOL)
+            option = Implicit("bicgstab" if cut else "gmres", tol=TOL, max_iter=20)
             solve = functools.partial(adjoint, Library if cut else cuda, given, z, option)
             kind = "CUDA adjoint" if cut else "Triton VJPs"
             yield f"{kind} {name}", functools.partial(error, solve, exact), 100 * TOL

@@ -19,8 +19,6 @@ TF32_PYTEST = (
     "import sys, pytest, torch; torch.backends.cuda.matmul.fp32_precision = 'tf32'; "
     "sys.exit(pytest.main(sys.argv[1:]))"
 )
-# torch says so at the first call, and our tests make warnings errors.
-SYNC_NOTICE = "ignore:Synchronization debug mode is a prototype:UserWarning"
 NCU_SECTIONS = ("SpeedOfLight", "Occupancy", "LaunchStats", "ComputeWorkloadAnalysis")
 
 
@@ -40,7 +38,7 @@ class Part:
 
 def all_parts(out: Path, gpu: dict[str, str]) -> list[Part]:
     """In the order in which they run; each is to take less than ten minutes."""
-    pytest = [PYTHON, "-m", "pytest", "-p", "no:cacheprovider", "--durations=5", "-W", SYNC_NOTICE]
+    pytest = [PYTHON, "-m", "pytest", "-p", "no:cacheprovider", "--durations=5"]
     files = {"tests-solves": "test_triton_gpu", "tests-steps": "test_triton_gpu_steps"}
     tests = [
         Part(name, [[*pytest, "-m", "gpu and not slow", f"tests/{file}.py"]], modules=["pytest"])
@@ -67,7 +65,7 @@ def all_parts(out: Path, gpu: dict[str, str]) -> list[Part]:
     ]
     profile = [PYTHON, "-m", "tools.gpu_profile"]
     save = f"--benchmark-json={out}/bench-"
-    bench = ["-q", "--benchmark-quiet", "--device", "cuda", "-W", SYNC_NOTICE]
+    bench = ["-q", "--benchmark-quiet", "--device", "cuda"]
     report = [PYTHON, "-m", "benchmarks.report", "--out", f"{out}/results"]
     needed = ["pytest", "pytest_benchmark", "matplotlib"]
     ncu = find_program("ncu") or "ncu"

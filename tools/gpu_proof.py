@@ -1,6 +1,6 @@
 """The proof on a GPU, in parts: build, tests, sanitizers, profile, benchmarks. docs/gpu-proof.md.
 
-    python -m tools.gpu_proof [PART ...] [--again] [--limit SECONDS] [--out FOLDER]
+    python -m tools.gpu_proof [PART ...] [--again] [--limit SECONDS] [--out FOLDER] [--check]
 
 A part is named whole ("tests-cuda") or by its beginning ("tests"); no name means all. Each has a
 log in FOLDER. A part that has passed on these sources and this GPU is not run again; one that fails
@@ -52,6 +52,11 @@ def key_of(gpu: dict[str, str], root: Path = ROOT) -> str:
     return digest.hexdigest()[:16]
 
 
+def stopped(limit: float) -> str:
+    """What is said of a part that took longer."""
+    return f"took more than {limit:.0f} s, stopped"
+
+
 def run(part: Part, log: Path, limit: float) -> Result:
     """All commands of a part, their output in ``log``."""
     if reason := missing(part):
@@ -67,7 +72,7 @@ def run(part: Part, log: Path, limit: float) -> Result:
     seconds = time.monotonic() - start
     note = ([line.strip("= \n") for line in text.splitlines() if line.strip("= ")] or [""])[-1]
     if None in codes:
-        return Result("failed", f"took more than {limit:.0f} s, stopped", seconds)
+        return Result("failed", stopped(limit), seconds)
     if any(codes):
         return Result("failed", f"exit status {next(filter(None, codes))}: {note}", seconds)
     if part.says and not re.search(part.says, text):
@@ -77,10 +82,16 @@ def run(part: Part, log: Path, limit: float) -> Result:
 
 def _run(command: Sequence[str], output: Any, environment: dict[str, str], limit: float) -> Any:
     """The exit status; None if it was stopped, with all that it had started."""
-    process = subprocess.Popen(
-        command, stdout=output, stderr=subprocess.STDOUT, cwd=ROOT, start_new_session=True,
-        env={**os.environ, "PYTHONUNBUFFERED": "1", **environment},
-    )  # fmt: skip
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", **environment}
+    streams: Any = {"stdout": output, "stderr": subprocess.STDOUT}
+    try:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, start_new_session=True, **streams
+        )
+    except OSError as error:
+        output.write(f"{error}\n")
+        output.flush()
+        return 127
     try:
         return process.wait(max(limit, 0.1))
     except subprocess.TimeoutExpired:
@@ -113,6 +124,8 @@ def prove(
         else:
             print(f"== {part.name} ...", flush=True)
             result = run(part, out / f"{part.name}.log", left)
+            if left < LIMIT and result.note == stopped(left):
+                result = replace(result, status="not run", note="no time left to end it")
             result = replace(result, seconds=round(result.seconds, 1), key=key)
             found.append(result)
             saved[part.name] = asdict(result)
@@ -140,11 +153,14 @@ def main() -> int:
     parser.add_argument("parts", nargs="*", metavar="PART")
     parser.add_argument("--again", action="store_true", help="also what has passed already")
     parser.add_argument("--limit", type=float, default=float("inf"), help="seconds for this run")
+    parser.add_argument("--check", action="store_true", help="only whether there is a GPU")
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "gpu")
     args = parser.parse_args()
     if isinstance(gpu := find_gpu(), str):
         print(f"The proof needs an NVIDIA GPU, and nothing was run: {gpu}.", file=sys.stderr)
         return 2
+    if args.check:
+        return 0
     out = args.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     parts = all_parts(out, gpu)
