@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import gpu_profile
 from deqfuse.backends import cuda_native, native
-from tools import gpu_kernels, gpu_parts, gpu_profile, gpu_proof
+from tools import gpu_kernels, gpu_parts, gpu_proof
 from tools.gpu_parts import Part
 
 ROOT = Path(gpu_proof.__file__).parents[1]

@@ -19,6 +19,7 @@ from torch import Tensor
 from deqfuse import Anderson, DEQFusion, Implicit
 from deqfuse.backends import cuda, cuda_native, native, reference
 from deqfuse.backends.arguments import adjoint_numbers
+from deqfuse.backends.problem import compute_dtype
 
 ROWS, MODALITIES, TOL = 21, 2, 1e-4  # rows: a whole tile and a ragged one
 EXACT = Anderson(tol=1e-11, max_iter=200)
@@ -63,10 +64,17 @@ def operands(dim: int, groups: int, dtype: torch.dtype, device: str) -> Operands
     assert layer.combine is not None
     x, state, cotangent = torch.randn(3, MODALITIES, ROWS, dim)
     kept = 2.0 * (torch.rand(ROWS, dim) > 0.5)
-    stored = [t.to(device, dtype) for t in (x, x.sum(0), kept)]
-    states = [t.to(device, reference.compute_dtype(dtype)) for t in (state[0], cotangent)]
-    flat = [t for cell in layer.cells for t in cell.flat()]  # type: ignore[operator]
-    return Operands(*stored[:2], flat, layer.combine.flat(), stored[2], *states, groups)
+    compute = compute_dtype(dtype)
+    return Operands(
+        x=x.to(device, dtype),
+        x_fuse=x.sum(0).to(device, dtype),
+        cells=[t for cell in layer.cells for t in cell.flat()],  # type: ignore[operator]
+        fuse=layer.combine.flat(),
+        mask=kept.to(device, dtype),
+        cell_sum=state[0].to(device, compute),
+        cotangent=cotangent.to(device, compute),
+        groups=groups,
+    )
 
 
 def forward(backend: Any, given: Operands, solver: Anderson) -> list[Tensor]:

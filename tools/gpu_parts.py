@@ -63,7 +63,7 @@ def all_parts(out: Path, gpu: dict[str, str]) -> list[Part]:
         )
         for tool in SANITIZERS
     ]
-    profile = [PYTHON, "-m", "tools.gpu_profile"]
+    profile = [PYTHON, "-m", "benchmarks.gpu_profile"]
     save = f"--benchmark-json={out}/bench-"
     bench = ["-q", "--benchmark-quiet", "--device", "cuda"]
     report = [PYTHON, "-m", "benchmarks.report", "--out", f"{out}/results"]

@@ -1,7 +1,7 @@
 """Time of every kernel of a training step, beside its floor: what is left to gain, and where.
 
-    python -m tools.gpu_profile [CASE ...] [--tf32] [--json FILE]
-    python -m tools.gpu_profile --once      # one step a case and nothing else, for ncu
+    python -m benchmarks.gpu_profile [CASE ...] [--tf32] [--json FILE]
+    python -m benchmarks.gpu_profile --once      # one step a case and nothing else, for ncu
 
 The floor of a kernel is the larger of its products over the measured rate of matrix products and
 the bytes it must move over the measured rate of copies. Products are those of the evaluations that
