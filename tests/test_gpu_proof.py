@@ -118,6 +118,15 @@ def test_a_log_without_the_proof_is_a_failure(tmp_path: Path) -> None:
     assert gpu_proof.run(part, tmp_path / "a.log", 10).status == "failed", "nothing was looked at"
 
 
+def test_tests_that_are_all_skipped_prove_nothing(tmp_path: Path) -> None:
+    tests = [p for p in gpu_parts.all_parts(tmp_path, GPU) if p.name.startswith("tests-")]
+    assert len(tests) == 5
+    for says in {part.says for part in tests}:
+        for line, status in (("89 skipped in 7s", "failed"), ("3 passed, 1 skipped", "passed")):
+            part = Part("a", python(f"print('=== {line} ===')"), says=says)
+            assert gpu_proof.run(part, tmp_path / "a.log", 10).status == status, line
+
+
 def test_commands_all_run_and_one_that_fails_counts(tmp_path: Path) -> None:
     """A benchmark that is refused fails the part, after its report is written."""
     part = Part("a", [*python("exit(1)"), *python("print('report')")])

@@ -134,6 +134,8 @@ def runs(device: str) -> Iterator[tuple[str, Callable[[], float], float]]:
     gradients of a thousandth of the others', so that their relative error may be larger.
     """
     tight = Implicit(tol=1e-11, max_iter=200)
+    # Rounding to TF32 turns the sign of a relu now and then: emulated, 1.3e-2 at d = 300.
+    backward = 1000 * TOL if _tf32() else 100 * TOL
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
         if dtype is torch.float64 and _tf32():
             continue  # the same again; a second solve of a kind would be captured as a graph
@@ -152,7 +154,7 @@ def runs(device: str) -> Iterator[tuple[str, Callable[[], float], float]]:
             option = Implicit("bicgstab" if cut else "gmres", tol=TOL, max_iter=20)
             solve = functools.partial(adjoint, Library if cut else cuda, given, z, option)
             kind = "CUDA adjoint" if cut else "Triton VJPs"
-            yield f"{kind} {name}", functools.partial(error, solve, exact), 100 * TOL
+            yield f"{kind} {name}", functools.partial(error, solve, exact), backward
 
 
 def main() -> int:

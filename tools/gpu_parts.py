@@ -14,6 +14,7 @@ from pathlib import Path
 
 PYTHON = sys.executable
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
+PASSED = r"[1-9]\d* passed"  # and not all skipped, which pytest finds fine
 # Child processes that a benchmark starts keep torch's default; those of test_speed.py are none.
 TF32_PYTEST = (
     "import sys, pytest, torch; torch.backends.cuda.matmul.fp32_precision = 'tf32'; "
@@ -41,14 +42,29 @@ def all_parts(out: Path, gpu: dict[str, str]) -> list[Part]:
     pytest = [PYTHON, "-m", "pytest", "-p", "no:cacheprovider", "--durations=5"]
     files = {"tests-solves": "test_triton_gpu", "tests-steps": "test_triton_gpu_steps"}
     tests = [
-        Part(name, [[*pytest, "-m", "gpu and not slow", f"tests/{file}.py"]], modules=["pytest"])
+        Part(
+            name,
+            [[*pytest, "-m", "gpu and not slow", f"tests/{file}.py"]],
+            modules=["pytest"],
+            says=PASSED,
+        )
         for name, file in files.items()
     ]
     others = ["tests", *(f"--ignore=tests/{file}.py" for file in files.values())]
     tests += [
-        Part("tests-cuda", [[*pytest, "-m", "gpu and not slow", *others]], modules=["pytest"]),
-        Part("tests-slow", [[*pytest, "-m", "gpu and slow", "tests"]], modules=["pytest"]),
-        Part("tests-again", [[*pytest, "-m", "gpu", "tests"]], modules=["pytest"]),
+        Part(
+            "tests-cuda",
+            [[*pytest, "-m", "gpu and not slow", *others]],
+            modules=["pytest"],
+            says=PASSED,
+        ),
+        Part(
+            "tests-slow",
+            [[*pytest, "-m", "gpu and slow", "tests"]],
+            modules=["pytest"],
+            says=PASSED,
+        ),
+        Part("tests-again", [[*pytest, "-m", "gpu", "tests"]], modules=["pytest"], says=PASSED),
     ]
     kernels = [PYTHON, "-m", "tools.gpu_kernels"]
     sanitizer = find_program("compute-sanitizer") or "compute-sanitizer"
