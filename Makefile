@@ -3,12 +3,13 @@
 #   PYTHON=python3.12       the interpreter .venv is made from
 #   VENV=path               another place for the environment
 #   VENV=none               no environment: use PYTHON and the torch that it has; downloads nothing
+#                           (what `make gpu` does unless told otherwise)
 #   TORCH='torch==2.12.*'   install another torch than the pinned one (any pip requirement)
 #   DEQFUSE_BUILD=python    do without the C++ (cpu: stop where it cannot be built; default: say so)
 #   ARGS='...'              passed on to `deqfuse demo` or to pytest
 
 PYTHON ?= python3
-VENV ?= .venv
+VENV ?= $(if $(filter gpu,$(MAKECMDGOALS)),none,.venv)
 CONSTRAINTS := constraints-dev.txt
 PINNED := $(shell grep -o '^torch==[^ ]*' $(CONSTRAINTS))
 TORCH ?= $(PINNED)
@@ -23,7 +24,7 @@ SETUP := $(VENV)/.installed
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-full lint bench bench-full gpu-test gpu-bench sanitize clean check-python use-python module
+.PHONY: help demo test test-full lint bench bench-full gpu has-gpu sanitize clean check-python use-python module
 
 help:
 	@echo "make demo       train on real data, write deqfuse-report/    ARGS='--help' lists its options"
@@ -32,7 +33,8 @@ help:
 	@echo "make lint       ruff and mypy only"
 	@echo "make bench      speed, memory and convergence against others (5 minutes); writes README.md's table"
 	@echo "make bench-full the same for every case, regime and sweep; takes long"
-	@echo "make gpu-test   the tests that need an NVIDIA GPU; make gpu-bench: the benchmarks there"
+	@echo "make gpu        on an NVIDIA GPU: build, tests, compute-sanitizer, profile, benchmarks, in parts"
+	@echo "                PART='tests profile' picks, LIMIT=570 ends in time, AGAIN=1 repeats, GPU_OUT=folder"
 	@echo "make sanitize   the C++ kernels under ASan and UBSan (a minute)   SANITIZE=thread for others"
 	@echo "make clean      remove what builds and tools left; .venv and reports stay"
 	@echo "Options: PYTHON=..., VENV=..., TORCH=..., explained at the top of Makefile"
@@ -82,18 +84,14 @@ bench: module
 bench-full: BENCH_MODE := --full
 bench-full: bench
 
-# On a GPU machine without network, with torch, triton and nvcc: make gpu-test VENV=none PYTHON=...
-gpu-test: NEEDS := pytest
-gpu-test: module
-	@echo "== Tests that need a GPU: pytest -m gpu"
-	@$(PY) -m pytest -m gpu $(ARGS)
+# docs/gpu-proof.md. Parts that have passed are not run again; logs and tables are in GPU_OUT.
+PART ?=
+GPU_OUT ?= build/gpu
+gpu: has-gpu $(SETUP)
+	@$(PY) -m tools.gpu_proof $(PART) --out $(GPU_OUT) $(if $(LIMIT),--limit $(LIMIT)) $(if $(AGAIN),--again)
 
-# torchdeq may be missing: its columns are then left out.
-gpu-bench: NEEDS := pytest pytest_benchmark matplotlib
-gpu-bench: BENCH_MODE := --device cuda
-gpu-bench: BENCH_JSON := build/bench-gpu.json
-gpu-bench: BENCH_README :=
-gpu-bench: bench
+has-gpu: check-python
+	@$(BASE) -m tools.gpu_proof --check
 
 sanitize:
 	@echo "== Kernels under sanitizers: tests/sanitize/run"
@@ -132,7 +130,7 @@ $(VENV)/.installed: pyproject.toml setup.py $(CONSTRAINTS) | check-python
 use-python: check-python
 	@echo "== Using $$($(PYTHON) -V) and the packages that it has; the pinned versions do not apply"
 	@missing=$$($(PY) -c 'import sys, importlib.util as u; \
-	  print(*[m for m in sys.argv[1:] if u.find_spec(m) is None])' pip setuptools numpy $(NEEDS)); \
+	  print(*[m for m in sys.argv[1:] if u.find_spec(m) is None])' pip setuptools numpy); \
 	  test -z "$$missing" || { echo "$(PYTHON) lacks $$missing. Without a network, on another machine:" >&2; \
 	  echo "  pip download -d wheels$$(printf ' %s' $$missing | tr _ -)   # the same Python version and system" >&2; \
 	  echo "and here: $(PYTHON) -m pip install --no-index --find-links wheels$$(printf ' %s' $$missing | tr _ -)" >&2; exit 1; }

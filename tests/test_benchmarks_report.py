@@ -220,7 +220,6 @@ def test_report_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         ("bench-full", "", "--full", True, False),
         ("bench-full", "--threads 1", "--full --threads 1", False, False),
         ("bench", "-k brca", "-k brca", False, True),
-        ("gpu-bench", "--full", "--device cuda --full", False, False),
     ],
 )
 def test_make_passes_on_what_was_asked_for(

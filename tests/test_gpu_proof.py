@@ -1,0 +1,325 @@
+"""`make gpu` without a GPU: the runner on stand-ins, and what it runs on the CPU."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import gpu_profile
+from deqfuse.backends import cuda_native, native
+from tools import gpu_kernels, gpu_parts, gpu_proof
+from tools.gpu_parts import Part
+
+ROOT = Path(gpu_proof.__file__).parents[1]
+GPU = {"name": "some GPU", "capability": "9.0", "torch": "2.11.0"}
+KEY, ENDLESS = "key", float("inf")
+
+
+def python(program: str) -> list[list[str]]:
+    return [[sys.executable, "-c", program]]
+
+
+def counting(folder: Path, name: str, status: int = 0) -> Part:
+    """Says hello, and leaves a letter in a file whenever it runs."""
+    program = f"print('hello'); open({str(folder / name)!r}, 'a').write('x'); exit({status})"
+    return Part(name, python(program))
+
+
+def prove(parts, out, asked=None, key=KEY, again=False, limit=ENDLESS):
+    found = gpu_proof.prove(parts, parts if asked is None else asked, out, key, again, limit)
+    return [result.status for result in found]
+
+
+def times(folder: Path, *names: str) -> list[int]:
+    return [len((folder / name).read_text()) for name in names]
+
+
+def test_a_run_is_taken_up_where_it_stopped(tmp_path: Path) -> None:
+    """What failed is run again, what passed is not, unless asked or proved of something else."""
+    parts = [counting(tmp_path, name, status) for name, status in (("a", 0), ("b", 3), ("c", 0))]
+    for _ in range(2):
+        assert prove(parts, tmp_path) == ["passed", "failed", "passed"]
+    assert times(tmp_path, "a", "b", "c") == [1, 2, 1]
+    assert prove(parts, tmp_path, asked=parts[:1], again=True) == ["passed", "failed", "passed"]
+    assert times(tmp_path, "a", "b", "c") == [2, 2, 1]
+    assert prove(parts, tmp_path, asked=parts[1:2], key="other") == ["not run", "failed", "not run"]
+    assert prove(parts, tmp_path, key="other") == ["passed", "failed", "passed"]
+    assert times(tmp_path, "a", "b", "c") == [3, 4, 2]
+
+
+def test_what_a_part_left_must_still_be_there(tmp_path: Path) -> None:
+    part = counting(tmp_path, "a")
+    prove([part], tmp_path)
+    prove([Part("a", part.commands, leaves=["setup.py"])], tmp_path)
+    assert times(tmp_path, "a") == [1]
+    prove([Part("a", part.commands, leaves=["setup.py", "no-such-file"])], tmp_path)
+    assert times(tmp_path, "a") == [2]
+
+
+def test_no_part_begins_when_the_time_is_up(tmp_path: Path) -> None:
+    parts = [Part("a", python("import time; time.sleep(0.3)")), counting(tmp_path, "b")]
+    assert prove(parts, tmp_path, limit=0.2) == ["not run", "not run"]
+    assert not (tmp_path / "b").exists()
+    assert prove(parts, tmp_path) == ["passed", "passed"]
+
+
+def test_a_part_that_takes_too_long_is_stopped_with_its_children(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inner = "import os, time; open('{}', 'w').write(str(os.getpid())); time.sleep(100)"
+    inner = inner.format(tmp_path / "pid")
+    program = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {inner!r}])"
+    monkeypatch.setattr(gpu_proof, "LIMIT", 2)
+    (result,) = gpu_proof.prove(*[[Part("a", python(program))]] * 2, tmp_path, KEY, False, ENDLESS)
+    assert (result.status, result.note) == ("failed", "took more than 2 s, stopped")
+    child = int((tmp_path / "pid").read_text())
+    end = time.monotonic() + 30  # a signal is not obeyed at once
+    while alive(child):
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def alive(process: int) -> bool:
+    try:
+        stat = Path(f"/proc/{process}/stat").read_text()
+    except FileNotFoundError:
+        return False
+    return stat.rpartition(")")[2].split()[0] != "Z"
+
+
+def test_what_is_missing_is_named(tmp_path: Path) -> None:
+    part = Part("a", python("1 / 0"), programs=["no-such-program"], modules=["json", "no_such"])
+    result = gpu_proof.run(part, tmp_path / "a.log", 10)
+    assert result.status == "not run"
+    assert "no no-such-program on PATH or in a CUDA toolkit" in result.note
+    assert result.note.endswith("has no no_such")
+
+
+def test_programs_are_found_in_a_toolkit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    tool = tmp_path / "bin" / "deqfuse-sanitizer"
+    tool.parent.mkdir()
+    assert gpu_parts.find_program(tool.name) is None
+    tool.write_text("#!/bin/sh\n")
+    tool.chmod(0o755)
+    assert gpu_parts.find_program(tool.name) == str(tool)
+
+
+def test_a_log_without_the_proof_is_a_failure(tmp_path: Path) -> None:
+    """compute-sanitizer on a device that it cannot attach to, say."""
+    says = next(p.says for p in gpu_parts.all_parts(tmp_path, GPU) if p.name.endswith("racecheck"))
+    summaries = {
+        "RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)": "passed",
+        "RACECHECK SUMMARY: 1 hazard displayed (0 errors, 1 warning)": "failed",
+        "Error: Device not supported": "failed",
+    }
+    for line, status in summaries.items():
+        part = Part("a", python(f"print('every kernel ran'); print('========= {line}')"), says=says)
+        assert gpu_proof.run(part, tmp_path / "a.log", 10).status == status, line
+    part = Part("a", python(f"print('{next(iter(summaries))}')"), says=says)
+    assert gpu_proof.run(part, tmp_path / "a.log", 10).status == "failed", "nothing was looked at"
+
+
+def test_tests_that_are_all_skipped_prove_nothing(tmp_path: Path) -> None:
+    tests = [p for p in gpu_parts.all_parts(tmp_path, GPU) if p.name.startswith("tests-")]
+    assert len(tests) == 5
+    for says in {part.says for part in tests}:
+        for line, status in (("89 skipped in 7s", "failed"), ("3 passed, 1 skipped", "passed")):
+            part = Part("a", python(f"print('=== {line} ===')"), says=says)
+            assert gpu_proof.run(part, tmp_path / "a.log", 10).status == status, line
+
+
+def test_commands_all_run_and_one_that_fails_counts(tmp_path: Path) -> None:
+    """A benchmark that is refused fails the part, after its report is written."""
+    part = Part("a", [*python("exit(1)"), *python("print('report')")])
+    result = gpu_proof.run(part, tmp_path / "a.log", 10)
+    assert (result.status, result.note) == ("failed", "exit status 1: report")
+    missing = gpu_proof.run(Part("a", [["/no/such/program"]]), tmp_path / "a.log", 10)
+    assert missing.status == "failed"
+    assert "No such file" in missing.note
+
+
+def run_main(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr("sys.argv", ["gpu_proof", *arguments])
+    return gpu_proof.main()
+
+
+def test_summary_and_exit_status(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parts = [
+        counting(tmp_path, "tests-a"),
+        counting(tmp_path, "bench", 1),
+        Part("ncu", python(""), programs=["no-such-program"], optional=True),
+    ]
+    monkeypatch.setattr(gpu_proof, "find_gpu", lambda: GPU)
+    monkeypatch.setattr(gpu_proof, "all_parts", lambda *_: parts)
+    out = ["--out", str(tmp_path)]
+    assert run_main(monkeypatch, *out, "tests", "ncu") == 0, "ncu is optional"
+    assert run_main(monkeypatch, *out) == 1
+    text = (tmp_path / "summary.md").read_text()
+    assert text in capsys.readouterr().out
+    assert re.search(r"\| tests-a \| passed \| [\d.]+ \| tests-a.log \| hello \|", text)
+    assert re.search(r"\| bench \| failed \| [\d.]+ \| bench.log \| exit status 1: hello \|", text)
+    assert "| ncu | not run | 0 |  | no no-such-program" in text
+    with pytest.raises(SystemExit):
+        run_main(monkeypatch, *out, "no-such-part")
+    assert "expected the beginning of one of tests-a, bench, ncu" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_without_a_gpu_nothing_is_run(tmp_path: Path) -> None:
+    command = ["make", "gpu", f"PYTHON={sys.executable}", f"GPU_OUT={tmp_path / 'out'}"]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert run.returncode == 2
+    assert run.stdout == ""
+    said = run.stderr.splitlines()
+    assert re.fullmatch(r"The proof needs an NVIDIA GPU, and nothing was run: torch .*", said[0])
+    assert all(line.startswith("make") for line in said[1:])
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_source_or_gpu_is_another_proof(tmp_path: Path) -> None:
+    shutil.copy(ROOT / "setup.py", tmp_path)
+    for folder in gpu_proof.SOURCES[:-1]:
+        (tmp_path / folder).mkdir()
+    key = gpu_proof.key_of(GPU, tmp_path)
+    assert key == gpu_proof.key_of(dict(GPU), tmp_path)
+    assert key != gpu_proof.key_of(GPU | {"torch": "2.12.0"}, tmp_path)
+    (tmp_path / "csrc" / "some.log").write_text("no source")
+    assert key == gpu_proof.key_of(GPU, tmp_path)
+    (tmp_path / "csrc" / "new.cuh").write_text("// new")
+    assert key != gpu_proof.key_of(GPU, tmp_path)
+
+
+def test_parts_name_what_there_is(tmp_path: Path) -> None:
+    parts = gpu_parts.all_parts(tmp_path, GPU)
+    words = [word for part in parts for command in part.commands for word in command]
+    modules = {w for before, w in itertools.pairwise(words) if before == "-m"}
+    for module in (m for m in modules if "." in m):
+        assert (ROOT / f"{module.replace('.', '/')}.py").is_file()
+    files = {w.removeprefix("--ignore=") for w in words if "tests/" in w or w == "setup.py"}
+    assert files
+    assert all((ROOT / file).is_file() for file in files)
+    build = next(part for part in parts if part.name == "build")
+    assert build.environment["TORCH_CUDA_ARCH_LIST"] == "9.0"
+    table = (ROOT / "docs" / "gpu-proof.md").read_text()
+    kinds = {part.name.partition("-")[0] for part in parts}
+    assert kinds == set(re.findall(r"^\| `(\w+)", table, re.MULTILINE))
+
+
+SMALL = """
+import sys, torch
+from tools import gpu_kernels as k
+k.ROWS = 3
+k.FORWARD = {torch.float32: ((32, 4), (100, 20)), torch.bfloat16: ((32, 4),), torch.float64: ()}
+sys.exit(k.main())
+"""
+KERNEL = re.compile(r"^def (_\w+_kernel)\(", re.MULTILINE)
+
+
+@pytest.mark.triton
+@pytest.mark.skipif(native.module is None, reason="needs the compiled module's host policy")
+@pytest.mark.parametrize(
+    "program",
+    [
+        pytest.param(["-c", SMALL], id="small"),
+        pytest.param(["-m", "tools.gpu_kernels"], id="whole", marks=pytest.mark.slow),
+    ],
+)
+def test_every_kernel_runs_under_the_interpreter(program: list[str]) -> None:
+    run = subprocess.run(
+        [sys.executable, *program],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    last = run.stdout.splitlines()[-1]
+    kernels = {
+        name
+        for path in (ROOT / "triton_kernels").rglob("*.py")
+        for name in KERNEL.findall(path.read_text())
+    }
+    assert len(kernels) >= 8
+    assert set(re.findall(r"_\w+_kernel\b", last)) == kernels
+
+
+@pytest.mark.skipif(native.module is None, reason="needs the compiled module's host policy")
+def test_the_adjoint_is_cut_in_every_way() -> None:
+    """Within an H100's shared memory, which the host policy plays, and an A100's."""
+    for limit in (227 * 1024, 163 * 1024):
+        native.module.host_device(limit)
+        for dtype, widths in gpu_kernels.ADJOINT.items():
+            plans = [native.module.host_plan(d, 4, dtype.itemsize)["cut"] for d in widths]
+            assert tuple(plans) == gpu_kernels.CUTS
+    native.module.host_device()
+
+
+def test_a_wrong_kernel_is_reported(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wrong = [("one", lambda: 1e-3, 1e-4), ("two", lambda: float("nan"), 1.0)]
+    monkeypatch.setattr(gpu_kernels, "runs", lambda device: wrong)
+    monkeypatch.setattr(cuda_native, "load_error", lambda: None)
+    before = torch.backends.cuda.matmul.fp32_precision
+    assert gpu_kernels.main() == 1
+    torch.backends.cuda.matmul.fp32_precision = before
+    said = capsys.readouterr().out
+    assert "one, ieee: 1.0e-03 is more than 1e-04" in said
+    assert "two, ieee: nan is more than 1e+00" in said
+
+
+def test_profile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All but the device's events, which stand in here: one of each kind, 10 us each."""
+    names = {
+        "_residual_cell_kernel": "cells",
+        "_purify_combine_kernel": "fuse",
+        "_anderson_step_kernel": "anderson",
+        "void deqfuse::gpu::adjoint_stage_kernel<deqfuse::gpu::CellTile, float>(p)": "adjoint",
+        "_purify_combine_vjp_kernel": "adjoint",
+        "sm90_xmma_gemm_f32f32": "weight gradients",
+        "Memcpy DtoD": "packing and the rest",
+    }
+
+    def events(call, repeats):
+        call()
+        return [(name, 1e-5) for name in names for _ in range(repeats)]
+
+    monkeypatch.setattr(gpu_profile, "device_events", events)
+    monkeypatch.setattr(gpu_profile.cases, "DEVICE", "cpu")
+    arguments = ["--device", "cpu", "--json", str(tmp_path / "p.json"), "rosmap"]
+    monkeypatch.setattr("sys.argv", ["gpu_profile", *arguments])
+    assert gpu_profile.main() == 0
+    (one,) = json.loads((tmp_path / "p.json").read_text())
+    found = {name: kind for kind, e in one["kinds"].items() for name in e["kernels"]}
+    assert found == names
+    assert one["kinds"]["adjoint"]["seconds"] == pytest.approx(2e-5)
+    assert one["kinds"]["adjoint"]["launches"] == pytest.approx(2)
+    for kind, entry in one["kinds"].items():
+        assert ("floor" in entry) == (kind != "packing and the rest")
+        if "floor" in entry:
+            sides = entry["flops"] / one["rate"], entry["bytes"] / one["bandwidth"]
+            assert entry["floor"] == pytest.approx(max(sides))
+    assert one["kinds"]["weight gradients"]["flops"] == 4 * 300**2 * 245 * 4
+    assert "| rosmap (245, 3, 300) | adjoint | 2 | 20.0 |" in capsys.readouterr().out
+
+
+def test_bytes_of_anderson_steps() -> None:
+    """Rows of 1 and 3 evaluations, m = 2: windows of 1, then 1 and twice 2."""
+    numbers = (2 + 0 + 1 + 4) * 2 + (2 + 1 + 2 + 4) * 2
+    assert gpu_profile.anderson_bytes(torch.tensor([1.0, 3.0]), 10, 2) == 4 * 10 * numbers

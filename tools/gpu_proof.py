@@ -1,0 +1,181 @@
+"""The proof on a GPU, in parts: build, tests, sanitizers, profile, benchmarks. docs/gpu-proof.md.
+
+    python -m tools.gpu_proof [PART ...] [--again] [--limit SECONDS] [--out FOLDER] [--check]
+
+A part is named whole ("tests-cuda") or by its beginning ("tests"); no name means all. Each has a
+log in FOLDER. A part that has passed on these sources and this GPU is not run again; one that fails
+stops none of those behind it. Exit status: 0 if every part asked for has passed, 1 if not, 2 where
+there is no GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from tools.gpu_parts import Part, all_parts, find_gpu, missing
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = ("benchmarks", "csrc", "deqfuse", "tests", "tools", "triton_kernels", "setup.py")
+LANGUAGES = (".py", ".cpp", ".h", ".inc", ".cu", ".cuh")
+LIMIT = 570  # seconds for one part, and for a run that is to end within ten minutes
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a part ended: passed, failed or not run, with the reason or the log's last line."""
+
+    status: str
+    note: str
+    seconds: float = 0.0
+    key: str = ""  # sources and GPU that it speaks of
+
+
+def key_of(gpu: dict[str, str], root: Path = ROOT) -> str:
+    """Changes with the sources, the GPU and torch: what was proved before proves nothing then."""
+    digest = hashlib.sha256(json.dumps(gpu, sort_keys=True).encode())
+    for entry in (root / name for name in SOURCES):
+        for path in sorted(entry.rglob("*")) if entry.is_dir() else [entry]:
+            if path.suffix in LANGUAGES:
+                digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def stopped(limit: float) -> str:
+    """What is said of a part that took longer."""
+    return f"took more than {limit:.0f} s, stopped"
+
+
+def run(part: Part, log: Path, limit: float) -> Result:
+    """All commands of a part, their output in ``log``."""
+    if reason := missing(part):
+        return Result("not run", reason)
+    start, codes = time.monotonic(), []
+    with log.open("w", encoding="utf-8") as output:
+        for command in part.commands:
+            output.write(f"$ {' '.join(command)}\n")
+            output.flush()
+            left = limit - (time.monotonic() - start)
+            codes.append(_run(command, output, part.environment, left))
+    text = log.read_text(encoding="utf-8", errors="replace")
+    seconds = time.monotonic() - start
+    note = ([line.strip("= \n") for line in text.splitlines() if line.strip("= ")] or [""])[-1]
+    if None in codes:
+        return Result("failed", stopped(limit), seconds)
+    if any(codes):
+        return Result("failed", f"exit status {next(filter(None, codes))}: {note}", seconds)
+    if part.says and not re.search(part.says, text):
+        return Result("failed", f"exit status 0, but the log lacks {part.says!r}", seconds)
+    return Result("passed", note, seconds)
+
+
+def _run(command: Sequence[str], output: Any, environment: dict[str, str], limit: float) -> Any:
+    """The exit status; None if it was stopped, with all that it had started."""
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", **environment}
+    streams: Any = {"stdout": output, "stderr": subprocess.STDOUT}
+    try:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, start_new_session=True, **streams
+        )
+    except OSError as error:
+        output.write(f"{error}\n")
+        output.flush()
+        return 127
+    try:
+        return process.wait(max(limit, 0.1))
+    except subprocess.TimeoutExpired:
+        return None
+    finally:
+        if process.poll() is None:  # an interrupt, too, leaves nothing behind
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def prove(
+    parts: Sequence[Part], asked: Sequence[Part], out: Path, key: str, again: bool, limit: float
+) -> list[Result]:
+    """Run what was asked for and has not passed yet; the state is saved after every part."""
+    state, found, end = out / "state.json", [], time.monotonic() + limit
+    saved = json.loads(state.read_text(encoding="utf-8")) if state.exists() else {}
+    for part in parts:
+        before = Result(**saved[part.name]) if part.name in saved else None
+        there = all(any(ROOT.glob(pattern)) for pattern in part.leaves)
+        if before and (before.key != key or not there):
+            before = None
+        left = min(end - time.monotonic(), LIMIT)
+        if part not in asked:
+            found.append(before or Result("not run", "not asked for"))
+        elif before and before.status == "passed" and not again:
+            found.append(before)
+            print(f"== {part.name}: passed before", flush=True)
+        elif left <= 0:
+            found.append(Result("not run", "no time left: give the same command again"))
+        else:
+            print(f"== {part.name} ...", flush=True)
+            result = run(part, out / f"{part.name}.log", left)
+            if left < LIMIT and result.note == stopped(left):
+                result = replace(result, status="not run", note="no time left to end it")
+            result = replace(result, seconds=round(result.seconds, 1), key=key)
+            found.append(result)
+            saved[part.name] = asdict(result)
+            state.write_text(json.dumps(saved, indent=1) + "\n", encoding="utf-8")
+            print(f"   {result.status} in {result.seconds:.0f} s: {result.note}", flush=True)
+    return found
+
+
+def summary(parts: Sequence[Part], found: Sequence[Result], out: Path, gpu: dict[str, str]) -> str:
+    """A table: each part, how it ended, its log."""
+    lines = [f"{gpu['name']}, torch {gpu['torch']}; logs in {out}", ""]
+    lines += ["| part | status | seconds | log | last line or reason |", "|---|---|---:|---|---|"]
+    for part, result in zip(parts, found, strict=True):
+        note = result.note.replace("|", "/")[:120]
+        log = f"{part.name}.log" if result.status != "not run" else ""
+        lines.append(f"| {part.name} | {result.status} | {result.seconds:g} | {log} | {note} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    """Command line entry point."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("parts", nargs="*", metavar="PART")
+    parser.add_argument("--again", action="store_true", help="also what has passed already")
+    parser.add_argument("--limit", type=float, default=float("inf"), help="seconds for this run")
+    parser.add_argument("--check", action="store_true", help="only whether there is a GPU")
+    parser.add_argument("--out", type=Path, default=ROOT / "build" / "gpu")
+    args = parser.parse_args()
+    if isinstance(gpu := find_gpu(), str):
+        print(f"The proof needs an NVIDIA GPU, and nothing was run: {gpu}.", file=sys.stderr)
+        return 2
+    if args.check:
+        return 0
+    out = args.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    parts = all_parts(out, gpu)
+    for asked in args.parts:
+        if not any(part.name.startswith(asked) for part in parts):
+            names = ", ".join(part.name for part in parts)
+            parser.error(f"PART: expected the beginning of one of {names}, got {asked!r}")
+    asked = [p for p in parts if not args.parts or p.name.startswith(tuple(args.parts))]
+    found = prove(parts, asked, out, key_of(gpu), args.again, args.limit)
+    text = summary(parts, found, out, gpu)
+    (out / "summary.md").write_text(text, encoding="utf-8")
+    print(f"\n{text}")
+    passed = {part.name for part, r in zip(parts, found, strict=True) if r.status == "passed"}
+    return int(any(part.name not in passed and not part.optional for part in asked))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
