@@ -9,7 +9,15 @@ from typing import Any
 import pytest
 import torch
 
-from deqfuse import Anderson, BackendUnavailable, DEQFusion, Implicit, Unrolled, backends
+from deqfuse import (
+    Anderson,
+    BackendUnavailable,
+    Broyden,
+    DEQFusion,
+    Implicit,
+    Unrolled,
+    backends,
+)
 from deqfuse.backends import BACKENDS, BackendStatus, Problem, choose, describe, load
 
 FUNCTIONS = ("solve_cells", "adjoint_cells", "solve_fuse", "adjoint_fuse")
@@ -178,3 +186,32 @@ def test_the_choice_is_logged_once(
 def test_unrolled_runs_on_the_reference() -> None:
     _, info = layer(adjoint=Unrolled())(XS, return_info=True)
     assert info.backend == "reference"
+
+
+@pytest.mark.parametrize(
+    ("missing", "options", "warned"),
+    [
+        (("it was not compiled", "install a compiler"), {}, True),
+        (("it was not compiled", "install a compiler"), {"backend": "reference"}, False),
+        (("it was not compiled", "install a compiler"), {"solver": Broyden()}, False),
+        (None, {"solver": Broyden()}, False),
+    ],
+    ids=["missing", "asked for", "no use for it", "there"],
+)
+def test_losing_the_fast_path_is_said_once(
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    missing: tuple[str, str] | None,
+    options: dict[str, Any],
+    warned: bool,
+) -> None:
+    monkeypatch.setattr(backends, "_announced", set())
+    monkeypatch.setattr(load("cpu"), "unavailable", lambda: missing)
+    for _ in range(3):
+        layer(**options)(XS)
+        layer(solver=Broyden())(XS)
+    loud = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
+    assert len(loud) == warned
+    for message in loud:
+        assert "several times slower" in message
+        assert "it was not compiled. Remedy: install a compiler" in message

@@ -105,7 +105,26 @@ def choose(requested: str, problem: Problem) -> str:
             raise BackendUnavailable(f"backend={requested!r} cannot take this call: {objection}")
         return requested
     name = next(name for name in BACKENDS if _objection(name, problem) is None)
-    if not torch.compiler.is_compiling() and name not in _announced:
+    if not torch.compiler.is_compiling():
+        _announce(name, problem)
+    return name
+
+
+def _announce(name: str, problem: Problem) -> None:
+    """Log what "auto" took, and once per process that the compiled module is missing.
+
+    An install loses that module without a word that pip shows, and everything still runs, slowly.
+    A log entry, as a warning would stop those who make warnings errors.
+    """
+    if name not in _announced:
         _announced.add(name)
         _log.info("deqfuse: backend=%r for %s", name, problem.device)
-    return name
+    if name == "reference" and "missing" not in _announced:
+        missing = cpu.unavailable()
+        if missing is not None and cpu.refuses(problem) is None:
+            _announced.add("missing")
+            _log.warning(
+                "deqfuse: backend='auto' runs plain PyTorch, several times slower than C++: %s. "
+                "Remedy: %s. DEQFUSE_BACKEND=reference silences this.",
+                *missing,
+            )
