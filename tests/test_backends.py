@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from types import ModuleType
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -64,6 +64,10 @@ def test_every_backend_answers_for_itself(name: str) -> None:
         reason, remedy = missing
         assert reason
         assert remedy
+
+
+def test_the_type_names_every_backend() -> None:
+    assert get_args(backends.Backend) == ("auto", *BACKENDS)
 
 
 def test_description_covers_every_backend_in_order() -> None:

@@ -98,7 +98,7 @@ class TestCommonOptions:
         (lambda: Neumann(k=0), ValueError, ("Neumann(k=...)", "an int >= 1", "0")),
         (lambda: Neumann(k=True), TypeError, ("Neumann(k=...)", "an int", "True")),
         (lambda: Implicit(solver="cg"), ValueError,
-         ("Implicit(solver=...)", "auto, gmres, bicgstab, anderson, neumann, dense", "'cg'")),
+         ("Implicit(solver=...)", "'auto', 'gmres', 'bicgstab'", "'neumann', 'dense', got 'cg'")),
         (lambda: Implicit(solver=None), ValueError, ("Implicit(solver=...)", "None")),
         (lambda: OneStep(k=1), TypeError, ("OneStep", "k")),
         (lambda: Unrolled(steps=1), TypeError, ("Unrolled", "steps")),
@@ -119,6 +119,21 @@ def test_replace_checks_too() -> None:
 
 def test_zero_ridge_is_an_option() -> None:
     assert Anderson(lam=0).lam == 0
+
+
+def test_numpys_numbers_are_numbers() -> None:
+    np = pytest.importorskip("numpy")
+    option = Anderson(tol=np.float32(0.5), max_iter=np.int64(7), lam=np.float64(0), m=np.uint8(3))
+    assert option == Anderson(tol=0.5, max_iter=7, lam=0.0, m=3)
+    assert option.code == Anderson(tol=0.5, max_iter=7, lam=0.0, m=3).code
+    layer = DEQFusion(np.int64(DIM), np.int32(N), num_groups=np.int64(2), in_dims=[5] * N)
+    assert layer([torch.ones(ROWS, 5)] * N).shape == (ROWS, DIM)
+    with refused(TypeError, "dim", "an int", "8.0"):
+        DEQFusion(np.float64(DIM), N)
+    with refused(TypeError, "Anderson(tol=...)", "a number", "True"):
+        Anderson(tol=np.True_)
+    with refused(ValueError, "Anderson(m=...)", "an int >= 1", "0"):
+        Anderson(m=np.int64(0))
 
 
 # ---- what every module takes --------------------------------------------------------------------
@@ -184,7 +199,7 @@ def test_solver_options(
         ({"in_dims": [3]}, ValueError, ("in_dims", "num_modalities=2", "1")),
         ({"in_dims": [3, 0]}, ValueError, ("in_dims[1]", ">= 1", "0")),
         ({"in_dims": [3, True]}, TypeError, ("in_dims[1]", "an int", "True")),
-        ({"in_dims": 5}, TypeError, ("in_dims", "sequence", "5")),
+        ({"in_dims": 5}, TypeError, ("in_dims", "sequence", "got int")),
         ({"gate": "no"}, TypeError, ("gate", "True or False", "'no'")),
         ({"injection_norm": 3}, TypeError, ("injection_norm", "True or False", "3")),
         ({"dimm": 5}, TypeError, ("dimm",)),
@@ -239,8 +254,9 @@ def test_building_blocks(make: Callable[..., object]) -> None:
         ([*features(), torch.ones(ROWS, DIM)], ValueError, ("features", "2", "3 tensors")),
         ([], ValueError, ("features", "num_modalities=2", "0 tensors")),
         (torch.ones(N, ROWS, DIM), ValueError, ("features", "a single tensor")),
-        (None, TypeError, ("features", "sequence", "None")),
-        (iter(features()), TypeError, ("features", "sequence", "iterator")),
+        (None, TypeError, ("features", "sequence", "got NoneType")),
+        (iter(features()), TypeError, ("features", "list_iterator. Remedy: list(features)")),
+        (dict(enumerate(features())), TypeError, ("got dict. Remedy: list(features.values())",)),
         ("ab", TypeError, ("features", "torch.Tensor", "str")),
         ([features()[0], None], TypeError, ("features[1]", "torch.Tensor", "NoneType")),
         ([features()[0], [[1.0] * DIM] * ROWS], TypeError, ("features[1]", "Tensor", "list")),
@@ -249,6 +265,10 @@ def test_building_blocks(make: Callable[..., object]) -> None:
         ([torch.ones(ROWS, 7), features()[1]], ValueError, ("features[0]", "(3, 8)", "(3, 7)")),
         ([features()[0], torch.ones(1, ROWS, DIM)], ValueError, ("features[1]", "(1, 3, 8)")),
         ([torch.ones(()), features()[1]], ValueError, ("features[0]", "scalar")),
+        ([features()[0].to_sparse(), features()[1]], TypeError,
+         ("features[0]", "a dense tensor", "torch.sparse_coo", "features[0].to_dense()")),
+        ([features()[0], torch.nested.nested_tensor(features(), layout=torch.jagged)], TypeError,
+         ("features[1]", "a dense tensor", "nested", "to_padded_tensor(features[1], 0.0)")),
         (features(torch.int64), TypeError, ("features[0]", "floating-point", "int64", ".float()")),
         (features(torch.bool), TypeError, ("features[0]", "floating-point", "torch.bool")),
         (features(torch.complex64), TypeError, ("features[0]", "floating-point", "complex64")),
@@ -325,7 +345,7 @@ def test_deq_needs_a_callable() -> None:
     ("z0", "error", "parts"),
     [
         ((), ValueError, ("z0", "non-empty tuple", "()")),
-        ([Z0], TypeError, ("z0", "torch.Tensor", "list")),
+        ([Z0], TypeError, ("z0", "a tensor or a tuple of them", "list", "tuple(z0)")),
         (None, TypeError, ("z0", "torch.Tensor", "NoneType")),
         (1.0, TypeError, ("z0", "torch.Tensor", "float")),
         (torch.zeros(()), ValueError, ("z0", "(B, ...)", "()")),
@@ -368,7 +388,7 @@ def test_what_f_returns(
     [
         (lambda z: z[0], ("a tuple of 2 tensors", "Tensor")),
         (lambda z: (z[0],), ("a tuple of 2 tensors", "tuple")),
-        (lambda z: list(z), ("a tuple of 2 tensors", "list")),
+        (lambda z: list(z), ("a tuple of 2 tensors", "list", "Remedy: return a tuple")),
         (lambda z: (z[0], None), ("torch.Tensor", "NoneType")),
     ],
 )
@@ -570,3 +590,23 @@ def test_purify_combine_as_a_function(change: dict[str, Any], message: str) -> N
     options = {"cells": torch.randn(3, 4, 8), "params": COMBINE.flat(), "num_groups": 2, **change}
     with pytest.raises(ValueError, match=message):
         functional.purify_combine(ROWS_8, x_fuse=ROWS_8, **options)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"e": torch.ones(8)}, ValueError, r"e: expected \(B, d\), got shape \(8,\)"),
+        ({"num_groups": 3}, ValueError, r"num_groups: expected a divisor of dim=8, got 3"),
+        ({"variant": "foo"}, ValueError, r"variant: expected one of 'paper'"),
+        ({"weight": torch.ones(7)}, ValueError, r"weight: expected shape \(8,\) .* got \(7,\)"),
+        ({"bias": None}, TypeError, r"bias: expected a torch.Tensor, got NoneType"),
+    ],
+    ids=["rows", "groups", "variant", "weight", "bias"],
+)
+def test_output_norm_as_a_function(
+    change: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    good = {"e": ROWS_8, "weight": torch.ones(8), "bias": torch.zeros(8), "num_groups": 2}
+    assert functional.output_norm(**good).shape == (4, 8)
+    with pytest.raises(error, match=message):
+        functional.output_norm(**{**good, **change})

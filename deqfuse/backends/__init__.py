@@ -13,6 +13,7 @@ import logging
 import os
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -22,11 +23,21 @@ from deqfuse.backends.problem import Problem as Problem
 from deqfuse.errors import BackendUnavailable
 from deqfuse.solvers.options import SolverOption
 
-__all__ = ["BACKENDS", "BackendStatus", "Problem", "choose", "describe", "for_rows", "load"]
+__all__ = [
+    "BACKENDS",
+    "Backend",
+    "BackendStatus",
+    "Problem",
+    "choose",
+    "describe",
+    "for_rows",
+    "load",
+]
 
 # Fastest first: "auto" takes the first that accepts the problem.
 _MODULES: dict[str, ModuleType] = {"cuda": cuda, "cpu": cpu, "reference": reference}
 BACKENDS = tuple(_MODULES)
+Backend = Literal["auto", "cuda", "cpu", "reference"]  # what may be asked for
 ENVIRONMENT = "DEQFUSE_BACKEND"
 
 _log = logging.getLogger("deqfuse")
