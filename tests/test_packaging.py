@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -65,21 +66,32 @@ def test_import_is_quiet_and_touches_no_optional_part() -> None:
     )
 
 
-@pytest.mark.parametrize("missing", ["triton", "matplotlib", "rich"])
-def test_import_works_without_an_optional_part(missing: str) -> None:
-    check_python(
-        f"""
+def test_the_library_needs_torch_only() -> None:
+    told = check_python(
+        """
         import sys
 
-        class Blocker:
-            def find_spec(self, name, path=None, target=None):
-                if name == {missing!r} or name.startswith({missing + "."!r}):
-                    raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+        for name in ("triton", "matplotlib", "numpy", "rich"):
+            sys.modules[name] = None  # as if it were not installed
+        import torch, deqfuse, deqfuse.info, deqfuse.robustness
 
-        sys.meta_path.insert(0, Blocker())
-        import deqfuse
+        fusion = deqfuse.DEQFusion(16, 2)
+        z, info = fusion([torch.randn(3, 16), torch.randn(3, 16)], return_info=True)
+        (z.square().sum() + info.jacobian_penalty()).backward()
+        deqfuse.info.main()
         """
     )
+    assert "numpy halted" in told
+    assert "pip install 'deqfuse[cli]'" in told
+
+
+def test_so_says_the_wheel(wheel: Path) -> None:
+    (metadata,) = [n for n in zipfile.ZipFile(wheel).namelist() if n.endswith("/METADATA")]
+    lines = zipfile.ZipFile(wheel).read(metadata).decode().splitlines()
+    required = [line for line in lines if line.startswith("Requires-Dist:")]
+    assert [line for line in required if "extra ==" not in line] == ["Requires-Dist: torch>=2.11"]
+    command = [line.split()[1] for line in required if re.search("extra == .cli.", line)]
+    assert sorted(name.rstrip(";") for name in command) == ["matplotlib", "numpy", "rich"]
 
 
 def test_all_names_are_there() -> None:
