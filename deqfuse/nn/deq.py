@@ -69,7 +69,8 @@ class DEQ(nn.Module):
 
         Returns:
             The equilibrium, structured like ``z0``, and a ``SolveInfo`` whose ``fuse`` block has
-            shape (B,).
+            shape (B,). Always both, as nobody can say of any f that it converges; a module for
+            ``nn.Sequential`` is one of yours that keeps the first.
 
         Raises:
             TypeError, ValueError: z0, or what f returned, has a wrong type or shape.
