@@ -1,7 +1,7 @@
 """Build only: which folder becomes which package, and the compiled parts. Metadata: pyproject.toml.
 
-DEQFUSE_BUILD decides about those: "auto" (default) builds the C++ extension where torch, pybind11
-and a C++ compiler are there, the CUDA library where torch has CUDA and there is a toolkit, and
+DEQFUSE_BUILD decides about those: "auto" (default) builds the C++ extension where torch and a
+C++ compiler are there, the CUDA library where torch has CUDA and there is a toolkit, and
 installs without what cannot be built, saying why; "cpu" makes a missing extension an error and
 builds no CUDA; "cuda" builds both, with or without a GPU or a torch with CUDA, or fails; "python"
 leaves both out. csrc/README.md lists all switches.
@@ -85,13 +85,10 @@ def extension() -> dict[str, object]:
     if SWITCH == "python":
         return {}
     try:
-        import pybind11
         import torch
         from torch.utils import cpp_extension
     except (ImportError, OSError) as error:
-        without_extension(
-            f"{error}; install torch and pybind11, then: pip install --no-build-isolation ."
-        )
+        without_extension(f"{error}; install torch, then: pip install --no-build-isolation .")
         return {}
     if torch.__version__ < "2.11":  # a TorchVersion: compared by number
         without_extension(f"it needs torch 2.11 or later, found {torch.__version__}")
@@ -125,11 +122,10 @@ def extension() -> dict[str, object]:
             )
 
     compiler = "".join(c for c in version.partition("\n")[0] if c.isalnum() or c in " .-_+")
-    module = cpp_extension.CppExtension(
+    module = cpp_extension.CppExtension(  # torch's headers bring pybind11
         "deqfuse._C",
         sorted(map(str, Path("csrc/cpu").glob("*.cpp"))),
         depends=sorted(str(p) for p in Path("csrc").rglob("*") if p.suffix in (".h", ".inc")),
-        include_dirs=[pybind11.get_include()],
         define_macros=[
             ("TORCH_TARGET_VERSION", "0x020b000000000000"),  # the stable ABI as of torch 2.11
             ("DEQFUSE_COMPILER", f'"{compiler}"'),

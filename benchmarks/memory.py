@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-MIB = 2**20
 
 
 def measure(

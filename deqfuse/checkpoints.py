@@ -29,8 +29,15 @@ def read_released(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Any], dic
         variant="released")`` or ``"released-mmimdb"``.
 
     Raises:
+        TypeError: not a mapping, a path for example.
         ValueError: not a DEQ Fusion state dict, CMU-MOSI's cell, or missing or unknown keys.
     """
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(
+            "state_dict: expected a mapping of names to tensors, got "
+            f"{type(state_dict).__name__}. Remedy: torch.load(path), and from what it returns the "
+            "state dict"
+        )
     found = [(key, match) for key in state_dict if (match := _BRANCH.match(key))]
     if not found:
         raise ValueError(

@@ -2,43 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from deqfuse.reporting import ON_FAILURE
+from deqfuse.scalars import flag as flag
+from deqfuse.scalars import one_of as one_of
+from deqfuse.scalars import positive_int as positive_int
 from deqfuse.solvers.options import GradientOption, NewtonKrylov, SolverOption, Unrolled
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def one_of(name: str, value: Any, choices: Iterable[Any]) -> None:
-    """``value`` must be one of ``choices``."""
-    choices = tuple(choices)
-    if value not in choices:
-        raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
-
-
-def positive_int(name: str, value: Any) -> None:
-    """``value`` must be an int >= 1."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}: expected an int, got {value!r}")
-    if value < 1:
-        raise ValueError(f"{name}: expected an int >= 1, got {value}")
-
-
-def flag(name: str, value: Any) -> None:
-    """``value`` must be True or False."""
-    if not isinstance(value, bool):
-        raise TypeError(f"{name}: expected True or False, got {value!r}")
-
-
 def sequence(name: str, value: Any, of: str) -> None:
     """``value`` must have a length and an order."""
     if not isinstance(value, Sequence):
-        raise TypeError(f"{name}: expected a sequence of {of}, got {value!r}")
+        remedy = ""  # the value itself may be megabytes of numbers
+        if isinstance(value, Mapping):
+            remedy = f". Remedy: list({name}.values())"
+        elif isinstance(value, Iterable):
+            remedy = f". Remedy: list({name})"
+        raise TypeError(f"{name}: expected a sequence of {of}, got {type(value).__name__}{remedy}")
 
 
 def groups(dim: int, num_groups: int) -> None:
@@ -79,6 +66,11 @@ def tensor(name: str, value: Any, like: Tensor | None = None) -> None:
     """``value`` must be a floating-point tensor, of the dtype and device of ``like`` when given."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+    if value.layout is not torch.strided or value.is_nested:
+        kind, remedy = f"layout {value.layout}", f"{name}.to_dense()"
+        if value.is_nested:
+            kind, remedy = "a nested one", f"torch.nested.to_padded_tensor({name}, 0.0)"
+        raise TypeError(f"{name}: expected a dense tensor, got {kind}. Remedy: {remedy}")
     if value.dtype not in FLOATING:
         remedy = "complex maps are not supported" if value.is_complex() else f"{name}.float()"
         raise TypeError(

@@ -1,4 +1,4 @@
-"""Every error and warning type of deqfuse, and the one place that words a failed solve."""
+"""Every error and warning type of deqfuse. `reporting.py` words what a failed solve says."""
 
 from __future__ import annotations
 

@@ -32,8 +32,6 @@ __all__ = [
     "solve_fuse",
 ]
 
-output_norm = maps.output_norm
-
 # What torch.compile(fullgraph=True) says about loops whose length depends on the data.
 _ITERATES = "iterates until every row has converged, which no graph can hold. Remedy: "
 _COMPILE_F = f"DEQ(f) {_ITERATES}compile f itself, DEQ(torch.compile(f)), or leave fullgraph out"
@@ -107,6 +105,27 @@ def purify_combine(
     fuse = FuseParams(*(p.to(x_fuse.dtype) for p in params))
     constant = maps.gate_constant(cells.sum(0), cells.shape[0], fuse)
     return maps.purify_combine(z, x_fuse, constant, mask, cells.shape[0], fuse, num_groups, variant)
+
+
+def output_norm(
+    e: Tensor,  # (B, d)
+    weight: Tensor,  # (d,)
+    bias: Tensor,  # (d,)
+    num_groups: int,
+    variant: Variant = "paper",
+) -> Tensor:  # (B, d)
+    """The combination's last step, ``GN(relu(e))``; ``relu(GN(e))`` in "released-mmimdb".
+
+    Eq. 12 of arXiv 2306.16645; differentiable.
+    """
+    checks.tensor("e", e)
+    if e.dim() != 2:
+        raise ValueError(f"e: expected (B, d), got shape {tuple(e.shape)}")
+    checks.groups(e.shape[-1], num_groups)
+    checks.one_of("variant", variant, maps.VARIANTS)
+    checks.operand("weight", weight, e, (e.shape[-1],), "(d,)")
+    checks.operand("bias", bias, e, (e.shape[-1],), "(d,)")
+    return maps.output_norm(e, weight, bias, num_groups, variant)
 
 
 def solve_cells(

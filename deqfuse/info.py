@@ -47,7 +47,6 @@ def main() -> None:
 
 
 def _versions() -> dict[str, str]:
-    import numpy
     import torch
 
     import deqfuse
@@ -57,7 +56,7 @@ def _versions() -> dict[str, str]:
         "Python": f"{platform.python_version()} ({sys.executable})",
         "torch": f"{torch.__version__} ({_torch_build()})",
         "triton": _triton(),
-        "numpy": numpy.__version__,
+        "numpy": _numpy(),
     }
 
 
@@ -81,6 +80,15 @@ def _triton() -> str:
     except Exception as error:  # the report has to come out whatever a broken install raises
         return f"installed, but it cannot be imported: {error}"
     return str(triton.__version__)
+
+
+def _numpy() -> str:
+    try:
+        import numpy
+    except ImportError as error:
+        remedy = "deqfuse.data and the command line need it: pip install 'deqfuse[cli]'"
+        return f"cannot be imported ({error}); {remedy}"
+    return numpy.__version__
 
 
 def _machine() -> dict[str, str]:

@@ -7,7 +7,7 @@ import threading
 import warnings
 from collections import deque
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -16,7 +16,8 @@ from deqfuse.errors import ConvergenceError, ConvergenceWarning
 from deqfuse.outcome import Outcome
 from deqfuse.solvers.options import GradientOption, Implicit, NewtonKrylov, SolverOption
 
-ON_FAILURE = ("warn", "raise", "ignore")
+OnFailure = Literal["warn", "raise", "ignore"]
+ON_FAILURE: tuple[OnFailure, ...] = get_args(OnFailure)
 CELLS, FUSE = LAYER_BLOCKS = ("the modality cells", "the fuse block")
 Blocks = tuple[tuple[str, Any], ...]  # a block's name, and where its statistics are
 _FORWARD: Blocks = ((CELLS, slice(None, -1)), (FUSE, -1))
@@ -208,5 +209,5 @@ def _remedy(what: str, option: SolverOption | GradientOption) -> str:
     if not isinstance(option, NewtonKrylov):
         remedies.append("NewtonKrylov()")
     if what in LAYER_BLOCKS:
-        remedies.append("init='contractive'")
+        remedies.append("init='contractive' where it is 'torch'")
     return f"Remedies: {', '.join(remedies)}, or info.jacobian_penalty() in the loss."

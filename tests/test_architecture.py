@@ -12,7 +12,7 @@ import deqfuse
 ROOT = Path(deqfuse.__file__).parent
 # Lowest first. A module imports from its own level and below.
 LEVELS = (
-    ("errors", "outcome", "triton_kernels"),
+    ("errors", "outcome", "scalars", "triton_kernels"),
     ("solvers.options",),
     ("reporting", "checks"),
     ("diagnostics", "result", "solvers"),

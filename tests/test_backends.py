@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import logging
 from types import ModuleType
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 
-from deqfuse import Anderson, BackendUnavailable, DEQFusion, Implicit, Unrolled, backends
+from deqfuse import (
+    Anderson,
+    BackendUnavailable,
+    Broyden,
+    DEQFusion,
+    Implicit,
+    Unrolled,
+    backends,
+)
 from deqfuse.backends import BACKENDS, BackendStatus, Problem, choose, describe, load
 
 FUNCTIONS = ("solve_cells", "adjoint_cells", "solve_fuse", "adjoint_fuse")
@@ -56,6 +64,10 @@ def test_every_backend_answers_for_itself(name: str) -> None:
         reason, remedy = missing
         assert reason
         assert remedy
+
+
+def test_the_type_names_every_backend() -> None:
+    assert get_args(backends.Backend) == ("auto", *BACKENDS)
 
 
 def test_description_covers_every_backend_in_order() -> None:
@@ -178,3 +190,32 @@ def test_the_choice_is_logged_once(
 def test_unrolled_runs_on_the_reference() -> None:
     _, info = layer(adjoint=Unrolled())(XS, return_info=True)
     assert info.backend == "reference"
+
+
+@pytest.mark.parametrize(
+    ("missing", "options", "warned"),
+    [
+        (("it was not compiled", "install a compiler"), {}, True),
+        (("it was not compiled", "install a compiler"), {"backend": "reference"}, False),
+        (("it was not compiled", "install a compiler"), {"solver": Broyden()}, False),
+        (None, {"solver": Broyden()}, False),
+    ],
+    ids=["missing", "asked for", "no use for it", "there"],
+)
+def test_losing_the_fast_path_is_said_once(
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    missing: tuple[str, str] | None,
+    options: dict[str, Any],
+    warned: bool,
+) -> None:
+    monkeypatch.setattr(backends, "_announced", set())
+    monkeypatch.setattr(load("cpu"), "unavailable", lambda: missing)
+    for _ in range(3):
+        layer(**options)(XS)
+        layer(solver=Broyden())(XS)
+    loud = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
+    assert len(loud) == warned
+    for message in loud:
+        assert "several times slower" in message
+        assert "it was not compiled. Remedy: install a compiler" in message

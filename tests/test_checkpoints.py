@@ -205,6 +205,11 @@ def test_not_a_released_state_dict(state):
         DEQFusion.from_released_checkpoint(state)
 
 
+def test_a_path_is_not_a_state_dict():
+    with pytest.raises(TypeError, match=r"state_dict: expected a mapping .* got str.*torch\.load"):
+        DEQFusion.from_released_checkpoint("x.pt")
+
+
 def test_the_papers_variant_has_no_released_checkpoints(released):
     """Its equations lack the skip and the bias: loading into it would change the model silently."""
     with pytest.raises(ValueError, match="variant"):

@@ -228,9 +228,11 @@ def test_missing_package_is_named(
         if name.partition(".")[0] == "rich" or name.startswith("deqfuse.cli."):
             monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "rich", None)
-    monkeypatch.delattr("deqfuse.cli.commands")
+    monkeypatch.delattr("deqfuse.cli.commands", raising=False)
     assert main(["demo", "--quick"]) == 2
-    assert "needs the Python package rich" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "needs the Python package rich" in told
+    assert "pip install 'deqfuse[cli]'" in told
 
 
 # --- Ctrl-C ---

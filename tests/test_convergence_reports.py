@@ -377,6 +377,12 @@ def test_a_callable_is_not_told_about_the_layer() -> None:
     assert "contractive" not in text
 
 
+def test_the_initialisation_is_advised_to_those_who_may_lack_it() -> None:
+    layer = DEQFusion(16, 2, solver=Picard(max_iter=1))
+    text = message_of(lambda: layer([torch.randn(4, 16)] * 2))
+    assert "init='contractive' where it is 'torch'" in text
+
+
 def test_rescue_is_not_advised_twice() -> None:
     solver = Anderson(rescue=True, max_iter=3)
     deq = DEQ(lambda z: 1 + z, solver=solver)  # no fixed point at all

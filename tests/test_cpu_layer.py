@@ -7,7 +7,21 @@ import itertools
 
 import pytest
 import torch
-from cpu_cases import DTYPES, LOOSE, TIGHT, Case, assert_equal, assert_same_solution, named
+from cpu_cases import LOOSE, TIGHT, Case, assert_equal, assert_same_solution, named
+from cpu_layer_cases import (
+    EXACT,
+    PRECISE,
+    WIDTHS,
+    assert_near,
+    draw,
+    each_variant,
+    gradients,
+    injections,
+    layer_of,
+    optional,
+    problem,
+    solve,
+)
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils.parametrizations import weight_norm
@@ -17,60 +31,10 @@ from deqfuse.backends import cpu, native
 from deqfuse.backends.arguments import adjoint_numbers
 from deqfuse.backends.layer import LayerParams
 from deqfuse.backends.maps import VARIANTS
-from deqfuse.errors import DoubleBackwardError
 from deqfuse.result import BlockInfo
-
-EXACT = {"solver": Anderson(tol=1e-12, max_iter=500), "adjoint": Implicit(tol=1e-12, max_iter=500)}
-RELEASED = Case(variant="released")
-each_variant = pytest.mark.parametrize("variant", VARIANTS)
-optional = pytest.mark.parametrize("full", [False, True], ids=["plain", "mask,warm"])
-
-
-def layer_of(case: Case, **options) -> DEQFusion:
-    """Also the parameters of the injection are away from their initial ones and zero."""
-    layer = case.layer(**{"backend": "cpu", **EXACT, **options})
-    with torch.no_grad():
-        layer.modality_weights.uniform_(0.5, 1.5)
-        if layer.injection_bias is not None:
-            layer.injection_bias.fill_(0.3)
-    return layer
-
-
-def flat(layer: DEQFusion) -> list[Tensor]:
-    params = [t for part in (*layer.cells, layer.combine) for t in part.flat()]
-    return [t for t in (*params, layer.modality_weights, layer.injection_bias) if t is not None]
-
-
-def draw(case: Case, grad: bool = True) -> tuple[list[Tensor], Tensor]:
-    """Features, and a cotangent of (z, zs), the same at every call."""
-    torch.manual_seed(1)
-    xs = [case.draw().requires_grad_(grad) for _ in range(case.n)]
-    return xs, case.draw(case.n + 1)
-
-
-def problem(case: Case, full: bool, **options) -> tuple:
-    """Arguments of the operator up to the groups; ``full``: with mask and warm start."""
-    params, (xs, more) = [t.detach() for t in flat(layer_of(case, **options))], draw(case, False)
-    mask = 1.25 * (more[-1] > -0.8).to(more.dtype)
-    return xs, params, *((mask, more[0], 0.3 * more[1:]) if full else (None, None, None))
-
-
-def solve(case: Case, call: tuple, solver=TIGHT, backend: str = "cpu"):
-    code = (solver.code, Implicit().code, backend, "ignore")
-    return ops.solve_layer(*call, case.groups, case.variant, *code)
-
-
-def injections(xs: list[Tensor], weights: Tensor, bias: Tensor | None, zs: Tensor) -> list[Tensor]:
-    """``sum_i w_i x_i + bias`` and ``sum_i z_i``, in the operator's order of summation."""
-    weights = weights.to(zs.dtype)
-    x_fuse = sum((w * x.to(zs.dtype) for w, x in zip(weights, xs, strict=True)), torch.zeros(()))
-    return [x_fuse if bias is None else x_fuse + bias.to(zs.dtype), sum(zs, torch.zeros(()))]
-
 
 # ---- forward -------------------------------------------------------------------------------------
 
-PRECISE = ("f64", "f32")
-WIDTHS = ((12, 4), (20, 4), (64, 4), (130, 5))
 GRID = [
     *(Case(r, 20, 4, n, dtype=t) for r in (0, 1, 17, 70) for n in range(1, 5) for t in PRECISE),
     *(Case(9, d, g, 3, v, t) for (d, g), v, t in itertools.product(WIDTHS, VARIANTS, PRECISE)),
@@ -127,153 +91,6 @@ def test_rescue_goes_through_and_agrees():
         a, b = (found[backend][i][agree] for backend in found)
         near = (a - b).norm(dim=-1) <= limit * b.norm(dim=-1)
         assert near.double().mean() > 0.9, "other equilibria are rare"
-
-
-# ---- gradients -----------------------------------------------------------------------------------
-
-LOSSES = ("z", "cells", "both")
-
-
-def gradients(layer: DEQFusion, xs: list[Tensor], g: Tensor, loss: str = "both") -> dict:
-    """By name, for whatever requires a gradient."""
-    z, zs = layer(xs, return_cells=True)
-    outputs = {"z": [z], "cells": [zs], "both": [z, zs]}[loss]
-    cotangents = {"z": [g[0]], "cells": [g[1:]], "both": [g[0], g[1:]]}[loss]
-    leaves = {f"x{i}": x for i, x in enumerate(xs)} | dict(layer.named_parameters())
-    leaves = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
-    grads = torch.autograd.grad(  # a loss on the cells alone does not use the fuse step
-        outputs, list(leaves.values()), cotangents, allow_unused=True, materialize_grads=True
-    )
-    return dict(zip(leaves, grads, strict=True))
-
-
-def assert_near(given: dict, expected: dict, limit: float) -> None:
-    scale = 1e-4 * max(float(e.abs().max()) for e in expected.values())
-    assert given.keys() == expected.keys()
-    for name, wanted in expected.items():
-        assert (given[name].shape, given[name].dtype) == (wanted.shape, wanted.dtype), name
-        error = (given[name] - wanted).abs().max() / max(wanted.abs().max(), scale)
-        assert error <= limit, (name, float(error))
-
-
-def on_both(case: Case, loss: str = "both", **options) -> list[dict]:
-    (xs, g), found = draw(case), []
-    for backend in ("cpu", "reference"):
-        layer = layer_of(case, backend=backend, **options)
-        torch.manual_seed(2)  # the same dropout mask
-        found.append(gradients(layer, xs, g, loss))
-    return found
-
-
-GRADIENTS = [
-    *(Case(r, n=n, variant="released") for r in (1, 17, 70) for n in range(1, 5)),
-    *(Case(9, d, g, variant=v) for (d, g), v in itertools.product(WIDTHS[:3], VARIANTS)),
-    Case(5, 130, 5, variant="released"),
-]
-
-
-@pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("case", **named(GRADIENTS))
-def test_gradients_agree_with_the_reference(case, loss):
-    given, expected = on_both(case, loss)
-    assert_near(given, expected, 1e-8)
-    fused = ("combine.", "modality_weights", "injection_bias")
-    for name, grad in given.items():  # the fuse step is not behind the cells
-        assert bool(grad.any()) == (loss != "cells" or not name.startswith(fused)), name
-
-
-@each_variant
-def test_gradients_of_masked_rows_agree(variant):
-    assert_near(*on_both(Case(20, 20, 4, variant=variant), dropout=0.4), 1e-8)
-
-
-@pytest.mark.parametrize("dtype", ["f32", "bf16", "f16"])
-def test_gradients_in_low_precision_agree(dtype):
-    case = Case(33, variant="released", dtype=dtype)
-    limit = 3e-3 if dtype == "f32" else 8 * torch.finfo(DTYPES[dtype]).eps
-    assert_near(*on_both(case, solver=LOOSE, adjoint=Implicit(tol=1e-5)), limit)
-
-
-def test_the_adjoint_is_that_of_its_blocks_bit_for_bit():
-    case, option = Case(70, 20, 4, 3, "released"), Implicit()
-    call, g = problem(case, True), draw(case)[1]
-    (xs, params, mask, *_), states = call, solve(case, call)[1]
-    zs, z, split = states[:-1], states[-1], LayerParams.split(params, case.n)
-    how = (case.groups, case.variant, option, True)
-    both = injections(xs, split.weights, split.bias, zs)
-    dx_fuse, dsum, dfuse, fuse = cpu.adjoint_fuse(g[0], z, *both, split.fuse, mask, case.n, *how)
-    for more in (None, g[1:]):
-        dx, grads, *statistics = cpu.adjoint_layer(g[0], more, states, xs, params, mask, *how)
-        owed = dsum.expand_as(zs) if more is None else more + dsum
-        dcells, cell_grads, cells = cpu.adjoint_cells(owed, zs, torch.stack(xs), split.cells, *how)
-        assert_equal(dx, [d + w * dx_fuse for d, w in zip(dcells, split.weights, strict=True)])
-        assert_equal(grads[:-2], cell_grads + dfuse)
-        torch.testing.assert_close(grads[-2], torch.stack([(x * dx_fuse).sum() for x in xs]))
-        torch.testing.assert_close(grads[-1], dx_fuse.sum()[None])
-        expected = [torch.cat([c, f[None]]) for c, f in zip(cells, fuse, strict=True)]
-        assert_equal(statistics[0], expected)
-
-
-def test_only_what_is_asked_for_is_given_and_the_same():
-    case = Case(33, variant="released")
-    layer, (xs, g) = layer_of(case), draw(case)
-    everything = gradients(layer, xs, g)
-    layer.cells[0].linear1.weight.requires_grad_(False)
-    xs[1].requires_grad_(False)
-    subsets = [gradients(layer, xs, g)]
-    assert len(subsets[0]) == len(everything) - 2
-    subsets.append(gradients(layer, [x.detach() for x in xs], g))
-    layer.requires_grad_(False)
-    subsets.append(gradients(layer, xs, g))
-    assert set(subsets[2]) == {"x0"}
-    layer.injection_bias.requires_grad_()
-    subsets.append(gradients(layer, [x.detach() for x in xs], g))
-    for subset in subsets:
-        assert_equal(list(subset.values()), [everything[name] for name in subset])
-
-
-@each_variant
-def test_gradcheck(variant):
-    case = Case(2, 8, 2, variant=variant)
-    solver, adjoint = Anderson(tol=1e-13, max_iter=500), Implicit(tol=1e-13, max_iter=500)
-    layer, (xs, _) = layer_of(case, solver=solver, adjoint=adjoint), draw(case)
-    names, params = zip(*layer.named_parameters(), strict=True)
-
-    def call(*tensors: Tensor):
-        given = dict(zip(names, tensors[case.n :], strict=True))
-        features = (tensors[: case.n],)
-        return torch.func.functional_call(layer, given, features, {"return_cells": True})
-
-    assert torch.autograd.gradcheck(call, (*xs, *params), fast_mode=True)
-
-
-@pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("trainable", [True, False], ids=["trainable", "frozen"])
-def test_second_derivatives_are_refused(loss, trainable):
-    layer, (xs, _) = layer_of(Case(3)).requires_grad_(trainable), draw(Case(3))
-    z, zs = layer(xs, return_cells=True)
-    total = {"z": z.sum(), "cells": zs.sum(), "both": z.pow(3).sum() + zs.pow(3).sum()}[loss]
-    (grad,) = torch.autograd.grad(total, xs[0], create_graph=True)
-    with pytest.raises(DoubleBackwardError):
-        grad.square().sum().backward()
-
-
-@pytest.mark.parametrize("lead", [(6,), (2, 3)], ids=str)
-@pytest.mark.parametrize("tracked", [True, False], ids=["tracked", "untracked"])
-def test_writing_into_the_results_is_harmless(tracked, lead):
-    case = Case(6, variant="released")
-    layer, (xs, g) = layer_of(case), draw(case)
-    features = [x.view(*lead, case.dim) for x in xs]
-    leaves, g = [*xs, *layer.parameters()], (g[0].view(*lead, -1), g[1:].view(case.n, *lead, -1))
-    expected = torch.autograd.grad(layer(features, return_cells=True), leaves, g)
-    z, zs, info = layer(features, return_cells=True, return_info=True)
-    before = [z.clone(), zs.clone()]
-    for t in (z, zs):
-        (t if tracked else t.detach()).mul_(2)
-    assert_equal([z, zs], [2 * t for t in before])
-    given = torch.autograd.grad((z, zs), leaves, g)
-    assert_equal(given, [(2 if tracked else 1) * t for t in expected])
-    assert info.converged.all()
 
 
 # ---- operators -----------------------------------------------------------------------------------

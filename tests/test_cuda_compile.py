@@ -61,7 +61,6 @@ def test_kernels_for_other_architectures_spill_nothing(folder: Path, arch: str) 
 
 def test_library_needs_nothing_of_torch_but_its_stable_interface(folder: Path) -> None:
     """Linked from the operators and the kernels; with sm_90 alone, to be quick."""
-    pytest.importorskip("pybind11")
     library = build.build_library("9.0", folder / "9.0", ["c++"], strict=True)
     command = ["nm", "-D", "--undefined-only", str(library)]
     needed = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
@@ -118,7 +117,6 @@ def test_the_table_of_tiles_is_that_of_the_code() -> None:
 @pytest.fixture
 def small_source(tmp_path: Path) -> Path:
     """The tree with an extension that compiles at once."""
-    pytest.importorskip("pybind11")
     built = shutil.ignore_patterns("__pycache__", "*.so")
     for name in ("csrc", "deqfuse", "triton_kernels"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=built)

@@ -183,7 +183,5 @@ def test_implicit_is_at_least_as_tight_as_the_forward() -> None:
     assert OneStep().for_forward(Anderson()) == OneStep()
 
 
-@pytest.mark.parametrize("outcome", Outcome)
-def test_outcomes_have_a_sentence(outcome: Outcome) -> None:
-    assert len(outcome.sentence.split()) > 3
+def test_values_of_the_outcomes() -> None:
     assert [o.value for o in Outcome] == [0, 1, 2, 3], "stored as int8: part of the interface"

@@ -13,6 +13,7 @@ import logging
 import os
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -22,11 +23,21 @@ from deqfuse.backends.problem import Problem as Problem
 from deqfuse.errors import BackendUnavailable
 from deqfuse.solvers.options import SolverOption
 
-__all__ = ["BACKENDS", "BackendStatus", "Problem", "choose", "describe", "for_rows", "load"]
+__all__ = [
+    "BACKENDS",
+    "Backend",
+    "BackendStatus",
+    "Problem",
+    "choose",
+    "describe",
+    "for_rows",
+    "load",
+]
 
 # Fastest first: "auto" takes the first that accepts the problem.
 _MODULES: dict[str, ModuleType] = {"cuda": cuda, "cpu": cpu, "reference": reference}
 BACKENDS = tuple(_MODULES)
+Backend = Literal["auto", "cuda", "cpu", "reference"]  # what may be asked for
 ENVIRONMENT = "DEQFUSE_BACKEND"
 
 _log = logging.getLogger("deqfuse")
@@ -105,7 +116,26 @@ def choose(requested: str, problem: Problem) -> str:
             raise BackendUnavailable(f"backend={requested!r} cannot take this call: {objection}")
         return requested
     name = next(name for name in BACKENDS if _objection(name, problem) is None)
-    if not torch.compiler.is_compiling() and name not in _announced:
+    if not torch.compiler.is_compiling():
+        _announce(name, problem)
+    return name
+
+
+def _announce(name: str, problem: Problem) -> None:
+    """Log what "auto" took, and once per process that the compiled module is missing.
+
+    An install loses that module without a word that pip shows, and everything still runs, slowly.
+    A log entry, as a warning would stop those who make warnings errors.
+    """
+    if name not in _announced:
         _announced.add(name)
         _log.info("deqfuse: backend=%r for %s", name, problem.device)
-    return name
+    if name == "reference" and "missing" not in _announced:
+        missing = cpu.unavailable()
+        if missing is not None and cpu.refuses(problem) is None:
+            _announced.add("missing")
+            _log.warning(
+                "deqfuse: backend='auto' runs plain PyTorch, several times slower than C++: %s. "
+                "Remedy: %s. DEQFUSE_BACKEND=reference silences this.",
+                *missing,
+            )

@@ -72,14 +72,16 @@ def _dispatch(options: argparse.Namespace, arguments: Sequence[str]) -> int:
         info()
         return 0
     try:
-        from deqfuse.cli import commands  # pulls in matplotlib and rich
+        from deqfuse.cli import commands  # pulls in matplotlib, numpy and rich
         from deqfuse.experiments import command
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("deqfuse"):
             raise
         raise UserError(
-            f"needs the Python package {error.name}, which is not installed. "
-            f"Remedy: {sys.executable} -m pip install {error.name}"
+            f"needs the Python package {error.name}, which is not installed; the library itself "
+            "does without. Remedy: pip install 'deqfuse[cli]' (in a checkout: "
+            "pip install --no-build-isolation '.[cli]'), or "
+            f"{sys.executable} -m pip install {error.name}"
         ) from error
     runs = {"demo": commands.demo, "train": commands.train, "experiment": command.experiment}
     return runs[options.command](options, arguments)

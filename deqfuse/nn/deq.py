@@ -5,12 +5,13 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
 
 from deqfuse import checks, functional
+from deqfuse.reporting import OnFailure
 from deqfuse.result import SolveInfo
 from deqfuse.solvers.options import Anderson, GradientOption, Implicit, SolverOption
 
@@ -29,8 +30,12 @@ class DEQ(nn.Module):
         on_failure: "warn", "raise" or "ignore" when rows do not converge, forward or backward.
 
     Example:
+        >>> import torch
+        >>> from deqfuse import DEQ
+        >>> weight = torch.nn.Parameter(0.1 * torch.randn(16, 16))
         >>> deq = DEQ(lambda z, x: torch.tanh(z @ weight + x))
-        >>> z, info = deq(torch.zeros_like(x), x)
+        >>> x = torch.randn(8, 16)
+        >>> z, info = deq(torch.zeros_like(x), x)  # z (8, 16)
     """
 
     def __init__(
@@ -39,13 +44,21 @@ class DEQ(nn.Module):
         *,
         solver: SolverOption = Anderson(),  # noqa: B008 - frozen
         adjoint: GradientOption = Implicit(),  # noqa: B008 - frozen
-        on_failure: str = "warn",
+        on_failure: OnFailure = "warn",
     ) -> None:
         super().__init__()
         if not callable(f):
             raise TypeError(f"f: expected a callable f(z, *args), got {type(f).__name__}")
         checks.options(solver, adjoint, on_failure)
         self.f, self.solver, self.adjoint, self.on_failure = f, solver, adjoint, on_failure
+
+    @overload
+    def forward(self, z0: Tensor, *args: Any) -> tuple[Tensor, SolveInfo]: ...
+
+    @overload
+    def forward(
+        self, z0: tuple[Tensor, ...], *args: Any
+    ) -> tuple[tuple[Tensor, ...], SolveInfo]: ...
 
     def forward(self, z0: State, *args: Any) -> tuple[State, SolveInfo]:
         """Equilibrium and statistics.
@@ -56,7 +69,8 @@ class DEQ(nn.Module):
 
         Returns:
             The equilibrium, structured like ``z0``, and a ``SolveInfo`` whose ``fuse`` block has
-            shape (B,).
+            shape (B,). Always both, as nobody can say of any f that it converges; a module for
+            ``nn.Sequential`` is one of yours that keeps the first.
 
         Raises:
             TypeError, ValueError: z0, or what f returned, has a wrong type or shape.
@@ -87,6 +101,8 @@ class _Layout:
         parts = z0 if isinstance(z0, tuple) else (z0,)
         if not parts:
             raise ValueError("z0: expected a tensor or a non-empty tuple of tensors, got ()")
+        if isinstance(z0, list):
+            raise TypeError("z0: expected a tensor or a tuple of them, got list. Remedy: tuple(z0)")
         for i, part in enumerate(parts):
             name = f"z0[{i}]" if self.is_tuple else "z0"
             checks.tensor(name, part, like=parts[0] if i else None)
@@ -104,6 +120,8 @@ class _Layout:
         parts = state if isinstance(state, tuple) else (state,)
         if isinstance(state, tuple) != self.is_tuple or len(parts) != len(self.shapes):
             wanted = f"a tuple of {len(self.shapes)} tensors" if self.is_tuple else "a tensor"
+            if self.is_tuple and isinstance(state, list):
+                raise TypeError(f"{name}: expected {wanted}, got list. Remedy: return a tuple")
             raise TypeError(f"{name}: expected {wanted} like z0, got {type(state).__name__}")
         for i, (part, shape) in enumerate(zip(parts, self.shapes, strict=True)):
             entry = f"{name}[{i}]" if self.is_tuple else name

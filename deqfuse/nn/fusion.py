@@ -64,7 +64,10 @@ class DEQFusion(nn.Module):
     Parameters that an ablation does not use are not created.
 
     Example:
+        >>> import torch
+        >>> from deqfuse import DEQFusion
         >>> fusion = DEQFusion(64, num_modalities=3)
+        >>> x1, x2, x3 = (torch.randn(8, 64) for _ in range(3))
         >>> z = fusion([x1, x2, x3])  # each (..., 64) -> (..., 64)
     """
 

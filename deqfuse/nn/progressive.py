@@ -59,9 +59,14 @@ class ProFusion(nn.Module):
         back_projections: V_i, bias-free Linear layers with weights (d_i, context_dim).
 
     Example:
-        >>> model = ProFusion(encoders, fusion, 64, steps=3, head=nn.Linear(64, 10))
-        >>> logits = model([x1, x2])
-        >>> logits, contexts = model([x1, x2], return_contexts=True)  # contexts (3, B, 64)
+        >>> import torch
+        >>> from torch import nn
+        >>> from deqfuse import DEQFusion, ProFusion
+        >>> encoders = [nn.Linear(20, 64), nn.Linear(12, 64)]
+        >>> model = ProFusion(encoders, DEQFusion(64, 2), 64, steps=3, head=nn.Linear(64, 10))
+        >>> x1, x2 = torch.randn(8, 20), torch.randn(8, 12)
+        >>> logits = model([x1, x2])  # (8, 10)
+        >>> logits, contexts = model([x1, x2], return_contexts=True)  # contexts (3, 8, 64)
     """
 
     def __init__(

@@ -9,9 +9,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, get_args
+
+from deqfuse import scalars
 
 __all__ = [
     "Anderson",
@@ -27,7 +29,8 @@ __all__ = [
     "from_code",
 ]
 
-LINEAR_SOLVERS = ("auto", "gmres", "bicgstab", "anderson", "neumann", "dense")
+LinearSolver = Literal["auto", "gmres", "bicgstab", "anderson", "neumann", "dense"]
+LINEAR_SOLVERS: tuple[LinearSolver, ...] = get_args(LinearSolver)
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,9 @@ class _Option:
         for spec in dataclasses.fields(self):
             check = _CHECKS.get(spec.name)
             if check is not None:
-                check(f"{type(self).__name__}({spec.name}=...)", getattr(self, spec.name))
+                name = f"{type(self).__name__}({spec.name}=...)"
+                # As a plain Python value, which JSON can carry.
+                object.__setattr__(self, spec.name, check(name, getattr(self, spec.name)))
         values = {"type": type(self).__name__, **dataclasses.asdict(self)}
         object.__setattr__(self, "_code", json.dumps(values))
 
@@ -47,51 +52,21 @@ class _Option:
         return code
 
 
-def _positive_float(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name}: expected a number, got {value!r}")
-    if not (math.isfinite(value) and value > 0):
-        raise ValueError(f"{name}: expected a finite number > 0, got {value!r}")
+def _linear_solver(name: str, value: Any) -> Any:
+    scalars.one_of(name, value, LINEAR_SOLVERS)
+    return value
 
 
-def _non_negative_float(name: str, value: Any) -> None:
-    if value != 0 or isinstance(value, bool):
-        _positive_float(name, value)
-
-
-def _positive_int(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}: expected an int, got {value!r}")
-    if value < 1:
-        raise ValueError(f"{name}: expected an int >= 1, got {value}")
-
-
-def _flag(name: str, value: Any) -> None:
-    if not isinstance(value, bool):
-        raise TypeError(f"{name}: expected True or False, got {value!r}")
-
-
-def _mixing(name: str, value: Any) -> None:
-    _positive_float(name, value)
-    if value > 2:
-        raise ValueError(f"{name}: expected a mixing factor in (0, 2], got {value!r}")
-
-
-def _linear_solver(name: str, value: Any) -> None:
-    if value not in LINEAR_SOLVERS:
-        raise ValueError(f"{name}: expected one of {', '.join(LINEAR_SOLVERS)}, got {value!r}")
-
-
-_CHECKS = {
-    "tol": _positive_float,
-    "max_iter": _positive_int,
-    "m": _positive_int,
-    "beta": _mixing,
-    "lam": _non_negative_float,
-    "rescue": _flag,
-    "trace": _flag,
-    "restart": _positive_int,
-    "k": _positive_int,
+_CHECKS: dict[str, Callable[[str, Any], Any]] = {
+    "tol": scalars.positive_float,
+    "max_iter": scalars.positive_int,
+    "m": scalars.positive_int,
+    "beta": scalars.mixing,
+    "lam": scalars.non_negative_float,
+    "rescue": scalars.flag,
+    "trace": scalars.flag,
+    "restart": scalars.positive_int,
+    "k": scalars.positive_int,
     "solver": _linear_solver,
 }
 
@@ -190,7 +165,7 @@ class Implicit(GradientOption):
         max_iter: applications of J^T per row.
     """
 
-    solver: str = "auto"
+    solver: LinearSolver = "auto"
     tol: float = 1e-4
     max_iter: int = 60
     reports: ClassVar[bool] = True
