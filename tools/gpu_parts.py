@@ -93,7 +93,7 @@ def all_parts(out: Path, gpu: dict[str, str]) -> list[Part]:
             "build",
             [[PYTHON, "setup.py", "-q", "build_ext", "--inplace"]],
             programs=["nvcc"],
-            modules=["setuptools", "pybind11"],
+            modules=["setuptools"],
             environment={"DEQFUSE_BUILD": "cuda", "TORCH_CUDA_ARCH_LIST": gpu["capability"]},
             leaves=["deqfuse/_cuda.so", "deqfuse/_C*.so"],
         ),

@@ -32,7 +32,7 @@ def unavailable() -> tuple[str, str] | None:
         return None
     return (
         f"the compiled module is missing or does not load ({native.load_error})",
-        "install deqfuse where torch, pybind11 and a C++ compiler are: "
+        "install deqfuse where torch and a C++ compiler are: "
         "pip install --no-build-isolation . "
         "(DEQFUSE_BUILD=cpu makes a failed build an error that says why)",
     )
