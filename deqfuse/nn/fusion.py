@@ -61,7 +61,10 @@ class DEQFusion(nn.Module):
         solver, adjoint, on_failure, backend: how to solve, how to differentiate, what to do about
             rows that did not converge, and what to run on ("auto" or a name).
 
-    Parameters that an ablation does not use are not created.
+    Parameters that an ablation does not use are not created. The layer reads the parameters of its
+    cells and its combination and calls neither, nor their parts: forward hooks on them do not fire
+    (on ``projections`` and on the layer they do), and parts that compute something of their own
+    (adapters, ``torch.nn.utils.weight_norm``, another eps) are refused. Parametrisations work.
 
     Example:
         >>> fusion = DEQFusion(64, num_modalities=3)
@@ -236,7 +239,7 @@ class DEQFusion(nn.Module):
         self, xs: list[Tensor], start_fuse: Tensor | None, start_cells: Tensor | None
     ) -> _Found:
         cells = self._cell_parameters()
-        fuse = self.combine.flat()  # type: ignore[union-attr]
+        fuse = self._fuse_parameters()
         weights, bias = self.modality_weights, self.injection_bias
         params = [*cells, *fuse, weights] if bias is None else [*cells, *fuse, weights, bias]
         mask = self._mask(xs[0])
@@ -283,7 +286,7 @@ class DEQFusion(nn.Module):
 
         if self.combine is not None and self.combine.gate is not None:
             x_fuse, mask, cell_sum = self._x_fuse(x), self._mask(x[0]), zs.sum(0)
-            params, n = self.combine.flat(), self.num_modalities
+            params, n = self._fuse_parameters(), self.num_modalities
             z, fuse, backend = functional.solve_fuse(
                 x_fuse,
                 cell_sum,
@@ -304,7 +307,19 @@ class DEQFusion(nn.Module):
         return _Found(z.clone(), lambda: zs, lambda: info)
 
     def _cell_parameters(self) -> list[Tensor]:
-        return [t for cell in self.cells for t in cell.flat()]  # type: ignore[operator]
+        flat: list[Tensor] = []
+        for name, cell in self.cells._modules.items():
+            try:
+                flat += cell.flat()  # type: ignore[operator]
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"cells.{name}.{error}") from None
+        return flat
+
+    def _fuse_parameters(self) -> list[Tensor]:
+        try:
+            return self.combine.flat()  # type: ignore[union-attr]
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"combine.{error}") from None
 
     def _combined(self, z: Tensor, zs: Tensor, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """One evaluation of the combination, whichever it is."""
@@ -323,7 +338,7 @@ class DEQFusion(nn.Module):
             before = z, zs
             zs = step_cells(zs)
             if self.combine is not None and self.combine.gate is not None:
-                z = self._fuse_map(self._x_fuse(x), zs.sum(0), self.combine.flat(), mask)(z)
+                z = self._fuse_map(self._x_fuse(x), zs.sum(0), self._fuse_parameters(), mask)(z)
             else:
                 z = self._combined(z, zs.to(x.dtype), x, mask)
 
