@@ -334,11 +334,13 @@ class DEQFusion(nn.Module):
         z, zs, mask = torch.zeros_like(work[0]), torch.zeros_like(work), self._mask(x[0])
         flat = self._cell_parameters()
         step_cells = self._cells_map(x, flat) if flat else (lambda _: work)
+        gated = self.combine is not None and self.combine.gate is not None
         for _ in range(steps):
             before = z, zs
             zs = step_cells(zs)
-            if self.combine is not None and self.combine.gate is not None:
-                z = self._fuse_map(self._x_fuse(x), zs.sum(0), self._fuse_parameters(), mask)(z)
+            if gated:
+                step = self._fuse_map(self._x_fuse(x), zs.sum(0), self._fuse_parameters(), mask)
+                z = step(z)
             else:
                 z = self._combined(z, zs.to(x.dtype), x, mask)
 
@@ -346,7 +348,12 @@ class DEQFusion(nn.Module):
             with torch.no_grad():
                 fuse = _last_step(before[0], z, self.solver, steps)
                 cells = _last_step(before[1], zs, self.solver, steps)
-            return SolveInfo(fuse, cells, "reference")
+            blocks = []
+            if flat:
+                blocks.append(lambda: (step_cells, zs.detach()))
+            if gated:
+                blocks.append(lambda: (step, z.detach()))
+            return SolveInfo(fuse, cells, "reference", tuple(blocks))
 
         return _Found(z.clone(), lambda: zs, info)
 

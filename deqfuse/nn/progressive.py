@@ -187,7 +187,8 @@ class ProFusion(nn.Module):
             rows = Rows(old, Anderson().tol, max_iter=1)
             rows.observe(old, new, cost=len(contexts))
             found = rows.solution()
-            return SolveInfo(BlockInfo(found.residual, found.nfe, found.outcome), None, "reference")
+            block = BlockInfo(found.residual, found.nfe, found.outcome)
+            return SolveInfo(block, None, "reference", None)
 
         return contexts, info
 
