@@ -122,9 +122,14 @@ class PurifyCombine(nn.Module):
                 self.gate.contract(0.25 / (num_modalities * math.sqrt(dim)))
 
     def reset_parameters(self) -> None:
-        """Draws the parameters anew, from the distributions of construction."""
-        for part in self.children():
-            part.reset_parameters()  # type: ignore[operator]
+        """Draws the parameters anew, as at construction."""
+        linears = [part for part in (self.gate, self.fuse) if part is not None]
+        for part in linears:
+            nn.Linear.reset_parameters(part)
+        for part in reversed(linears):  # the order of construction: one seed, one layer
+            if part.std is not None:
+                part.contract(part.std)
+        self.norm.reset_parameters()
 
     def flat(self) -> list[Tensor]:
         """The six parameters in the order of ``FuseParams``; only with a gate."""

@@ -17,10 +17,12 @@ from deqfuse.backends.layer import fuse_injection
 from deqfuse.backends.maps import VARIANTS, CellParams, FuseParams, Variant
 from deqfuse.backends.problem import compute_dtype
 from deqfuse.nn import inputs
-from deqfuse.nn.cells import INITS, PurifyCombine, ResidualCell, dropout_mask
+from deqfuse.nn.cells import INITS, Init, PurifyCombine, ResidualCell, dropout_mask
 from deqfuse.result import BlockInfo, SolveInfo
 from deqfuse.solvers.options import Anderson, GradientOption, Implicit, SolverOption, Unrolled
 from deqfuse.solvers.rows import Rows
+
+_PURIFY_ONLY = "combine: dropout and gate belong to combine='purify'"
 
 
 class _Found(NamedTuple):
@@ -60,6 +62,7 @@ class DEQFusion(nn.Module):
             the layer insensitive to the scale of its inputs.
         solver, adjoint, on_failure, backend: how to solve, how to differentiate, what to do about
             rows that did not converge, and what to run on ("auto" or a name).
+        device, dtype: of the parameters.
 
     Parameters that an ablation does not use are not created. The layer reads the parameters of its
     cells and its combination and calls neither, nor their parts: forward hooks on them do not fire
@@ -84,12 +87,14 @@ class DEQFusion(nn.Module):
         variant: Variant = "paper",
         in_dims: Sequence[int] | None = None,
         dropout: float = 0.0,
-        init: Literal["contractive", "torch"] = "contractive",
+        init: Init = "contractive",
         injection_norm: bool = False,
         solver: SolverOption = Anderson(),  # noqa: B008 - frozen
         adjoint: GradientOption = Implicit(),  # noqa: B008 - frozen
         on_failure: str = "warn",
         backend: str = "auto",
+        device: Any = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         checks.positive_int("num_modalities", num_modalities)
@@ -104,15 +109,8 @@ class DEQFusion(nn.Module):
             checks.positive_int("weight_tied_steps", weight_tied_steps)
         checks.flag("gate", gate)
         checks.flag("injection_norm", injection_norm)
-        if not isinstance(dropout, (int, float)):
-            raise TypeError(f"dropout: expected a number, got {dropout!r}")
-        if not 0.0 <= dropout < 1.0:
-            raise ValueError(f"dropout: expected a probability in [0, 1), got {dropout!r}")
-        if combine != "purify" and (dropout or not gate):
-            raise ValueError(
-                "combine: dropout and gate belong to combine='purify', got "
-                f"combine={combine!r} with dropout={dropout!r}, gate={gate!r}"
-            )
+        if combine != "purify" and not gate:
+            raise ValueError(f"{_PURIFY_ONLY}, got combine={combine!r} with gate={gate!r}")
         if num_groups == dim and combine != "weighted_sum":
             warnings.warn(
                 f"DEQFusion: num_groups={num_groups} makes groups of one feature, whose GroupNorm "
@@ -120,31 +118,61 @@ class DEQFusion(nn.Module):
                 stacklevel=2,
             )
         self.dim, self.num_modalities, self.num_groups = dim, num_modalities, num_groups
-        self.variant, self.injection_norm, self.dropout = variant, injection_norm, float(dropout)
-        self.drops = dropout > 0  # a bool: torch.compile would trace a float attribute as dynamic
+        self.variant, self.injection_norm = variant, injection_norm
+        self.combine_kind, self.dropout = combine, dropout
         self.weight_tied_steps = weight_tied_steps
         self.solver, self.adjoint = solver, adjoint
         self.on_failure, self.backend = on_failure, backend
 
-        common: dict[str, Any] = {"num_groups": num_groups, "variant": variant, "init": init}
+        like: dict[str, Any] = {"device": device, "dtype": dtype}
+        common: dict[str, Any] = {
+            "num_groups": num_groups, "variant": variant, "init": init, **like
+        }  # fmt: skip
         self.cell = "identity" if combine == "weighted_sum" else cell
-        self.projections = _projections(in_dims, dim, num_modalities)
+        self.projections = _projections(in_dims, dim, num_modalities, like)
         self.cells = nn.ModuleList(
             ResidualCell(dim, **common)
             for _ in range(num_modalities if self.cell == "residual" else 0)
         )
         self.combine: PurifyCombine | None = None
-        self.combine_kind = combine
         if combine == "purify":
             self.combine = PurifyCombine(dim, num_modalities, gate=gate, **common)
         if combine == "sum":
             self.register_parameter("modality_weights", None)
         else:
-            self.modality_weights = nn.Parameter(torch.ones(num_modalities))
+            self.modality_weights = nn.Parameter(torch.ones(num_modalities, **like))
         if variant != "paper" and combine != "sum":
-            self.injection_bias = nn.Parameter(torch.zeros(1))  # FSDP2 takes no scalars
+            self.injection_bias = nn.Parameter(torch.zeros(1, **like))  # FSDP2 takes no scalars
         else:
             self.register_parameter("injection_bias", None)
+
+    def reset_parameters(self) -> None:
+        """Draws every parameter anew, as at construction; what follows ``to_empty``."""
+        for part in (*(self.projections or ()), *self.cells, self.combine):
+            if part is not None:
+                part.reset_parameters()
+        if self.modality_weights is not None:
+            nn.init.ones_(self.modality_weights)
+        if self.injection_bias is not None:
+            nn.init.zeros_(self.injection_bias)
+
+    @property
+    def dropout(self) -> float:
+        """Probability on W_f's output, in training mode."""
+        return self._dropout
+
+    @dropout.setter
+    def dropout(self, p: float) -> None:
+        if isinstance(p, bool) or not isinstance(p, (int, float)):
+            raise TypeError(f"dropout: expected a number, got {p!r}")
+        if not 0.0 <= p < 1.0:
+            raise ValueError(f"dropout: expected a probability in [0, 1), got {p!r}")
+        if p and self.combine_kind != "purify":
+            raise ValueError(
+                f"{_PURIFY_ONLY}, got combine={self.combine_kind!r} with dropout={p!r}"
+            )
+        self._dropout = float(p)
+        self._drops = p > 0  # a bool: torch.compile would trace a float attribute as dynamic
 
     def forward(
         self,
@@ -359,7 +387,7 @@ class DEQFusion(nn.Module):
 
     def _mask(self, like: Tensor) -> Tensor | None:
         """One draw of dropout factors (B, d), where they apply."""
-        if not self.drops or not self.training or self.combine is None:
+        if not self._drops or not self.training or self.combine is None:
             return None
         return dropout_mask(like, self.dropout)
 
@@ -381,10 +409,19 @@ class DEQFusion(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        return (
-            f"dim={self.dim}, num_modalities={self.num_modalities}, num_groups={self.num_groups}, "
-            f"variant={self.variant!r}, solver={self.solver}, adjoint={self.adjoint}"
-        )
+        shown: dict[str, Any] = {
+            "dim": self.dim, "num_modalities": self.num_modalities, "num_groups": self.num_groups,
+            "cell": self.cell, "combine": self.combine_kind,
+        }  # fmt: skip
+        if self.combine is not None:
+            shown |= {"gate": self.combine.gate is not None, "dropout": self.dropout}
+        shown |= {"variant": self.variant, "injection_norm": self.injection_norm}
+        if self.weight_tied_steps is None:
+            shown |= {"solver": self.solver, "adjoint": self.adjoint}
+        else:
+            shown["weight_tied_steps"] = self.weight_tied_steps
+        shown |= {"on_failure": self.on_failure, "backend": self.backend}
+        return ", ".join(f"{name}={value!r}" for name, value in shown.items())
 
     @classmethod
     def from_released_checkpoint(
@@ -411,7 +448,7 @@ def _widths(layer: DEQFusion) -> list[int]:
 
 
 def _projections(
-    in_dims: Sequence[int] | None, dim: int, num_modalities: int
+    in_dims: Sequence[int] | None, dim: int, num_modalities: int, like: dict[str, Any]
 ) -> nn.ModuleList | None:
     if in_dims is None:
         return None
@@ -422,7 +459,7 @@ def _projections(
         )
     for i, width in enumerate(in_dims):
         checks.positive_int(f"in_dims[{i}]", width)
-    return nn.ModuleList(nn.Linear(width, dim) for width in in_dims)
+    return nn.ModuleList(nn.Linear(width, dim, **like) for width in in_dims)
 
 
 def _last_step(old: Tensor, new: Tensor, solver: SolverOption, steps: int) -> BlockInfo:
