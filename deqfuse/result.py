@@ -79,6 +79,12 @@ class SolveInfo:
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
 
+    def __repr__(self) -> str:
+        """What is known without a look at the device: shapes and names."""
+        cells = "" if self.cells is None else f", cells={tuple(self.cells.outcome.shape)}"
+        rows = tuple(self.fuse.outcome.shape)
+        return f"SolveInfo(rows={rows}{cells}, backend={self.backend!r})"
+
     def reshape(self, *rows: int) -> SolveInfo:
         """The same record with rows arranged as ``rows``."""
         cells = self.cells
@@ -93,6 +99,22 @@ class SolveInfo:
         if self.cells is None:
             return self.fuse.converged
         return self.fuse.converged & self.cells.converged.all(0)
+
+    @property
+    def residual(self) -> Tensor:
+        """(...): residual of the row's worst block."""
+        if self.cells is None:
+            return self.fuse.residual
+        return torch.maximum(self.fuse.residual, self.cells.residual.amax(0))  # NaN if any is
+
+    @property
+    def outcome(self) -> Tensor:
+        """(...) int8, values of ``Outcome``: of the row's first block that failed, cells first."""
+        found = self.fuse.outcome
+        if self.cells is not None:
+            for block in reversed(self.cells.outcome.unbind()):
+                found = torch.where(block == int(Outcome.CONVERGED), found, block)
+        return found
 
     @property
     def nfe(self) -> Tensor:
