@@ -85,8 +85,7 @@ def test_weight_tied_steps_are_measured(options, blocks) -> None:  # type: ignor
     """After many steps the iterates are at the equilibrium, whose Jacobian the solve measures."""
     xs = draw()
     tied, solved = (
-        make(**options, **more)(xs, return_info=True)[1]
-        for more in ({"weight_tied_steps": 60}, {})
+        make(**options, **more)(xs, return_info=True)[1] for more in ({"weight_tied_steps": 60}, {})
     )
     assert bool(tied.converged.all())
     radii = tied.spectral_radius(400)

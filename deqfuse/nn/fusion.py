@@ -4,33 +4,21 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deqfuse import checks, functional
-from deqfuse.backends import BACKENDS, maps
-from deqfuse.backends.layer import fuse_injection
-from deqfuse.backends.maps import VARIANTS, CellParams, FuseParams, Variant
-from deqfuse.backends.problem import compute_dtype
-from deqfuse.nn import inputs
+from deqfuse.backends import BACKENDS
+from deqfuse.backends.maps import VARIANTS, Variant
+from deqfuse.nn import inputs, solving
 from deqfuse.nn.cells import INITS, Init, PurifyCombine, ResidualCell, dropout_mask
-from deqfuse.result import BlockInfo, SolveInfo
-from deqfuse.solvers.options import Anderson, GradientOption, Implicit, SolverOption, Unrolled
-from deqfuse.solvers.rows import Rows
+from deqfuse.solvers.options import Anderson, GradientOption, Implicit, SolverOption
 
 _PURIFY_ONLY = "combine: dropout and gate belong to combine='purify'"
-
-
-class _Found(NamedTuple):
-    """A solve; what few callers ask for is made when they do."""
-
-    z: Tensor  # (B, d), for the caller to keep
-    cells: Callable[[], Tensor]  # (N, B, d)
-    info: Callable[[], SolveInfo]
 
 
 class DEQFusion(nn.Module):
@@ -206,14 +194,15 @@ class DEQFusion(nn.Module):
             raise ValueError("return_cells: combine='weighted_sum' has no cells to return")
         if self.weight_tied_steps is None:
             starts = inputs.check_start(z0, self.num_modalities, lead, self.dim, x)
-            solve = self._whole_layer if self._is_whole() else self._block_by_block
-            found = solve(xs, *starts)
+            solve = solving.whole_layer if solving.is_whole(self) else solving.block_by_block
+            found = solve(self, xs, self._mask(x), *starts)
         elif z0 is not None:
             raise ValueError(
                 "z0: weight_tied_steps starts from zero by definition, got a warm start"
             )
         else:
-            found = self._weight_tied(torch.stack(xs), self.weight_tied_steps)
+            x_all = torch.stack(xs)
+            found = solving.weight_tied(self, x_all, self._mask(x), self.weight_tied_steps)
         outputs: list[Any] = [found.z.to(x.dtype).reshape(*lead, self.dim)]
         if return_cells:  # a copy: the backward pass keeps the original
             cells = found.cells().to(x.dtype, copy=True)
@@ -221,8 +210,6 @@ class DEQFusion(nn.Module):
         if return_info:
             outputs.append(found.info().reshape(*lead))
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
-
-    # ---- the data flow: injections -> cells -> combination ---------------------------------------
 
     def _injections(self, features: Sequence[Tensor]) -> tuple[list[Tensor], torch.Size]:
         """Check, project and normalise the inputs: N tensors (B, d) and the leading dimensions."""
@@ -240,173 +227,11 @@ class DEQFusion(nn.Module):
             xs = [F.layer_norm(x, (self.dim,)) for x in xs]
         return xs, lead
 
-    def _x_fuse(self, x: Tensor) -> Tensor:
-        """Injection of the fuse equation from all x (N, B, d): (B, d)."""
-        return fuse_injection(x, self.modality_weights, self.injection_bias)
-
-    def _options(self) -> dict[str, Any]:
-        return {
-            "num_groups": self.num_groups,
-            "variant": self.variant,
-            "solver": self.solver,
-            "adjoint": self.adjoint,
-            "on_failure": self.on_failure,
-            "backend": self.backend,
-        }
-
-    def _is_whole(self) -> bool:
-        """All equations of the paper and an implicit gradient: one operator solves them all."""
-        return (
-            self.cell == "residual"
-            and self.combine is not None
-            and self.combine.gate is not None
-            and not isinstance(self.adjoint, Unrolled)
-        )
-
-    def _whole_layer(
-        self, xs: list[Tensor], start_fuse: Tensor | None, start_cells: Tensor | None
-    ) -> _Found:
-        cells = self._cell_parameters()
-        fuse = self._fuse_parameters()
-        weights, bias = self.modality_weights, self.injection_bias
-        params = [*cells, *fuse, weights] if bias is None else [*cells, *fuse, weights, bias]
-        mask = self._mask(xs[0])
-        solved, backend = functional.solve_layer(
-            xs, params, mask, start_fuse, start_cells, **self._options()
-        )
-
-        def info() -> SolveInfo:
-            x, states = torch.stack(xs), solved.states.detach()
-
-            def block(at: Any) -> BlockInfo:
-                trace = solved.trace[:, at] if self.solver.trace else None
-                return BlockInfo(solved.residual[at], solved.nfe[at], solved.outcome[at], trace)
-
-            return SolveInfo(
-                block(-1),
-                block(slice(None, -1)),
-                backend,
-                (
-                    lambda: (self._cells_map(x, cells), states[:-1]),
-                    lambda: (  # with the tensors of this call: functional_call lends its own
-                        self._fuse_map(
-                            fuse_injection(x, weights, bias), states[:-1].sum(0), fuse, mask
-                        ),
-                        states[-1],
-                    ),
-                ),
-            )
-
-        return _Found(solved.z, lambda: solved.states[:-1], info)
-
-    def _block_by_block(
-        self, xs: list[Tensor], start_fuse: Tensor | None, start_cells: Tensor | None
-    ) -> _Found:
-        """The cells first; for the ablations, and for gradients through the steps."""
-        x = torch.stack(xs)
-        rows, blocks = tuple(x.shape[:-1]), []
-        if self.cell == "identity":
-            zs, cells, backend = x, BlockInfo.exact(x, rows, 0), "reference"
-        else:
-            flat = self._cell_parameters()
-            zs, cells, backend = functional.solve_cells(x, flat, z0=start_cells, **self._options())
-            blocks.append(lambda: (self._cells_map(x, flat), zs.detach()))
-
-        if self.combine is not None and self.combine.gate is not None:
-            x_fuse, mask, cell_sum = self._x_fuse(x), self._mask(x[0]), zs.sum(0)
-            params, n = self._fuse_parameters(), self.num_modalities
-            z, fuse, backend = functional.solve_fuse(
-                x_fuse,
-                cell_sum,
-                params,
-                num_modalities=n,
-                mask=mask,
-                z0=start_fuse,
-                **self._options(),
-            )
-            blocks.append(
-                lambda: (self._fuse_map(x_fuse, cell_sum.detach(), params, mask), z.detach())
-            )
-        else:  # in closed form: one evaluation without a gate, none without a combination
-            z = self._combined(x[0], zs.to(x.dtype), x)
-            fuse = BlockInfo.exact(x, rows[1:], 0 if self.combine is None else 1)
-        info = SolveInfo(fuse, cells, backend, tuple(blocks))
-        # A copy: the backward pass and `info` keep the original, and `z += ...` must be possible.
-        return _Found(z.clone(), lambda: zs, lambda: info)
-
-    def _cell_parameters(self) -> list[Tensor]:
-        flat: list[Tensor] = []
-        for name, cell in self.cells._modules.items():
-            try:
-                flat += cell.flat()  # type: ignore[operator]
-            except (TypeError, ValueError) as error:
-                raise type(error)(f"cells.{name}.{error}") from None
-        return flat
-
-    def _fuse_parameters(self) -> list[Tensor]:
-        try:
-            return self.combine.flat()  # type: ignore[union-attr]
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"combine.{error}") from None
-
-    def _combined(self, z: Tensor, zs: Tensor, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """One evaluation of the combination, whichever it is."""
-        if self.combine is not None:
-            mask = self._mask(x[0]) if mask is None else mask
-            return self.combine(z, zs, self._x_fuse(x), mask)
-        return zs.sum(0) if self.modality_weights is None else self._x_fuse(x)
-
-    def _weight_tied(self, x: Tensor, steps: int) -> _Found:
-        """``steps`` steps of every equation from zero; each combination sees that step's cells."""
-        work = x.to(compute_dtype(x.dtype))
-        z, zs, mask = torch.zeros_like(work[0]), torch.zeros_like(work), self._mask(x[0])
-        flat = self._cell_parameters()
-        step_cells = self._cells_map(x, flat) if flat else (lambda _: work)
-        gated = self.combine is not None and self.combine.gate is not None
-        for _ in range(steps):
-            before = z, zs
-            zs = step_cells(zs)
-            if gated:
-                step = self._fuse_map(self._x_fuse(x), zs.sum(0), self._fuse_parameters(), mask)
-                z = step(z)
-            else:
-                z = self._combined(z, zs.to(x.dtype), x, mask)
-
-        def info() -> SolveInfo:
-            with torch.no_grad():
-                fuse = _last_step(before[0], z, self.solver, steps)
-                cells = _last_step(before[1], zs, self.solver, steps)
-            blocks = []
-            if flat:
-                blocks.append(lambda: (step_cells, zs.detach()))
-            if gated:
-                blocks.append(lambda: (step, z.detach()))
-            return SolveInfo(fuse, cells, "reference", tuple(blocks))
-
-        return _Found(z.clone(), lambda: zs, info)
-
     def _mask(self, like: Tensor) -> Tensor | None:
         """One draw of dropout factors (B, d), where they apply."""
         if not self._drops or not self.training or self.combine is None:
             return None
         return dropout_mask(like, self.dropout)
-
-    def _cells_map(self, x: Tensor, flat: list[Tensor]) -> Callable[[Tensor], Tensor]:
-        """The cells' map in the compute dtype, for Jacobian measurements."""
-        dtype = compute_dtype(x.dtype)
-        params, x = CellParams.stack([t.to(dtype) for t in flat]), x.to(dtype)
-        return lambda z: maps.residual_cell(z, x, params, self.num_groups, self.variant)
-
-    def _fuse_map(
-        self, x_fuse: Tensor, cell_sum: Tensor, flat: list[Tensor], mask: Tensor | None
-    ) -> Callable[[Tensor], Tensor]:
-        """The fuse map in the compute dtype, for Jacobian measurements."""
-        dtype, n = compute_dtype(x_fuse.dtype), self.num_modalities
-        params, x_fuse = FuseParams(*(t.to(dtype) for t in flat)), x_fuse.to(dtype)
-        constant = maps.gate_constant(cell_sum.to(dtype), n, params)
-        return lambda z: maps.purify_combine(
-            z, x_fuse, constant, mask, n, params, self.num_groups, self.variant
-        )
 
     def extra_repr(self) -> str:
         shown: dict[str, Any] = {
@@ -460,11 +285,3 @@ def _projections(
     for i, width in enumerate(in_dims):
         checks.positive_int(f"in_dims[{i}]", width)
     return nn.ModuleList(nn.Linear(width, dim, **like) for width in in_dims)
-
-
-def _last_step(old: Tensor, new: Tensor, solver: SolverOption, steps: int) -> BlockInfo:
-    """Residual of the last weight-tied step; converged only if it happens to meet the tolerance."""
-    rows = Rows(old.flatten(0, -2), solver.tol, max_iter=1)
-    rows.observe(old.flatten(0, -2), new.flatten(0, -2), cost=steps)
-    found, shape = rows.solution(), new.shape[:-1]
-    return BlockInfo(found.residual.view(shape), found.nfe.view(shape), found.outcome.view(shape))
