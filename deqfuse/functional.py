@@ -6,22 +6,21 @@ Parameters are passed explicitly, so these also serve hand-made modules. The mod
 
 from __future__ import annotations
 
-import functools
-import sys
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from deqfuse import autograd as rule
 from deqfuse import backends, checks, ops, reporting, transforms
-from deqfuse.backends import maps, reference
+from deqfuse.backends import Backend, maps, reference
 from deqfuse.backends.maps import CellParams, FuseParams, Variant
-from deqfuse.backends.problem import Solved, SolvedLayer, compute_dtype
+from deqfuse.backends.problem import Solved, SolvedLayer
+from deqfuse.equilibrium import ITERATES, block_info, fixed_point, uncompiled
+from deqfuse.reporting import OnFailure
 from deqfuse.result import BlockInfo
 from deqfuse.solvers.options import Anderson, GradientOption, Implicit, SolverOption, Unrolled
-from deqfuse.solvers.solve import solve
 
 __all__ = [
     "fixed_point",
@@ -32,29 +31,8 @@ __all__ = [
     "solve_fuse",
 ]
 
-# What torch.compile(fullgraph=True) says about loops whose length depends on the data.
-_ITERATES = "iterates until every row has converged, which no graph can hold. Remedy: "
-_COMPILE_F = f"DEQ(f) {_ITERATES}compile f itself, DEQ(torch.compile(f)), or leave fullgraph out"
-_UNROLLED = f"Unrolled() {_ITERATES}Implicit(), or leave fullgraph out"
-
-_F = TypeVar("_F", bound=Callable[..., Any])
-
-
-def _uncompiled(reason: str) -> Callable[[_F], _F]:
-    """``torch.compiler.disable``, without loading the compiler when deqfuse is imported."""
-
-    def mark(f: _F) -> _F:
-        @functools.wraps(f)
-        def call(*args: Any, **kwargs: Any) -> Any:
-            if "torch._dynamo" not in sys.modules:
-                return f(*args, **kwargs)
-            return torch.compiler.disable(f, reason=reason)(*args, **kwargs)
-
-        call._torchdynamo_disable = True  # type: ignore[attr-defined]
-        call._torchdynamo_disable_msg = reason  # type: ignore[attr-defined]
-        return cast(_F, call)
-
-    return mark
+# What torch.compile(fullgraph=True) says about the steps of a solver.
+_UNROLLED = f"Unrolled() {ITERATES}Implicit(), or leave fullgraph out"
 
 
 def residual_cell(
@@ -137,8 +115,8 @@ def solve_cells(
     solver: SolverOption = Anderson(),  # noqa: B008 - frozen
     adjoint: GradientOption = Implicit(),  # noqa: B008 - frozen
     z0: Tensor | None = None,  # (N, B, d)
-    on_failure: str = "warn",
-    backend: str = "auto",
+    on_failure: OnFailure = "warn",
+    backend: Backend = "auto",
 ) -> tuple[Tensor, BlockInfo, str]:
     """Equilibria of N residual cells, each row of each modality to its own tolerance.
 
@@ -176,16 +154,8 @@ def solve_cells(
     else:
         options = (num_groups, variant, solver.code, adjoint.code, name, on_failure)
         start = _detach(z0)
-        if ops.traced(x):
-            output = ops.solve_cells(x, flat, start, *options)
-        elif transforms.active():
-            output = transforms.SolveCells.apply(x, start, options, *flat)
-        elif torch.is_grad_enabled():
-            output = rule.SolveCells.apply(x, start, options, *flat)
-        else:
-            output = ops.run_solve_cells(x, flat, start, *options)
-        solved = Solved(*output)
-    return solved.z, _block_info(solved, reporting.CELLS, solver, on_failure), name
+        solved = Solved(*_call("cells", x, (x, flat, start, *options), (x, start, options, *flat)))
+    return solved.z, block_info(solved, reporting.CELLS, solver, on_failure), name
 
 
 def solve_fuse(
@@ -200,8 +170,8 @@ def solve_fuse(
     solver: SolverOption = Anderson(),  # noqa: B008 - frozen
     adjoint: GradientOption = Implicit(),  # noqa: B008 - frozen
     z0: Tensor | None = None,  # (B, d)
-    on_failure: str = "warn",
-    backend: str = "auto",
+    on_failure: OnFailure = "warn",
+    backend: Backend = "auto",
 ) -> tuple[Tensor, BlockInfo, str]:
     """Equilibrium of the purify-then-combine step for given cell equilibria, per row.
 
@@ -237,16 +207,15 @@ def solve_fuse(
         options = (
             num_modalities, num_groups, variant, solver.code, adjoint.code, name, on_failure,
         )  # fmt: skip
-        if ops.traced(x_fuse):
-            output = ops.solve_fuse(x_fuse, cell_sum, flat, mask, start, *options)
-        elif transforms.active():
-            output = transforms.SolveFuse.apply(x_fuse, cell_sum, mask, start, options, *flat)
-        elif torch.is_grad_enabled():
-            output = rule.SolveFuse.apply(x_fuse, cell_sum, mask, start, options, *flat)
-        else:
-            output = ops.run_solve_fuse(x_fuse, cell_sum, flat, mask, start, *options)
-        solved = Solved(*output)
-    return solved.z, _block_info(solved, reporting.FUSE, solver, on_failure), name
+        solved = Solved(
+            *_call(
+                "fuse",
+                x_fuse,
+                (x_fuse, cell_sum, flat, mask, start, *options),
+                (x_fuse, cell_sum, mask, start, options, *flat),
+            )
+        )
+    return solved.z, block_info(solved, reporting.FUSE, solver, on_failure), name
 
 
 def solve_layer(
@@ -260,8 +229,8 @@ def solve_layer(
     variant: Variant,
     solver: SolverOption,
     adjoint: GradientOption,
-    on_failure: str,
-    backend: str,
+    on_failure: OnFailure,
+    backend: Backend,
 ) -> tuple[SolvedLayer, str]:
     """Equilibria of a whole layer in one operator, and the name of the backend that ran.
 
@@ -273,89 +242,23 @@ def solve_layer(
     name = _choose(x[0], num_groups, solver, adjoint, backend)
     starts = mask, _detach(z0_fuse), _detach(z0_cells)
     options = (num_groups, variant, solver.code, adjoint.code, name, on_failure)
-    if traced := ops.traced(x[0]):
-        output = ops.solve_layer(x, params, *starts, *options)
-    else:
-        try:
-            if transforms.active():
-                output = transforms.SolveLayer.apply(len(x), *starts, options, *x, *params)
-            elif torch.is_grad_enabled():
-                output = rule.SolveLayer.apply(len(x), *starts, options, *x, *params)
-            else:
-                output = ops.run_solve_layer(x, params, *starts, *options)
-        except (RuntimeError, TypeError, AttributeError):
-            cells = len(x) * len(CellParams._fields)
-            if any(hasattr(p, "full_tensor") for p in params):
-                raise TypeError(
-                    "params: expected plain tensors, got sharded ones (DTensor). Remedy: give "
-                    "fully_shard the layer as one module; it reads its cells' parameters itself"
-                ) from None
-            checks.parameters(params[:cells], x[0], 2, 6)
-            checks.parameters(params[cells : cells + len(FuseParams._fields)], x[0], 2, 2)
+    try:
+        output = _call(
+            "layer",
+            x[0],
+            (x, params, *starts, *options),
+            (len(x), *starts, options, *x, *params),
+        )
+    except (RuntimeError, TypeError, AttributeError):
+        if ops.traced(x[0]):
             raise
+        _check_layer_parameters(x, params)
+        raise
     solved = SolvedLayer(*output)
-    if not traced:
+    if not ops.traced(x[0]):
         statistics = ops.unwrapped(solved.outcome), ops.unwrapped(solved.residual)
         reporting.report_layer(*statistics, solver, on_failure)
     return solved, name
-
-
-@_uncompiled(_COMPILE_F)
-def fixed_point(
-    f: Callable[[Tensor], Tensor],
-    z0: Tensor,  # (B, n)
-    *,
-    solver: SolverOption = Anderson(),  # noqa: B008 - frozen
-    adjoint: GradientOption = Implicit(),  # noqa: B008 - frozen
-    on_failure: str = "warn",
-) -> tuple[Tensor, BlockInfo, str]:
-    """Equilibrium ``z = f(z)`` of any row-wise callable, with gradients to everything f touches.
-
-    Args:
-        f: maps (B, n) to (B, n); row b of the output may depend on row b of the input only.
-        z0: start; no gradient flows to it. For 16-bit z0 the state is float32, and f receives and
-            returns it in 16 bits: it cannot be solved beyond f's own rounding.
-
-    Returns:
-        ``z`` (B, n), differentiable in whatever f uses (arguments, closed-over parameters);
-        statistics (B,); the name of the backend that ran the solver.
-    """
-    checks.options(solver, adjoint, on_failure)
-    if not callable(f):
-        raise TypeError(f"f: expected a callable f(z), got {type(f).__name__}")
-    checks.tensor("z0", z0)
-    if z0.dim() != 2:
-        raise ValueError(f"z0: expected (B, n), got shape {tuple(z0.shape)}")
-    if transforms.active():
-        raise NotImplementedError(
-            "deqfuse: DEQ(f) inside torch.func transforms (vmap, grad, jvp, ...) or forward-mode "
-            "differentiation is not supported. Remedy: backward(); a mapped dimension as more rows"
-        )
-
-    def checked(z: Tensor) -> Tensor:
-        # A copy of its own, in its own dtype: an f that works in place must not reach the solver's
-        # state, where f(z) - z would be zero and every row "converged".
-        fz = f(z.to(z0.dtype, copy=True))
-        checks.tensor("f(z)", fz, like=z0)
-        checks.shape("f(z)", fz, tuple(z0.shape), "(B, n), the shape of z0")
-        return fz.to(z.dtype)
-
-    adjoint = adjoint.for_forward(solver)
-    start = z0.detach().to(compute_dtype(z0.dtype))  # norms are never below float32
-    if isinstance(adjoint, Unrolled):
-        backend, found = "reference", solve(checked, start, solver)
-    else:
-        with torch.no_grad():
-            backend = backends.for_rows(start, solver)
-            found = solve(checked, start, solver, backends.load(backend).anderson)
-    info = _block_info(found, "the fixed point", solver, on_failure)
-    z_star = found.z
-    if torch.is_grad_enabled() and not isinstance(adjoint, Unrolled):
-        leaf = z_star.detach().requires_grad_()
-        image = checked(leaf)
-        if image.requires_grad:
-            z_star = rule.ImplicitGradient.apply(image, leaf, adjoint, on_failure)
-    return z_star.to(z0.dtype), info, backend
 
 
 def require_backend(
@@ -376,19 +279,48 @@ def _choose(
     return backends.choose(backend, problem)
 
 
-@_uncompiled(_UNROLLED)
+@uncompiled(_UNROLLED)
 def _unrolled(solve_block: Callable[..., Solved], x: Tensor, *problem: Any) -> Solved:
     """A solve on the reference path whose steps autograd records."""
     with ops.full_precision(x.device):
         return solve_block(x, *problem)
 
 
-def _block_info(solved: Any, what: str, solver: SolverOption, on_failure: str) -> BlockInfo:
-    """Statistics as users see them, and the report on rows that failed."""
-    residual, outcome = solved.residual.detach(), solved.outcome
-    if not ops.traced(outcome):
-        reporting.report(what, ops.unwrapped(outcome), ops.unwrapped(residual), solver, on_failure)
-    return BlockInfo(residual, solved.nfe, outcome, solved.trace if solver.trace else None)
+# By block: the operator, its body, and its rule as a Function, in eager mode and under transforms.
+_DOORS = {
+    "cells": (ops.solve_cells, "run_solve_cells", rule.SolveCells, transforms.SolveCells),
+    "fuse": (ops.solve_fuse, "run_solve_fuse", rule.SolveFuse, transforms.SolveFuse),
+    "layer": (ops.solve_layer, "run_solve_layer", rule.SolveLayer, transforms.SolveLayer),
+}
+
+
+def _call(what: str, like: Tensor, inputs: tuple[Any, ...], tensors: tuple[Any, ...]) -> Any:
+    """A solve by the way that those who look at it can follow.
+
+    Args:
+        inputs: what the operator takes.
+        tensors: the same as the Functions take it, parameters one by one.
+    """
+    operator, body, function, followed = _DOORS[what]
+    if ops.traced(like):
+        return operator(*inputs)
+    if transforms.active():
+        return followed.apply(*tensors)
+    if torch.is_grad_enabled():
+        return function.apply(*tensors)
+    return getattr(ops, body)(*inputs)
+
+
+def _check_layer_parameters(x: Sequence[Tensor], params: Sequence[Tensor]) -> None:
+    """What is wrong with the parameters that a backend could not use, if they are what is wrong."""
+    cells = len(x) * len(CellParams._fields)
+    if any(hasattr(p, "full_tensor") for p in params):
+        raise TypeError(
+            "params: expected plain tensors, got sharded ones (DTensor). Remedy: give "
+            "fully_shard the layer as one module; it reads its cells' parameters itself"
+        ) from None
+    checks.parameters(params[:cells], x[0], 2, 6)
+    checks.parameters(params[cells : cells + len(FuseParams._fields)], x[0], 2, 2)
 
 
 def _check_count(params: Sequence[Tensor], kind: type[CellParams] | type[FuseParams]) -> None:

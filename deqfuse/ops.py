@@ -60,14 +60,14 @@ torch.library.define(
 
 def full_precision(device: torch.device) -> AbstractContextManager[Any]:
     """A converging loop keeps its norms in float32: autocast ends at the operator's door."""
-    if not torch.is_autocast_enabled(device.type):
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
         return nullcontext()  # entering torch.autocast costs more than it looks
     return torch.autocast(device_type=device.type, enabled=False)
 
 
 def traced(t: Tensor) -> bool:
     """Whether a call is recorded rather than run: ``t`` has a shape and no values to look at."""
-    return torch.compiler.is_compiling() or isinstance(t, FakeTensor)
+    return torch.compiler.is_compiling() or t.is_meta or isinstance(t, FakeTensor)
 
 
 def unwrapped(t: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ LEVELS = (
     ("ops",),
     ("autograd",),
     ("transforms",),
+    ("equilibrium",),
     ("functional",),
     ("nn", "checkpoints"),
     ("testing", "data", "info", "robustness"),

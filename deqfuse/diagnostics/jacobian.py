@@ -20,11 +20,17 @@ def jacobian_penalty(blocks: Sequence[tuple[Map, Tensor]], num_probes: int) -> T
         num_probes: Gaussian probes v per block; the estimate averages ``|J^T v|^2``.
 
     Returns:
-        Scalar, ``sum over blocks and probes |J^T v|^2 / (num_probes * total number of elements)``.
+        Scalar, ``sum over blocks and probes |J^T v|^2 / (num_probes * total number of elements)``;
+        without a graph when gradients are switched off.
+
+    Raises:
+        RuntimeError: inside ``torch.inference_mode()``, or z was made there.
     """
     checks.positive_int("num_probes", num_probes)
     if not blocks:
         return torch.zeros(())
+    for _, z in blocks:
+        _check_autograd("jacobian_penalty", z)
     elements = sum(z.numel() for _, z in blocks)
     total = blocks[0][1].new_zeros(())
     if elements == 0:
@@ -51,10 +57,14 @@ def spectral_radius(f: Map, z: Tensor, num_iters: int = 60) -> Tensor:
 
     Power iteration on J^T; the mean growth over the second half of the iterations, so that a
     complex pair, whose growth oscillates, is averaged out.
+
+    Raises:
+        RuntimeError: inside ``torch.inference_mode()``, or z was made there.
     """
     checks.positive_int("num_iters", num_iters)
     if num_iters < 2:
         raise ValueError(f"num_iters: expected an int >= 2, got {num_iters}")
+    _check_autograd("spectral_radius", z)
     with torch.enable_grad():
         z = z.detach().requires_grad_()
         fz = f(z)
@@ -71,3 +81,12 @@ def spectral_radius(f: Map, z: Tensor, num_iters: int = 60) -> Tensor:
             log_growth = log_growth + torch.linalg.vector_norm(v, dim=-1).clamp_min(1e-30).log()
             counted += 1
     return (log_growth / counted).exp().detach()
+
+
+def _check_autograd(what: str, z: Tensor) -> None:
+    """Where autograd records nothing, every Jacobian would look like zero."""
+    if torch.is_inference_mode_enabled() or z.is_inference():
+        raise RuntimeError(
+            f"{what}: expected a solve and a measurement outside torch.inference_mode(), which "
+            "rules out derivatives. Remedy: torch.no_grad() around both"
+        )

@@ -6,3 +6,5 @@ from deqfuse.nn.deq import DEQ as DEQ
 from deqfuse.nn.fusion import DEQFusion as DEQFusion
 from deqfuse.nn.progressive import ProFusion as ProFusion
 from deqfuse.nn.with_info import WithInfo as WithInfo
+
+__all__ = ["DEQ", "DEQFusion", "ProFusion", "PurifyCombine", "ResidualCell", "WithInfo"]

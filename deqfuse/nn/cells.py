@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from deqfuse import checks, functional
 from deqfuse.backends.maps import VARIANTS, Variant
+from deqfuse.nn.parts import CellLinear, weights_and_biases
 
-INITS = ("contractive", "torch")
+Init = Literal["contractive", "torch"]
+INITS: tuple[Init, ...] = ("contractive", "torch")
 
 
 class ResidualCell(nn.Module):
@@ -26,6 +27,10 @@ class ResidualCell(nn.Module):
         variant: "released" and "released-mmimdb" add the skip ``+ z`` before the last relu.
         init: "contractive" draws W2 with standard deviation ``0.1 / sqrt(d)``; "torch" leaves
             torch's default, with which some equilibria do not exist or cannot be found.
+        device, dtype: of the parameters.
+
+    The Linear and GroupNorm modules hold parameters and are never called: hooks on them do not
+    fire, and a part whose ``forward`` is not theirs is refused. Parametrisations work.
     """
 
     def __init__(
@@ -34,22 +39,32 @@ class ResidualCell(nn.Module):
         *,
         num_groups: int = 4,
         variant: Variant = "paper",
-        init: str = "contractive",
+        init: Init = "contractive",
+        device: Any = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         _check(dim, num_groups, variant, init)
         self.num_groups, self.variant = num_groups, variant
-        self.linear1 = nn.Linear(dim, dim)
-        self.linear2 = nn.Linear(dim, dim)
-        self.norm1 = nn.GroupNorm(num_groups, dim)
-        self.norm2 = nn.GroupNorm(num_groups, dim)
-        self.norm3 = nn.GroupNorm(num_groups, dim)
+        like: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.linear1 = CellLinear(dim, **like)
+        self.linear2 = CellLinear(dim, **like)
+        self.norm1 = nn.GroupNorm(num_groups, dim, **like)
+        self.norm2 = nn.GroupNorm(num_groups, dim, **like)
+        self.norm3 = nn.GroupNorm(num_groups, dim, **like)
         if init == "contractive":
-            nn.init.normal_(self.linear2.weight, std=0.1 / math.sqrt(dim))
+            self.linear2.contract(0.1 / math.sqrt(dim))
+
+    def reset_parameters(self) -> None:
+        """Draws the parameters anew, as at construction."""
+        for part in self.children():
+            part.reset_parameters()  # type: ignore[operator]
 
     def flat(self) -> list[Tensor]:
         """The ten parameters in the order of ``CellParams``."""
-        return weights_and_biases(self, ("linear1", "linear2", "norm1", "norm2", "norm3"))
+        return weights_and_biases(
+            self, ResidualCell, ("linear1", "linear2"), ("norm1", "norm2", "norm3")
+        )
 
     def forward(
         self,
@@ -74,6 +89,9 @@ class PurifyCombine(nn.Module):
         num_groups, variant: as in :class:`ResidualCell`.
         init: "contractive" draws W_f with standard deviation ``0.1 / sqrt(d)`` and W_a with
             ``0.25 / (N sqrt(d))``; "torch" leaves torch's default.
+        device, dtype: of the parameters.
+
+    As in :class:`ResidualCell`, parts are read and not called (``fuse`` is, without a gate).
     """
 
     def __init__(
@@ -84,26 +102,40 @@ class PurifyCombine(nn.Module):
         gate: bool = True,
         num_groups: int = 4,
         variant: Variant = "paper",
-        init: str = "contractive",
+        init: Init = "contractive",
+        device: Any = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         _check(dim, num_groups, variant, init)
         checks.positive_int("num_modalities", num_modalities)
+        checks.flag("gate", gate)
         self.num_modalities = num_modalities
         self.num_groups, self.variant = num_groups, variant
-        self.gate = nn.Linear(dim, dim) if gate else None
-        self.fuse = nn.Linear(dim, dim)
-        self.norm = nn.GroupNorm(num_groups, dim)
+        like: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.gate = CellLinear(dim, **like) if gate else None
+        self.fuse = CellLinear(dim, **like)
+        self.norm = nn.GroupNorm(num_groups, dim, **like)
         if init == "contractive":
-            nn.init.normal_(self.fuse.weight, std=0.1 / math.sqrt(dim))
+            self.fuse.contract(0.1 / math.sqrt(dim))
             if self.gate is not None:
-                nn.init.normal_(self.gate.weight, std=0.25 / (num_modalities * math.sqrt(dim)))
+                self.gate.contract(0.25 / (num_modalities * math.sqrt(dim)))
+
+    def reset_parameters(self) -> None:
+        """Draws the parameters anew, as at construction."""
+        linears = [part for part in (self.gate, self.fuse) if part is not None]
+        for part in linears:
+            nn.Linear.reset_parameters(part)
+        for part in reversed(linears):  # the order of construction: one seed, one layer
+            if part.std is not None:
+                part.contract(part.std)
+        self.norm.reset_parameters()
 
     def flat(self) -> list[Tensor]:
         """The six parameters in the order of ``FuseParams``; only with a gate."""
         if self.gate is None:
             raise ValueError("gate: a combination without a gate is not a fixed-point map")
-        return weights_and_biases(self, ("gate", "fuse", "norm"))
+        return weights_and_biases(self, PurifyCombine, ("gate", "fuse"), ("norm",))
 
     def forward(
         self,
@@ -119,8 +151,9 @@ class PurifyCombine(nn.Module):
             combined = self.fuse(cells.sum(0))
             if mask is not None:
                 combined = combined * mask
+            weight, bias = weights_and_biases(self, PurifyCombine, (), ("norm",))
             return functional.output_norm(
-                combined + x_fuse, self.norm.weight, self.norm.bias, self.num_groups, self.variant
+                combined + x_fuse, weight, bias, self.num_groups, self.variant
             )
         return functional.purify_combine(
             z,
@@ -137,28 +170,6 @@ def _check(dim: int, num_groups: int, variant: str, init: str) -> None:
     checks.groups(dim, num_groups)
     checks.one_of("variant", variant, VARIANTS)
     checks.one_of("init", init, INITS)
-
-
-def weights_and_biases(module: nn.Module, parts: Sequence[str]) -> list[Tensor]:
-    """Weight and bias of each named submodule.
-
-    Looked up where ``nn.Module`` keeps them: its attribute access takes ten times as long, and a
-    layer has dozens of parameters. Parametrised ones are not there, and come by attribute.
-    """
-    if torch.compiler.is_compiling():
-        return [t for name in parts for t in _by_attribute(getattr(module, name))]
-    flat: list[Tensor] = []
-    for name in parts:
-        part = module._modules[name]
-        assert part is not None
-        own = part._parameters
-        weight, bias = own.get("weight"), own.get("bias")
-        flat += _by_attribute(part) if weight is None or bias is None else (weight, bias)
-    return flat
-
-
-def _by_attribute(part: Any) -> tuple[Tensor, Tensor]:
-    return part.weight, part.bias
 
 
 def dropout_mask(like: Tensor, p: float) -> Tensor:

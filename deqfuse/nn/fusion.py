@@ -4,31 +4,21 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deqfuse import checks, functional
-from deqfuse.backends import BACKENDS, maps
-from deqfuse.backends.layer import fuse_injection
-from deqfuse.backends.maps import VARIANTS, CellParams, FuseParams, Variant
-from deqfuse.backends.problem import compute_dtype
-from deqfuse.nn import inputs
-from deqfuse.nn.cells import INITS, PurifyCombine, ResidualCell, dropout_mask
-from deqfuse.result import BlockInfo, SolveInfo
-from deqfuse.solvers.options import Anderson, GradientOption, Implicit, SolverOption, Unrolled
-from deqfuse.solvers.rows import Rows
+from deqfuse.backends import BACKENDS
+from deqfuse.backends.maps import VARIANTS, Variant
+from deqfuse.nn import inputs, solving
+from deqfuse.nn.cells import INITS, Init, PurifyCombine, ResidualCell, dropout_mask
+from deqfuse.solvers.options import Anderson, GradientOption, Implicit, SolverOption
 
-
-class _Found(NamedTuple):
-    """A solve; what few callers ask for is made when they do."""
-
-    z: Tensor  # (B, d), for the caller to keep
-    cells: Callable[[], Tensor]  # (N, B, d)
-    info: Callable[[], SolveInfo]
+_PURIFY_ONLY = "combine: dropout and gate belong to combine='purify'"
 
 
 class DEQFusion(nn.Module):
@@ -60,8 +50,12 @@ class DEQFusion(nn.Module):
             the layer insensitive to the scale of its inputs.
         solver, adjoint, on_failure, backend: how to solve, how to differentiate, what to do about
             rows that did not converge, and what to run on ("auto" or a name).
+        device, dtype: of the parameters.
 
-    Parameters that an ablation does not use are not created.
+    Parameters that an ablation does not use are not created. The layer reads the parameters of its
+    cells and its combination and calls neither, nor their parts: forward hooks on them do not fire
+    (on ``projections`` and on the layer they do), and parts that compute something of their own
+    (adapters, ``torch.nn.utils.weight_norm``, another eps) are refused. Parametrisations work.
 
     Example:
         >>> import torch
@@ -84,12 +78,14 @@ class DEQFusion(nn.Module):
         variant: Variant = "paper",
         in_dims: Sequence[int] | None = None,
         dropout: float = 0.0,
-        init: Literal["contractive", "torch"] = "contractive",
+        init: Init = "contractive",
         injection_norm: bool = False,
         solver: SolverOption = Anderson(),  # noqa: B008 - frozen
         adjoint: GradientOption = Implicit(),  # noqa: B008 - frozen
         on_failure: str = "warn",
         backend: str = "auto",
+        device: Any = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         checks.positive_int("num_modalities", num_modalities)
@@ -104,15 +100,8 @@ class DEQFusion(nn.Module):
             checks.positive_int("weight_tied_steps", weight_tied_steps)
         checks.flag("gate", gate)
         checks.flag("injection_norm", injection_norm)
-        if not isinstance(dropout, (int, float)):
-            raise TypeError(f"dropout: expected a number, got {dropout!r}")
-        if not 0.0 <= dropout < 1.0:
-            raise ValueError(f"dropout: expected a probability in [0, 1), got {dropout!r}")
-        if combine != "purify" and (dropout or not gate):
-            raise ValueError(
-                "combine: dropout and gate belong to combine='purify', got "
-                f"combine={combine!r} with dropout={dropout!r}, gate={gate!r}"
-            )
+        if combine != "purify" and not gate:
+            raise ValueError(f"{_PURIFY_ONLY}, got combine={combine!r} with gate={gate!r}")
         if num_groups == dim and combine != "weighted_sum":
             warnings.warn(
                 f"DEQFusion: num_groups={num_groups} makes groups of one feature, whose GroupNorm "
@@ -120,31 +109,61 @@ class DEQFusion(nn.Module):
                 stacklevel=2,
             )
         self.dim, self.num_modalities, self.num_groups = dim, num_modalities, num_groups
-        self.variant, self.injection_norm, self.dropout = variant, injection_norm, float(dropout)
-        self.drops = dropout > 0  # a bool: torch.compile would trace a float attribute as dynamic
+        self.variant, self.injection_norm = variant, injection_norm
+        self.combine_kind, self.dropout = combine, dropout
         self.weight_tied_steps = weight_tied_steps
         self.solver, self.adjoint = solver, adjoint
         self.on_failure, self.backend = on_failure, backend
 
-        common: dict[str, Any] = {"num_groups": num_groups, "variant": variant, "init": init}
+        like: dict[str, Any] = {"device": device, "dtype": dtype}
+        common: dict[str, Any] = {
+            "num_groups": num_groups, "variant": variant, "init": init, **like
+        }  # fmt: skip
         self.cell = "identity" if combine == "weighted_sum" else cell
-        self.projections = _projections(in_dims, dim, num_modalities)
+        self.projections = _projections(in_dims, dim, num_modalities, like)
         self.cells = nn.ModuleList(
             ResidualCell(dim, **common)
             for _ in range(num_modalities if self.cell == "residual" else 0)
         )
         self.combine: PurifyCombine | None = None
-        self.combine_kind = combine
         if combine == "purify":
             self.combine = PurifyCombine(dim, num_modalities, gate=gate, **common)
         if combine == "sum":
             self.register_parameter("modality_weights", None)
         else:
-            self.modality_weights = nn.Parameter(torch.ones(num_modalities))
+            self.modality_weights = nn.Parameter(torch.ones(num_modalities, **like))
         if variant != "paper" and combine != "sum":
-            self.injection_bias = nn.Parameter(torch.zeros(1))  # FSDP2 takes no scalars
+            self.injection_bias = nn.Parameter(torch.zeros(1, **like))  # FSDP2 takes no scalars
         else:
             self.register_parameter("injection_bias", None)
+
+    def reset_parameters(self) -> None:
+        """Draws every parameter anew, as at construction; what follows ``to_empty``."""
+        for part in (*(self.projections or ()), *self.cells, self.combine):
+            if part is not None:
+                part.reset_parameters()
+        if self.modality_weights is not None:
+            nn.init.ones_(self.modality_weights)
+        if self.injection_bias is not None:
+            nn.init.zeros_(self.injection_bias)
+
+    @property
+    def dropout(self) -> float:
+        """Probability on W_f's output, in training mode."""
+        return self._dropout
+
+    @dropout.setter
+    def dropout(self, p: float) -> None:
+        if isinstance(p, bool) or not isinstance(p, (int, float)):
+            raise TypeError(f"dropout: expected a number, got {p!r}")
+        if not 0.0 <= p < 1.0:
+            raise ValueError(f"dropout: expected a probability in [0, 1), got {p!r}")
+        if p and self.combine_kind != "purify":
+            raise ValueError(
+                f"{_PURIFY_ONLY}, got combine={self.combine_kind!r} with dropout={p!r}"
+            )
+        self._dropout = float(p)
+        self._drops = p > 0  # a bool: torch.compile would trace a float attribute as dynamic
 
     def forward(
         self,
@@ -178,14 +197,15 @@ class DEQFusion(nn.Module):
             raise ValueError("return_cells: combine='weighted_sum' has no cells to return")
         if self.weight_tied_steps is None:
             starts = inputs.check_start(z0, self.num_modalities, lead, self.dim, x)
-            solve = self._whole_layer if self._is_whole() else self._block_by_block
-            found = solve(xs, *starts)
+            solve = solving.whole_layer if solving.is_whole(self) else solving.block_by_block
+            found = solve(self, xs, self._mask(x), *starts)
         elif z0 is not None:
             raise ValueError(
                 "z0: weight_tied_steps starts from zero by definition, got a warm start"
             )
         else:
-            found = self._weight_tied(torch.stack(xs), self.weight_tied_steps)
+            x_all = torch.stack(xs)
+            found = solving.weight_tied(self, x_all, self._mask(x), self.weight_tied_steps)
         outputs: list[Any] = [found.z.to(x.dtype).reshape(*lead, self.dim)]
         if return_cells:  # a copy: the backward pass keeps the original
             cells = found.cells().to(x.dtype, copy=True)
@@ -193,8 +213,6 @@ class DEQFusion(nn.Module):
         if return_info:
             outputs.append(found.info().reshape(*lead))
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
-
-    # ---- the data flow: injections -> cells -> combination ---------------------------------------
 
     def _injections(self, features: Sequence[Tensor]) -> tuple[list[Tensor], torch.Size]:
         """Check, project and normalise the inputs: N tensors (B, d) and the leading dimensions."""
@@ -212,160 +230,26 @@ class DEQFusion(nn.Module):
             xs = [F.layer_norm(x, (self.dim,)) for x in xs]
         return xs, lead
 
-    def _x_fuse(self, x: Tensor) -> Tensor:
-        """Injection of the fuse equation from all x (N, B, d): (B, d)."""
-        return fuse_injection(x, self.modality_weights, self.injection_bias)
-
-    def _options(self) -> dict[str, Any]:
-        return {
-            "num_groups": self.num_groups,
-            "variant": self.variant,
-            "solver": self.solver,
-            "adjoint": self.adjoint,
-            "on_failure": self.on_failure,
-            "backend": self.backend,
-        }
-
-    def _is_whole(self) -> bool:
-        """All equations of the paper and an implicit gradient: one operator solves them all."""
-        return (
-            self.cell == "residual"
-            and self.combine is not None
-            and self.combine.gate is not None
-            and not isinstance(self.adjoint, Unrolled)
-        )
-
-    def _whole_layer(
-        self, xs: list[Tensor], start_fuse: Tensor | None, start_cells: Tensor | None
-    ) -> _Found:
-        cells = self._cell_parameters()
-        fuse = self.combine.flat()  # type: ignore[union-attr]
-        weights, bias = self.modality_weights, self.injection_bias
-        params = [*cells, *fuse, weights] if bias is None else [*cells, *fuse, weights, bias]
-        mask = self._mask(xs[0])
-        solved, backend = functional.solve_layer(
-            xs, params, mask, start_fuse, start_cells, **self._options()
-        )
-
-        def info() -> SolveInfo:
-            x, states = torch.stack(xs), solved.states.detach()
-
-            def block(at: Any) -> BlockInfo:
-                trace = solved.trace[:, at] if self.solver.trace else None
-                return BlockInfo(solved.residual[at], solved.nfe[at], solved.outcome[at], trace)
-
-            return SolveInfo(
-                block(-1),
-                block(slice(None, -1)),
-                backend,
-                (
-                    lambda: (self._cells_map(x, cells), states[:-1]),
-                    lambda: (  # with the tensors of this call: functional_call lends its own
-                        self._fuse_map(
-                            fuse_injection(x, weights, bias), states[:-1].sum(0), fuse, mask
-                        ),
-                        states[-1],
-                    ),
-                ),
-            )
-
-        return _Found(solved.z, lambda: solved.states[:-1], info)
-
-    def _block_by_block(
-        self, xs: list[Tensor], start_fuse: Tensor | None, start_cells: Tensor | None
-    ) -> _Found:
-        """The cells first; for the ablations, and for gradients through the steps."""
-        x = torch.stack(xs)
-        rows, blocks = tuple(x.shape[:-1]), []
-        if self.cell == "identity":
-            zs, cells, backend = x, BlockInfo.exact(x, rows, 0), "reference"
-        else:
-            flat = self._cell_parameters()
-            zs, cells, backend = functional.solve_cells(x, flat, z0=start_cells, **self._options())
-            blocks.append(lambda: (self._cells_map(x, flat), zs.detach()))
-
-        if self.combine is not None and self.combine.gate is not None:
-            x_fuse, mask, cell_sum = self._x_fuse(x), self._mask(x[0]), zs.sum(0)
-            params, n = self.combine.flat(), self.num_modalities
-            z, fuse, backend = functional.solve_fuse(
-                x_fuse,
-                cell_sum,
-                params,
-                num_modalities=n,
-                mask=mask,
-                z0=start_fuse,
-                **self._options(),
-            )
-            blocks.append(
-                lambda: (self._fuse_map(x_fuse, cell_sum.detach(), params, mask), z.detach())
-            )
-        else:  # in closed form: one evaluation without a gate, none without a combination
-            z = self._combined(x[0], zs.to(x.dtype), x)
-            fuse = BlockInfo.exact(x, rows[1:], 0 if self.combine is None else 1)
-        info = SolveInfo(fuse, cells, backend, tuple(blocks))
-        # A copy: the backward pass and `info` keep the original, and `z += ...` must be possible.
-        return _Found(z.clone(), lambda: zs, lambda: info)
-
-    def _cell_parameters(self) -> list[Tensor]:
-        return [t for cell in self.cells for t in cell.flat()]  # type: ignore[operator]
-
-    def _combined(self, z: Tensor, zs: Tensor, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """One evaluation of the combination, whichever it is."""
-        if self.combine is not None:
-            mask = self._mask(x[0]) if mask is None else mask
-            return self.combine(z, zs, self._x_fuse(x), mask)
-        return zs.sum(0) if self.modality_weights is None else self._x_fuse(x)
-
-    def _weight_tied(self, x: Tensor, steps: int) -> _Found:
-        """``steps`` steps of every equation from zero; each combination sees that step's cells."""
-        work = x.to(compute_dtype(x.dtype))
-        z, zs, mask = torch.zeros_like(work[0]), torch.zeros_like(work), self._mask(x[0])
-        flat = self._cell_parameters()
-        step_cells = self._cells_map(x, flat) if flat else (lambda _: work)
-        for _ in range(steps):
-            before = z, zs
-            zs = step_cells(zs)
-            if self.combine is not None and self.combine.gate is not None:
-                z = self._fuse_map(self._x_fuse(x), zs.sum(0), self.combine.flat(), mask)(z)
-            else:
-                z = self._combined(z, zs.to(x.dtype), x, mask)
-
-        def info() -> SolveInfo:
-            with torch.no_grad():
-                fuse = _last_step(before[0], z, self.solver, steps)
-                cells = _last_step(before[1], zs, self.solver, steps)
-            return SolveInfo(fuse, cells, "reference")
-
-        return _Found(z.clone(), lambda: zs, info)
-
     def _mask(self, like: Tensor) -> Tensor | None:
         """One draw of dropout factors (B, d), where they apply."""
-        if not self.drops or not self.training or self.combine is None:
+        if not self._drops or not self.training or self.combine is None:
             return None
         return dropout_mask(like, self.dropout)
 
-    def _cells_map(self, x: Tensor, flat: list[Tensor]) -> Callable[[Tensor], Tensor]:
-        """The cells' map in the compute dtype, for Jacobian measurements."""
-        dtype = compute_dtype(x.dtype)
-        params, x = CellParams.stack([t.to(dtype) for t in flat]), x.to(dtype)
-        return lambda z: maps.residual_cell(z, x, params, self.num_groups, self.variant)
-
-    def _fuse_map(
-        self, x_fuse: Tensor, cell_sum: Tensor, flat: list[Tensor], mask: Tensor | None
-    ) -> Callable[[Tensor], Tensor]:
-        """The fuse map in the compute dtype, for Jacobian measurements."""
-        dtype, n = compute_dtype(x_fuse.dtype), self.num_modalities
-        params, x_fuse = FuseParams(*(t.to(dtype) for t in flat)), x_fuse.to(dtype)
-        constant = maps.gate_constant(cell_sum.to(dtype), n, params)
-        return lambda z: maps.purify_combine(
-            z, x_fuse, constant, mask, n, params, self.num_groups, self.variant
-        )
-
     def extra_repr(self) -> str:
-        return (
-            f"dim={self.dim}, num_modalities={self.num_modalities}, num_groups={self.num_groups}, "
-            f"variant={self.variant!r}, solver={self.solver}, adjoint={self.adjoint}"
-        )
+        shown: dict[str, Any] = {
+            "dim": self.dim, "num_modalities": self.num_modalities, "num_groups": self.num_groups,
+            "cell": self.cell, "combine": self.combine_kind,
+        }  # fmt: skip
+        if self.combine is not None:
+            shown |= {"gate": self.combine.gate is not None, "dropout": self.dropout}
+        shown |= {"variant": self.variant, "injection_norm": self.injection_norm}
+        if self.weight_tied_steps is None:
+            shown |= {"solver": self.solver, "adjoint": self.adjoint}
+        else:
+            shown["weight_tied_steps"] = self.weight_tied_steps
+        shown |= {"on_failure": self.on_failure, "backend": self.backend}
+        return ", ".join(f"{name}={value!r}" for name, value in shown.items())
 
     @classmethod
     def from_released_checkpoint(
@@ -392,7 +276,7 @@ def _widths(layer: DEQFusion) -> list[int]:
 
 
 def _projections(
-    in_dims: Sequence[int] | None, dim: int, num_modalities: int
+    in_dims: Sequence[int] | None, dim: int, num_modalities: int, like: dict[str, Any]
 ) -> nn.ModuleList | None:
     if in_dims is None:
         return None
@@ -403,12 +287,4 @@ def _projections(
         )
     for i, width in enumerate(in_dims):
         checks.positive_int(f"in_dims[{i}]", width)
-    return nn.ModuleList(nn.Linear(width, dim) for width in in_dims)
-
-
-def _last_step(old: Tensor, new: Tensor, solver: SolverOption, steps: int) -> BlockInfo:
-    """Residual of the last weight-tied step; converged only if it happens to meet the tolerance."""
-    rows = Rows(old.flatten(0, -2), solver.tol, max_iter=1)
-    rows.observe(old.flatten(0, -2), new.flatten(0, -2), cost=steps)
-    found, shape = rows.solution(), new.shape[:-1]
-    return BlockInfo(found.residual.view(shape), found.nfe.view(shape), found.outcome.view(shape))
+    return nn.ModuleList(nn.Linear(width, dim, **like) for width in in_dims)

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from deqfuse import checks, functional
 from deqfuse.nn.sites import EncoderRun, RandomState, Site, find_site, tensors
-from deqfuse.result import BlockInfo, SolveInfo
+from deqfuse.nn.solving import last_step
+from deqfuse.result import SolveInfo
 from deqfuse.solvers.options import (
     Anderson,
     GradientOption,
@@ -19,7 +20,6 @@ from deqfuse.solvers.options import (
     SolverOption,
     Unrolled,
 )
-from deqfuse.solvers.rows import Rows
 
 
 class ProFusion(nn.Module):
@@ -189,10 +189,8 @@ class ProFusion(nn.Module):
         def info() -> SolveInfo:
             new = contexts[-1].detach().flatten(1)
             old = contexts[-2].detach().flatten(1) if len(contexts) > 1 else torch.zeros_like(new)
-            rows = Rows(old, Anderson().tol, max_iter=1)
-            rows.observe(old, new, cost=len(contexts))
-            found = rows.solution()
-            return SolveInfo(BlockInfo(found.residual, found.nfe, found.outcome), None, "reference")
+            block = last_step(old, new, Anderson(), len(contexts))
+            return SolveInfo(block, None, "reference", None)
 
         return contexts, info
 

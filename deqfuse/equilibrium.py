@@ -1,0 +1,107 @@
+"""The equilibrium of any row-wise callable, whose solve stays outside compiled graphs."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor
+
+from deqfuse import autograd as rule
+from deqfuse import backends, checks, ops, reporting, transforms
+from deqfuse.backends.problem import compute_dtype
+from deqfuse.result import BlockInfo
+from deqfuse.solvers.options import Anderson, GradientOption, Implicit, SolverOption, Unrolled
+from deqfuse.solvers.solve import solve
+
+# What torch.compile(fullgraph=True) says about loops whose length depends on the data.
+ITERATES = "iterates until every row has converged, which no graph can hold. Remedy: "
+_COMPILE_F = f"DEQ(f) {ITERATES}compile f itself, DEQ(torch.compile(f)), or leave fullgraph out"
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def uncompiled(reason: str) -> Callable[[_F], _F]:
+    """``torch.compiler.disable``, without loading the compiler when deqfuse is imported."""
+
+    def mark(f: _F) -> _F:
+        @functools.wraps(f)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if "torch._dynamo" not in sys.modules:
+                return f(*args, **kwargs)
+            return torch.compiler.disable(f, reason=reason)(*args, **kwargs)
+
+        call._torchdynamo_disable = True  # type: ignore[attr-defined]
+        call._torchdynamo_disable_msg = reason  # type: ignore[attr-defined]
+        return cast(_F, call)
+
+    return mark
+
+
+@uncompiled(_COMPILE_F)
+def fixed_point(
+    f: Callable[[Tensor], Tensor],
+    z0: Tensor,  # (B, n)
+    *,
+    solver: SolverOption = Anderson(),  # noqa: B008 - frozen
+    adjoint: GradientOption = Implicit(),  # noqa: B008 - frozen
+    on_failure: str = "warn",
+) -> tuple[Tensor, BlockInfo, str]:
+    """Equilibrium ``z = f(z)`` of any row-wise callable, with gradients to everything f touches.
+
+    Args:
+        f: maps (B, n) to (B, n); row b of the output may depend on row b of the input only.
+        z0: start; no gradient flows to it. For 16-bit z0 the state is float32, and f receives and
+            returns it in 16 bits: it cannot be solved beyond f's own rounding.
+
+    Returns:
+        ``z`` (B, n), differentiable in whatever f uses (arguments, closed-over parameters);
+        statistics (B,); the name of the backend that ran the solver.
+    """
+    checks.options(solver, adjoint, on_failure)
+    if not callable(f):
+        raise TypeError(f"f: expected a callable f(z), got {type(f).__name__}")
+    checks.tensor("z0", z0)
+    if z0.dim() != 2:
+        raise ValueError(f"z0: expected (B, n), got shape {tuple(z0.shape)}")
+    if transforms.active():
+        raise NotImplementedError(
+            "deqfuse: DEQ(f) inside torch.func transforms (vmap, grad, jvp, ...) or forward-mode "
+            "differentiation is not supported. Remedy: backward(); a mapped dimension as more rows"
+        )
+
+    def checked(z: Tensor) -> Tensor:
+        # A copy of its own, in its own dtype: an f that works in place must not reach the solver's
+        # state, where f(z) - z would be zero and every row "converged".
+        fz = f(z.to(z0.dtype, copy=True))
+        checks.tensor("f(z)", fz, like=z0)
+        checks.shape("f(z)", fz, tuple(z0.shape), "(B, n), the shape of z0")
+        return fz.to(z.dtype)
+
+    adjoint = adjoint.for_forward(solver)
+    start = z0.detach().to(compute_dtype(z0.dtype))  # norms are never below float32
+    if isinstance(adjoint, Unrolled):
+        backend, found = "reference", solve(checked, start, solver)
+    else:
+        with torch.no_grad():
+            backend = backends.for_rows(start, solver)
+            found = solve(checked, start, solver, backends.load(backend).anderson)
+    info = block_info(found, "the fixed point", solver, on_failure)
+    z_star = found.z
+    if torch.is_grad_enabled() and not isinstance(adjoint, Unrolled):
+        leaf = z_star.detach().requires_grad_()
+        image = checked(leaf)
+        if image.requires_grad:
+            z_star = rule.ImplicitGradient.apply(image, leaf, adjoint, on_failure)
+    return z_star.to(z0.dtype), info, backend
+
+
+def block_info(solved: Any, what: str, solver: SolverOption, on_failure: str) -> BlockInfo:
+    """Statistics as users see them, and the report on rows that failed."""
+    residual, outcome = solved.residual.detach(), solved.outcome
+    if not ops.traced(outcome):
+        reporting.report(what, ops.unwrapped(outcome), ops.unwrapped(residual), solver, on_failure)
+    return BlockInfo(residual, solved.nfe, outcome, solved.trace if solver.trace else None)
