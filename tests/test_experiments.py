@@ -78,7 +78,7 @@ def run(study: Study, out: Path, jobs: int = 1) -> dict[str, Any]:
 
 def stored(out: Path) -> dict[str, Any]:
     """Key -> values of the finished trials."""
-    lines = (out / TRIALS).read_text().splitlines()[1:]
+    lines = [line for line in (out / TRIALS).read_text().splitlines() if "key" in line]
     return {record["key"]: record["values"] for record in map(json.loads, lines)}
 
 
@@ -124,7 +124,7 @@ def test_killed_process_goes_on(tmp_path: Path) -> None:
     command = [sys.executable, "-W", "ignore", "-m", "deqfuse.cli.main", *arguments, str(out)]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, env=environment) as process:
         path = out / TRIALS
-        while not path.exists() or path.read_bytes().count(b"\n") < 3:
+        while not path.exists() or path.read_bytes().count(b"\n") < 4:
             assert process.poll() is None
             time.sleep(0.005)
         process.send_signal(signal.SIGKILL)
@@ -185,10 +185,10 @@ def test_foreign_files_are_refused(tmp_path: Path) -> None:
 
 
 def test_nan_is_not_written(tmp_path: Path) -> None:
-    store = TrialStore(tmp_path)
-    store.begin(Draws())
-    with pytest.raises(ValueError, match="not JSON compliant"):
-        store.append(Record("seed 0", {}, 1.0, {"auc": float("nan")}))
+    with TrialStore(tmp_path) as store:
+        store.begin(Draws(), {})
+        with pytest.raises(ValueError, match="not JSON compliant"):
+            store.append(Record("seed 0", {}, 1.0, {"auc": float("nan")}))
 
 
 @pytest.mark.parametrize(

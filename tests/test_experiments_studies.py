@@ -113,10 +113,11 @@ def test_problem_follows_appendix_b1() -> None:
 # --- omics ---
 
 
-def test_mmdynamics_loss_is_the_written_one() -> None:
-    """Against the sum of Han et al., term by term, with the factors of the authors' code."""
+@pytest.mark.parametrize("gain", [1.0, 1.5])
+def test_mmdynamics_loss_is_the_written_one(gain: float) -> None:
+    """Against the sum, term by term: plain as Han et al. have it, with DEQ Fusion's factors."""
     torch.manual_seed(0)
-    model = MMDynamics([5, 3], 3, "concat", dim=8).eval()
+    model = MMDynamics([5, 3], 3, "concat", dim=8, fused_gain=gain).eval()
     batch = MultiviewData(
         [torch.rand(6, 5), torch.rand(6, 3)],
         torch.tensor([0, 1, 2, 0, 1, 2]),
@@ -135,7 +136,7 @@ def test_mmdynamics_loss_is_the_written_one() -> None:
     fused = F.cross_entropy(model.head(torch.cat(weighted, 1)), batch.labels)
     loss, info = model.loss(batch)
     assert info is None
-    assert loss.item() == pytest.approx((1.5**2 * fused + 1.5 * own[0] + own[1]).item(), rel=1e-5)
+    assert loss.item() == pytest.approx((gain**2 * fused + gain * own[0] + own[1]).item(), rel=1e-5)
 
 
 def test_fusions_share_their_initial_values() -> None:
