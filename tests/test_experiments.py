@@ -177,6 +177,40 @@ def test_other_settings_are_refused(tmp_path: Path) -> None:
         run(Draws(), tmp_path)
 
 
+def test_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    run(Draws(), tmp_path)
+    (tmp_path / TRIALS).write_bytes(b"\xff\xfe\x00\n")
+    with pytest.raises(UserError, match="expected the trials of `deqfuse experiment draws`"):
+        run(Draws(), tmp_path)
+
+
+def test_second_run_in_the_folder_is_refused(tmp_path: Path) -> None:
+    pytest.importorskip("fcntl")
+    run(Draws(seeds=2), tmp_path)
+    before = (tmp_path / TRIALS).read_bytes()
+    with TrialStore(tmp_path) as other:
+        other.load(Draws())
+        with pytest.raises(UserError, match="another process is running this study"):
+            run(Draws(), tmp_path)
+    assert (tmp_path / TRIALS).read_bytes() == before
+    run(Draws(), tmp_path)
+
+
+def test_runs_are_recorded(tmp_path: Path) -> None:
+    """Every trial knows its run; a page that is only written again keeps the runs' facts."""
+    run(Draws(seeds=2), tmp_path)
+    run(Draws(seeds=3), tmp_path)
+    run(Draws(seeds=3), tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / TRIALS).read_text().splitlines()]
+    assert sum("key" not in line for line in lines) == 3  # settings, two runs
+    trials = {line["key"]: line for line in lines if "key" in line}
+    assert [trials[f"seed {i}"]["run"] for i in range(3)] == [0, 0, 1]
+    assert 0 <= trials["seed 0"]["elapsed"] <= trials["seed 1"]["elapsed"]
+    page = (tmp_path / runner.PAGE).read_text()
+    for text in ("run 1, trials", "run 2, trials", "wall time", "page written"):
+        assert text in page
+
+
 def test_foreign_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("mine")
     with pytest.raises(OutputRefused, match="was not written by deqfuse"):
@@ -256,6 +290,20 @@ def test_best_epoch_on_validation_rows_is_kept(scores: list[float], chosen: int)
     assert history.chosen_epoch == chosen
     assert history.validation == scores
     assert round(model.step.item()) == chosen
+
+
+def test_training_ends_when_patience_does() -> None:
+    data = MultiviewData(
+        [torch.zeros(10, 1)], torch.zeros(10, dtype=torch.int64), ("a",), ("0", "1")
+    )
+    recipe = Recipe(9, 1.0, 0.0, 9.0, schedule="step", decay_every=99, patience=2)
+    scores = [0.2, 0.9, 0.4, 0.3, 1.0, 1.0, 1.0, 1.0, 1.0]
+    history = fit(Constant(scores), data, data, recipe, seed=0)
+    assert (history.chosen_epoch, history.epochs) == (2, 4)
+    model = Constant(scores)
+    history = fit(model, data, None, recipe, seed=0)  # no rows to choose by: the last epoch
+    assert (history.chosen_epoch, history.epochs, round(model.step.item())) == (9, 9, 9)
+    assert history.values()["validation_accuracy"] is None
 
 
 def test_batches_depend_on_the_seed_only() -> None:

@@ -199,9 +199,9 @@ def _contours(records: Sequence[Record], settings: dict[str, Any], size: list[in
     scales = ["deq" if model == "deq" else "pro" for model in others]
     figure = charts.surfaces(titles, etas, sigmas, values, "eta", "sigma2", "mean gain, %", scales)
     caption = (
-        "Mean reduction of the test error against the base model; the line is where there is none. "
-        "Pro-Fusion shares one scale, DEQ Fusion has its own. Dots: settings that were run (compare "
-        "Figures 8 and 9 of the paper)."
+        "Mean reduction of the test error against the base model; the line is where there is "
+        "none. Pro-Fusion shares one scale, DEQ Fusion has its own. Dots: settings that were run "
+        "(compare Figures 8 and 9 of the paper)."
     )
     return Picture(to_png(figure), _picture_name(size), caption)
 
@@ -225,7 +225,9 @@ def _method(settings: dict[str, Any]) -> tuple[str, ...]:
         "adds the back-projected concatenation to the inputs; the equilibrium is found per row to "
         "1e-3 and differentiated implicitly (up to 200 rows). DEQ Fusion takes "
         "the two encodings in the place of the concatenation, without Jacobian penalty (up to 500 "
-        "rows).",
+        "rows). More rows, a wider network and the penalty (weight "
+        f"{settings['jacobian_weight']:g}) are tried beyond the grid, on "
+        f"{settings['more_seeds']} problems.",
         f"At most {settings['steps']} full-batch steps of Adam, learning rate "
         f"{settings['learning_rate']:g}, cosine schedule, gradient norm clipped at 1; all end when "
         f"none has had a better step for {settings['patience']}. Of every "
