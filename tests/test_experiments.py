@@ -136,7 +136,7 @@ def test_killed_process_goes_on(tmp_path: Path) -> None:
 
 def test_processes_change_nothing(tmp_path: Path) -> None:
     study = SyntheticStudy(
-        seeds=2, sizes=(Size(3, 20, 8),), etas=(0.0, 1.0), sigmas=(0.0, 1.0), steps=2
+        seeds=2, sizes=(Size(3, 20, 8),), etas=(0.0, 1.0), sigmas=(0.0, 1.0), more=(), steps=2
     )
     alone = run(study, tmp_path / "alone")
     assert run(study, tmp_path / "together", jobs=2) == alone

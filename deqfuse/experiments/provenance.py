@@ -52,7 +52,8 @@ def run_facts(
         mine = [r for r in records if r.run == number]
         if not mine:
             continue
-        elapsed = max(r.elapsed or 0.0 for r in mine)
+        known = [r.elapsed for r in mine if r.elapsed is not None]
+        wall = f"{max(known):.0f} s" if known else "not recorded"
         at = f"run {number + 1}, " if len(runs) > 1 else ""
         facts += [
             (f"{at}{name}", str(value))
@@ -63,7 +64,7 @@ def run_facts(
             (
                 f"{at}trials",
                 f"{len(mine)} trials with {run['jobs']} x {run['threads']} (processes x threads "
-                f"of torch), wall time {elapsed:.0f} s, {sum(r.seconds for r in mine):.0f} s of "
+                f"of torch), wall time {wall}, {sum(r.seconds for r in mine):.0f} s of "
                 "work",
             )
         )
