@@ -329,7 +329,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 STUDIES = {
     "synthetic": ([], ["DEQ Fusion", "Pro-Fusion as published", "90%"]),
     "numerals": ([], ["no combine", "RobustAUC", "Table 10", "solver stops after"]),
-    "omics": (["data"], ["DEQ Fusion minus concatenation", "reference", "1+2"]),
+    "omics": (["data"], ["Minus concatenation", "reference", "1+2"]),
     "audiovisual": (["images", "audio"], ["recording only", "overhead"]),
 }
 
