@@ -13,6 +13,7 @@ from torch import Tensor
 from deqfuse import autograd as rule
 from deqfuse import backends, checks, ops, reporting, transforms
 from deqfuse.backends.problem import compute_dtype
+from deqfuse.reporting import OnFailure
 from deqfuse.result import BlockInfo
 from deqfuse.solvers.options import Anderson, GradientOption, Implicit, SolverOption, Unrolled
 from deqfuse.solvers.solve import solve
@@ -48,7 +49,7 @@ def fixed_point(
     *,
     solver: SolverOption = Anderson(),  # noqa: B008 - frozen
     adjoint: GradientOption = Implicit(),  # noqa: B008 - frozen
-    on_failure: str = "warn",
+    on_failure: OnFailure = "warn",
 ) -> tuple[Tensor, BlockInfo, str]:
     """Equilibrium ``z = f(z)`` of any row-wise callable, with gradients to everything f touches.
 

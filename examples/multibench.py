@@ -5,7 +5,9 @@ examples/multibench.py``. The data here are random; take a ``get_dataloader`` of
 ``datasets`` for real ones: batches are lists ``[x_1, ..., x_N, labels]``.
 
 MultiBench calls ``fusion(list of N encodings)``, takes the first entry where that returns a tuple,
-and saves the whole model with ``torch.save``. Nothing has to be patched for either module.
+and saves the whole model with ``torch.save``. Nothing has to be patched for either module. That is
+MultiBench's current master; older versions call ``fusion(list, training=...)``, which is not
+supported.
 """
 
 from __future__ import annotations
@@ -34,7 +36,8 @@ def pro_fusion(**how: Any) -> tuple[list[nn.Module], nn.Module]:
     """Progressive fusion feeds back into the encoders, so they move inside: MultiBench's are empty.
 
     Args:
-        how: ``steps=3`` for the recurrence, ``solver=Anderson()`` for its equilibrium.
+        how: ``steps=3`` for the recurrence (its Jacobian penalty is 0: there is no equilibrium),
+            ``solver=Anderson()`` for its equilibrium.
     """
     encoders = [nn.Sequential(nn.Linear(w, DIM), nn.ReLU()) for w in WIDTHS]
     late = DEQFusion(DIM, num_modalities=len(WIDTHS), combine="weighted_sum")

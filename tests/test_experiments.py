@@ -78,7 +78,7 @@ def run(study: Study, out: Path, jobs: int = 1) -> dict[str, Any]:
 
 def stored(out: Path) -> dict[str, Any]:
     """Key -> values of the finished trials."""
-    lines = (out / TRIALS).read_text().splitlines()[1:]
+    lines = [line for line in (out / TRIALS).read_text().splitlines() if "key" in line]
     return {record["key"]: record["values"] for record in map(json.loads, lines)}
 
 
@@ -124,7 +124,7 @@ def test_killed_process_goes_on(tmp_path: Path) -> None:
     command = [sys.executable, "-W", "ignore", "-m", "deqfuse.cli.main", *arguments, str(out)]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, env=environment) as process:
         path = out / TRIALS
-        while not path.exists() or path.read_bytes().count(b"\n") < 3:
+        while not path.exists() or path.read_bytes().count(b"\n") < 4:
             assert process.poll() is None
             time.sleep(0.005)
         process.send_signal(signal.SIGKILL)
@@ -136,7 +136,7 @@ def test_killed_process_goes_on(tmp_path: Path) -> None:
 
 def test_processes_change_nothing(tmp_path: Path) -> None:
     study = SyntheticStudy(
-        seeds=2, sizes=(Size(3, 20, 8),), etas=(0.0, 1.0), sigmas=(0.0, 1.0), steps=2
+        seeds=2, sizes=(Size(3, 20, 8),), etas=(0.0, 1.0), sigmas=(0.0, 1.0), more=(), steps=2
     )
     alone = run(study, tmp_path / "alone")
     assert run(study, tmp_path / "together", jobs=2) == alone
@@ -177,6 +177,40 @@ def test_other_settings_are_refused(tmp_path: Path) -> None:
         run(Draws(), tmp_path)
 
 
+def test_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    run(Draws(), tmp_path)
+    (tmp_path / TRIALS).write_bytes(b"\xff\xfe\x00\n")
+    with pytest.raises(UserError, match="expected the trials of `deqfuse experiment draws`"):
+        run(Draws(), tmp_path)
+
+
+def test_second_run_in_the_folder_is_refused(tmp_path: Path) -> None:
+    pytest.importorskip("fcntl")
+    run(Draws(seeds=2), tmp_path)
+    before = (tmp_path / TRIALS).read_bytes()
+    with TrialStore(tmp_path) as other:
+        other.load(Draws())
+        with pytest.raises(UserError, match="another process is running this study"):
+            run(Draws(), tmp_path)
+    assert (tmp_path / TRIALS).read_bytes() == before
+    run(Draws(), tmp_path)
+
+
+def test_runs_are_recorded(tmp_path: Path) -> None:
+    """Every trial knows its run; a page that is only written again keeps the runs' facts."""
+    run(Draws(seeds=2), tmp_path)
+    run(Draws(seeds=3), tmp_path)
+    run(Draws(seeds=3), tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / TRIALS).read_text().splitlines()]
+    assert sum("key" not in line for line in lines) == 3  # settings, two runs
+    trials = {line["key"]: line for line in lines if "key" in line}
+    assert [trials[f"seed {i}"]["run"] for i in range(3)] == [0, 0, 1]
+    assert 0 <= trials["seed 0"]["elapsed"] <= trials["seed 1"]["elapsed"]
+    page = (tmp_path / runner.PAGE).read_text()
+    for text in ("run 1, trials", "run 2, trials", "wall time", "page written"):
+        assert text in page
+
+
 def test_foreign_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("mine")
     with pytest.raises(OutputRefused, match="was not written by deqfuse"):
@@ -185,10 +219,10 @@ def test_foreign_files_are_refused(tmp_path: Path) -> None:
 
 
 def test_nan_is_not_written(tmp_path: Path) -> None:
-    store = TrialStore(tmp_path)
-    store.begin(Draws())
-    with pytest.raises(ValueError, match="not JSON compliant"):
-        store.append(Record("seed 0", {}, 1.0, {"auc": float("nan")}))
+    with TrialStore(tmp_path) as store:
+        store.begin(Draws(), {})
+        with pytest.raises(ValueError, match="not JSON compliant"):
+            store.append(Record("seed 0", {}, 1.0, {"auc": float("nan")}))
 
 
 @pytest.mark.parametrize(
@@ -256,6 +290,20 @@ def test_best_epoch_on_validation_rows_is_kept(scores: list[float], chosen: int)
     assert history.chosen_epoch == chosen
     assert history.validation == scores
     assert round(model.step.item()) == chosen
+
+
+def test_training_ends_when_patience_does() -> None:
+    data = MultiviewData(
+        [torch.zeros(10, 1)], torch.zeros(10, dtype=torch.int64), ("a",), ("0", "1")
+    )
+    recipe = Recipe(9, 1.0, 0.0, 9.0, schedule="step", decay_every=99, patience=2)
+    scores = [0.2, 0.9, 0.4, 0.3, 1.0, 1.0, 1.0, 1.0, 1.0]
+    history = fit(Constant(scores), data, data, recipe, seed=0)
+    assert (history.chosen_epoch, history.epochs) == (2, 4)
+    model = Constant(scores)
+    history = fit(model, data, None, recipe, seed=0)  # no rows to choose by: the last epoch
+    assert (history.chosen_epoch, history.epochs, round(model.step.item())) == (9, 9, 9)
+    assert history.values()["validation_accuracy"] is None
 
 
 def test_batches_depend_on_the_seed_only() -> None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from deqfuse import Anderson, Implicit, ProFusion
 from deqfuse.cli.main import main
 from deqfuse.data import MultiviewData, Splits
-from deqfuse.experiments import audiovisual, numerals, omics, probes, synthetic
+from deqfuse.experiments import audiovisual, measurements, numerals, omics, synthetic
 from deqfuse.experiments.audiovisual_models import LABELS as SENSES
 from deqfuse.experiments.audiovisual_models import AudiovisualModel
 from deqfuse.experiments.batched import MODELS, BatchedModel, initial_parameters
@@ -110,13 +110,45 @@ def test_problem_follows_appendix_b1() -> None:
     assert (noisy.views[1] - wave).std() == pytest.approx(2.0, rel=0.05)
 
 
+def test_problem_is_computed_from_its_draws() -> None:
+    """X1, X2 and Y of Appendix B.1 from the same draws, written out."""
+    d, total = SIZE.dim, SIZE.rows + 3 * synthetic.HELD
+    problem = synthetic.draw_problem(SIZE, 0.7, 0.3, [4])
+    generator = torch.Generator().manual_seed(10_004)
+    w1, w2 = (torch.randn(d, d, generator=generator) for _ in range(2))
+    wy = torch.randn(d, generator=generator)
+    z = torch.rand(total, d, generator=generator) * 5 - 2.5
+    noise1, noise2 = (torch.randn(total, d, generator=generator) for _ in range(2))
+    noise_y = torch.randn(total, generator=generator)
+    hidden, wave = z @ w1 / d**0.5, torch.sin(z @ w2 / d**0.5)
+    lrelu = torch.where(hidden > 0, hidden, 0.01 * hidden)
+    for found, expected in (
+        (problem.views[0][0], lrelu + 2 * 0.7 * wave + 0.1 * noise1),
+        (problem.views[1][0], wave + 0.3 * noise2),
+        (problem.target[0], z @ wy / d**0.5 + 0.1 * noise_y),
+    ):
+        assert torch.allclose(found, expected, atol=1e-5)
+
+
+def test_penalty_of_the_batch_reaches_the_gradients() -> None:
+    problem = synthetic.draw_problem(SIZE, 1.0, 0.0, range(2)).rows(0, SIZE.rows)
+    model = BatchedModel("deq penalised", range(2), SIZE.dim, SIZE.width)
+    model(problem.views)
+    assert model.penalty is not None
+    assert model.penalty.item() > 0
+    model.penalty.backward()
+    for layer in model.layers:
+        assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in layer.parameters())
+
+
 # --- omics ---
 
 
-def test_mmdynamics_loss_is_the_written_one() -> None:
-    """Against the sum of Han et al., term by term, with the factors of the authors' code."""
+@pytest.mark.parametrize("gain", [1.0, 1.5])
+def test_mmdynamics_loss_is_the_written_one(gain: float) -> None:
+    """Against the sum, term by term: plain as Han et al. have it, with DEQ Fusion's factors."""
     torch.manual_seed(0)
-    model = MMDynamics([5, 3], 3, "concat", dim=8).eval()
+    model = MMDynamics([5, 3], 3, "concat", dim=8, fused_gain=gain).eval()
     batch = MultiviewData(
         [torch.rand(6, 5), torch.rand(6, 3)],
         torch.tensor([0, 1, 2, 0, 1, 2]),
@@ -134,8 +166,39 @@ def test_mmdynamics_loss_is_the_written_one() -> None:
         own.append(gate.mean() + (confidence[:, 0] - truth).square().mean() - truth.log().mean())
     fused = F.cross_entropy(model.head(torch.cat(weighted, 1)), batch.labels)
     loss, info = model.loss(batch)
+    expected = gain**2 * fused + gain * own[0] + own[1]
     assert info is None
-    assert loss.item() == pytest.approx((1.5**2 * fused + 1.5 * own[0] + own[1]).item(), rel=1e-5)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    parameters = list(model.parameters())
+    for found, wanted in zip(
+        torch.autograd.grad(loss, parameters),
+        torch.autograd.grad(expected, parameters),
+        strict=True,
+    ):
+        assert torch.allclose(found, wanted, rtol=1e-4, atol=1e-6)  # e.g. the confidence's target
+
+
+def test_omics_trains_by_the_stated_recipe(folders: dict[str, Path]) -> None:
+    """The paper's numbers, and that the models of the study have them."""
+    recipe = omics.PAPER
+    assert (recipe.learning_rate, recipe.optimizer, recipe.schedule) == (1e-4, "adam", "step")
+    assert (recipe.decay_every, recipe.decay_factor, recipe.epochs) == (500, 0.2, 1000)
+    assert (recipe.jacobian_weight, recipe.batch_size, recipe.weight_decay) == (20.0, None, 1e-4)
+    study = omics.OmicsStudy(folders["data"], seeds=1)
+    learning = omics._read(folders["data"])[0]
+    for fusion, dropout in (("deq", 0.2), ("deq without dropout", 0.0)):
+        model = study._model(learning, fusion)
+        assert model.fusion is not None
+        assert model.fusion.dropout == dropout
+        assert model.fused_gain == 1.0
+    assert study._model(learning, "released").fusion is None
+    assert study.settings()["dropout"] == 0.5
+    released = study._splits([0, 1], 0, hold_out=False)
+    assert released.train.num_rows == learning.num_rows
+    assert released.validation.num_rows == 0
+    assert {t.params["fusion"] for t in study.trials() if t.params.get("views") == [0, 1]} == {
+        "released", "concat", "deq", "deq without dropout"
+    }  # fmt: skip
 
 
 def test_fusions_share_their_initial_values() -> None:
@@ -203,8 +266,8 @@ def test_ridge_probe_separates_what_is_separable() -> None:
     generator = torch.Generator().manual_seed(0)
     clean = F.one_hot(labels).float() + 0.05 * torch.randn(60, 3, generator=generator)
     noise = torch.randn(60, 3, generator=generator)
-    assert probes.ridge_probe([clean] * 3, [labels] * 3) == 1.0
-    assert probes.ridge_probe([clean, clean, noise], [labels] * 3) < 0.7
+    assert measurements.ridge_probe([clean] * 3, [labels] * 3) == 1.0
+    assert measurements.ridge_probe([clean, clean, noise], [labels] * 3) < 0.7
 
 
 @pytest.mark.parametrize("key", SENSES)
@@ -266,7 +329,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 STUDIES = {
     "synthetic": ([], ["DEQ Fusion", "Pro-Fusion as published", "90%"]),
     "numerals": ([], ["no combine", "RobustAUC", "Table 10", "solver stops after"]),
-    "omics": (["data"], ["DEQ Fusion minus concatenation", "reference", "1+2"]),
+    "omics": (["data"], ["Minus concatenation", "reference", "1+2"]),
     "audiovisual": (["images", "audio"], ["recording only", "overhead"]),
 }
 

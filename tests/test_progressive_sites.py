@@ -52,6 +52,48 @@ def test_dropout_is_drawn_once(how: dict[str, Any], inject: str, sites: list[str
     assert not torch.allclose(model(xs), first), "and another call draws again"
 
 
+@pytest.mark.parametrize("sites", SITES, ids=["input", "inside"])
+@pytest.mark.parametrize("how", [{"steps": 3}, {"solver": TIGHT}], ids=str)
+def test_inference_mode(how: dict[str, Any], sites: list[str] | None) -> None:
+    """Inference tensors have no version counter."""
+    model, xs = lively(build(sites=sites, **how)).eval(), features()
+    with torch.no_grad():
+        expected = model(xs)
+    with torch.inference_mode():
+        torch.testing.assert_close(model(xs), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_encoders_may_have_another_dtype_than_the_fusion() -> None:
+    """Contexts in float32, encoders in bfloat16: the context is rounded where it enters them."""
+
+    class Widened(Join):
+        def forward(self, xs: Any) -> Any:
+            return super().forward([x.float() for x in xs])
+
+    torch.manual_seed(0)
+    parts = [encoder.bfloat16() for encoder in encoders()]
+    model = ProFusion(parts, Widened(10), K, steps=3)
+    output, contexts = model(features(torch.bfloat16), return_contexts=True)  # type: ignore[arg-type]
+    assert output.dtype == torch.float32
+    assert not torch.equal(contexts[0], contexts[1])
+    output.sum().backward()
+    assert all(v.weight.grad.abs().sum() > 0 for v in model.back_projections)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("name", ["head", "headless"])
+def test_batch_norm_is_refused_by_place_not_by_name(name: str) -> None:
+    """Only what lies in the head sees the equilibrium once."""
+    norm = nn.Sequential(nn.Linear(K, 4), nn.BatchNorm1d(4)).double()
+    model = build(solver=TIGHT)
+    if name == "head":
+        model.head = norm
+        assert model(features()).shape == (B, 4)
+        return
+    model.headless = norm
+    with pytest.raises(ValueError, match=r"headless\.1: expected rows that do not depend"):
+        model(features())
+
+
 class Noisy(nn.Module):
     """Draws before its site, between submodules, and after it."""
 

@@ -34,7 +34,6 @@ class Recordings:
     waves: list[Tensor]  # each (samples,) float32 in [-1, 1]
     labels: Tensor  # (count,) int64, the digit
     numbers: Tensor  # (count,) int64, the last part of the file name: 0-4 are the usual test rows
-    speakers: tuple[str, ...]
 
 
 def read_idx(path: str | Path) -> Tensor:
@@ -150,7 +149,6 @@ def load_recordings(folder: str | Path) -> Recordings:
         waves,
         torch.tensor([int(match[1]) for _, match in named]),
         torch.tensor([int(match[3]) for _, match in named]),
-        tuple(match[2] for _, match in named),
     )
 
 

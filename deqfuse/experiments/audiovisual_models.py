@@ -29,8 +29,12 @@ LABELS = {
     "pro 2": "Pro-Fusion, R = 2",
     "pro 3": "Pro-Fusion, R = 3",
     "pro equilibrium": "Pro-Fusion, equilibrium",
+    "pro penalised": "Pro-Fusion, equilibrium, penalty",
     "deq": "DEQ Fusion",
 }
+
+
+PRO_EQUILIBRIA = ("pro equilibrium", "pro penalised")
 
 
 class Encoder(nn.Module):
@@ -78,7 +82,7 @@ class AudiovisualModel(nn.Module):
             self.fusion, self.head = DEQFusion(DIM, 2), nn.Linear(DIM, num_classes)
             return
         how: dict[str, Any] = {"steps": int(key.split()[1]) if key[-1].isdigit() else 1}
-        if key == "pro equilibrium":
+        if key in PRO_EQUILIBRIA:
             how = {"solver": Anderson()}
         joined, head = Joined(len(encoders)), nn.Linear(DIM, num_classes)
         self.fusion = ProFusion(
@@ -92,13 +96,13 @@ class AudiovisualModel(nn.Module):
             encodings = [e(x) for e, x in zip(self.encoders, chosen, strict=True)]
             fused, info = self.fusion(encodings, return_info=True)
             return self.head(fused), info
-        if self.key == "pro equilibrium":
+        if self.key in PRO_EQUILIBRIA:
             return self.fusion(chosen, return_info=True)
         return self.fusion(chosen), None
 
     def loss(self, batch: MultiviewData) -> tuple[Tensor, SolveInfo | None]:
-        """Cross-entropy; only DEQ Fusion gets a Jacobian penalty."""
+        """Cross-entropy; unpenalised equilibria hide their solve from the Jacobian penalty."""
         logits, info = self.logits(batch.views)
-        if info is not None and self.key != "deq":
+        if info is not None and self.key == "pro equilibrium":
             info = dataclasses.replace(info, blocks=())
         return F.cross_entropy(logits, batch.labels), info

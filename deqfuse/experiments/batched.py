@@ -1,7 +1,7 @@
 """Many small models of the synthetic study trained at once: every product is one ``bmm``.
 
 Model ``t`` of a batch sees only its own data (n, ...) and has only its own parameters, so this is
-the same as training them one after another (``tests/test_experiments_synthetic.py``).
+the same as training them one after another (``tests/test_experiments_studies.py``).
 """
 
 from __future__ import annotations
@@ -16,9 +16,12 @@ from deqfuse import DEQ, Anderson, DEQFusion, Implicit
 
 __all__ = ["MODELS", "BatchedModel", "ModelName", "initial_parameters"]
 
-ModelName = Literal["base", "pro 2", "pro 3", "pro equilibrium", "deq"]
+ModelName = Literal["base", "pro 2", "pro 3", "pro equilibrium", "deq", "deq penalised"]
 MODELS: tuple[ModelName, ...] = ("base", "pro 2", "pro 3", "pro equilibrium", "deq")
 VIEWS = 2
+JACOBIAN_WEIGHT = 20.0  # of "deq penalised": the paper's
+SOLVER = Anderson(tol=1e-3, max_iter=30)  # of "pro equilibrium"
+ADJOINT = Implicit(solver="anderson", tol=1e-3, max_iter=30)
 
 
 class BatchedModel(nn.Module):
@@ -26,7 +29,7 @@ class BatchedModel(nn.Module):
 
     ``"pro R"`` projects the concatenation back to the inputs and applies the first two layers R
     times in all, ``"pro equilibrium"`` to their equilibrium, and ``"deq"`` replaces the
-    concatenation by DEQ Fusion of the two encodings.
+    concatenation by DEQ Fusion of the two encodings; ``"deq penalised"`` adds its Jacobian penalty.
 
     Args:
         name: which model.
@@ -44,7 +47,8 @@ class BatchedModel(nn.Module):
             {key: nn.Parameter(torch.stack([d[key] for d in drawn])) for key in drawn[0]}
         )
         self.layers = nn.ModuleList()
-        if name == "deq":
+        self.penalty: Tensor | None = None  # of the last forward pass in training, over all models
+        if name.startswith("deq"):
             for seed in seeds:
                 torch.manual_seed(seed)
                 self.layers.append(DEQFusion(width, VIEWS, on_failure="ignore"))
@@ -53,8 +57,8 @@ class BatchedModel(nn.Module):
             # Rows are few numbers wide: GMRES would spend its time on its basis.
             self.deq = DEQ(
                 self._again,
-                solver=Anderson(tol=1e-3, max_iter=30),
-                adjoint=Implicit(solver="anderson", tol=1e-3, max_iter=30),
+                solver=SOLVER,
+                adjoint=ADJOINT,
                 on_failure="ignore",
             )
         self._views: Sequence[Tensor] = ()
@@ -62,7 +66,7 @@ class BatchedModel(nn.Module):
     def forward(self, views: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
         """Per view (T, n, dim) -> (T, n), and per model and row whether its solve converged."""
         count, rows = views[0].shape[:2]
-        if self.name == "deq":
+        if self.layers:
             encodings = self._encode(views, None)
             fused, infos = zip(
                 *(
@@ -71,6 +75,9 @@ class BatchedModel(nn.Module):
                 ),
                 strict=True,
             )
+            if self.name == "deq penalised" and self.training:
+                each = torch.stack([info.jacobian_penalty() for info in infos])
+                self.penalty = JACOBIAN_WEIGHT * each.sum()
             return self._head(torch.stack(fused)), torch.stack([i.converged for i in infos])
         if self.deq is not None:
             start = views[0].new_zeros(count * rows, VIEWS * self.width)
@@ -116,7 +123,7 @@ def initial_parameters(seed: int, name: ModelName, dim: int, width: int) -> dict
         values[f"weight1_{i}"], values[f"bias1_{i}"] = draw(dim, dim, width), draw(dim, 1, width)
         values[f"weight2_{i}"] = draw(width, width, width)
         values[f"bias2_{i}"] = draw(width, 1, width)
-    fused = width if name == "deq" else VIEWS * width
+    fused = width if name.startswith("deq") else VIEWS * width
     values["weight3"], values["bias3"] = draw(fused, fused, 1), draw(fused, 1, 1)
     if name.startswith("pro"):
         for i in range(VIEWS):

@@ -126,32 +126,38 @@ def surfaces(
     xlabel: str,
     ylabel: str,
     label: str,
-    columns: int = 3,
+    scales: Sequence[str],
+    columns: int = 2,
 ) -> Figure:
-    """Contour plots side by side with one colour scale, white at zero.
+    """Contour plots side by side, white at zero, with round levels.
 
     Args:
         titles: per plot.
         x, y: of the grid.
         values: per plot, row per y, column per x.
-        xlabel, ylabel, label: of the axes and the colour bar.
+        xlabel, ylabel, label: of the axes and the colour bars.
+        scales: per plot a name; plots of the same name have the same colours.
         columns: plots side by side.
     """
     columns = min(columns, len(titles))
     rows = -(-len(titles) // columns)
-    figure = Figure(figsize=(3.2 * columns + 0.9, 2.7 * rows + 0.3), layout="constrained")
-    grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
-    most = max(float(np.nanmax(np.abs(values))), 1e-9)
-    shades = np.linspace(-most, most, 21)
-    for axis, title, table in zip(grid.flat, titles, values, strict=False):
+    figure = Figure(figsize=(3.9 * columns, 2.9 * rows + 0.3), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False)
+    for axis, title, table, scale in zip(grid.flat, titles, values, scales, strict=False):
         style(axis, title, xlabel, ylabel)
-        filled = axis.contourf(x, y, table, shades, cmap="RdBu")
+        same = [v for v, other in zip(values, scales, strict=True) if other == scale]
+        most = max(float(np.nanmax(np.abs(same))), 1e-3)
+        levels = MaxNLocator(nbins=10, symmetric=True).tick_values(-most, most)
+        filled = axis.contourf(x, y, table, levels, cmap="RdBu")
         axis.contour(x, y, table, [0.0], colors=INK, linewidths=0.8)
         axis.plot(*np.meshgrid(x, y), ".", color=INK, markersize=3, clip_on=False, zorder=3)
+        axis.set_xticks(x)
+        axis.set_yticks(y)
+        bar = figure.colorbar(filled, ax=axis, ticks=levels)
+        bar.set_label(label, fontsize=8)
+        bar.ax.tick_params(labelsize=7)
     for axis in grid.flat[len(titles) :]:
         axis.set_axis_off()
-    bar = figure.colorbar(filled, ax=grid, shrink=0.8)
-    bar.set_label(label, fontsize=9)
     return figure
 
 

@@ -39,7 +39,10 @@ def _seeds(options: argparse.Namespace) -> int:
 def _synthetic(options: argparse.Namespace) -> Study:
     study = SyntheticStudy(seeds=_seeds(options))
     if options.quick:
-        return replace(study, sizes=(Size(4, 40, 16),), etas=(0.0, 1.0), sigmas=(0.0, 1.0), steps=4)
+        more = ((Size(4, 40, 16), ("deq penalised",)), (Size(4, 40, 8), ("base", "pro 2")))
+        return replace(
+            study, sizes=(Size(4, 40, 16),), etas=(0.0, 1.0), sigmas=(0.0, 1.0), more=more, steps=4
+        )
     return replace(study, steps=options.epochs or study.steps)
 
 

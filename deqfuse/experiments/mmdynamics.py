@@ -15,14 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deqfuse import DEQFusion, SolveInfo
+from deqfuse import Anderson, DEQFusion, Implicit, SolveInfo
 from deqfuse.data import MultiviewData
 
 __all__ = ["MMDynamics"]
 
 DROPOUT = 0.5  # of the encodings
-FUSE_DROPOUT = 0.2  # of W_f's output, DEQ Fusion only
-FUSED_GAIN = 1.5  # see loss()
+SOLVER, ADJOINT = Anderson(tol=1e-4, max_iter=50), Implicit(tol=1e-4)  # the library's own
 
 
 class MMDynamics(nn.Module):
@@ -33,6 +32,8 @@ class MMDynamics(nn.Module):
         num_classes: C.
         fusion: "concat" or "deq".
         dim: width d of the encodings.
+        fuse_dropout: of W_f's output; DEQ Fusion only.
+        fused_gain: see :meth:`loss`.
     """
 
     def __init__(
@@ -41,14 +42,21 @@ class MMDynamics(nn.Module):
         num_classes: int,
         fusion: Literal["concat", "deq"],
         dim: int = 300,
+        fuse_dropout: float = 0.0,
+        fused_gain: float = 1.0,
     ) -> None:
         super().__init__()
+        self.fused_gain = fused_gain
         # Everything that the fusions share first: under one seed it starts from the same values.
         self.gates = nn.ModuleList(_linear(width, width) for width in widths)
         self.encoders = nn.ModuleList(_linear(width, dim) for width in widths)
         self.classifiers = nn.ModuleList(_linear(dim, num_classes) for _ in widths)
         self.confidences = nn.ModuleList(_linear(dim, 1) for _ in widths)
-        self.fusion = DEQFusion(dim, len(widths), dropout=FUSE_DROPOUT) if fusion == "deq" else None
+        self.fusion: DEQFusion | None = None
+        if fusion == "deq":
+            self.fusion = DEQFusion(
+                dim, len(widths), dropout=fuse_dropout, solver=SOLVER, adjoint=ADJOINT
+            )
         self.head = _linear(dim * (1 if fusion == "deq" else len(widths)), num_classes)
 
     def logits(self, views: Sequence[Tensor]) -> tuple[Tensor, SolveInfo | None]:
@@ -60,8 +68,9 @@ class MMDynamics(nn.Module):
     def loss(self, batch: MultiviewData) -> tuple[Tensor, SolveInfo | None]:
         """Cross-entropy of the fusion and of every view, mean gates, errors of the confidences.
 
-        The terms are added view after view, and what is there is first multiplied by 1.5 each
-        time, as the authors' code has it: the fused loss counts 1.5^N, the first view 1.5^(N-1).
+        Han et al. (MM-Dynamics) add them up: ``fused_gain`` 1. The code of DEQ Fusion for BRCA adds
+        them view after view and multiplies what is there by 1.5 before each, so that the fused
+        loss counts 1.5^N and the first view 1.5^(N-1): ``fused_gain`` 1.5.
         """
         gates = self._gates(batch.views)
         encodings = self._encodings(batch.views, gates)
@@ -73,7 +82,7 @@ class MMDynamics(nn.Module):
         ):
             own = classifier(encoding)
             of_truth = own.softmax(1).gather(1, batch.labels[:, None])
-            total = FUSED_GAIN * total + gate.mean()  # a small mean gate: few features
+            total = self.fused_gain * total + gate.mean()  # a small mean gate: few features
             total = total + F.mse_loss(confidence, of_truth) + F.cross_entropy(own, batch.labels)
         return total, info
 

@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deqfuse import Anderson, ProFusion
+from deqfuse import Anderson, Implicit, ProFusion
 from deqfuse.cli.metrics import accuracy
+from deqfuse.cli.models import DIM, DROPOUT, TIED_STEPS
 from deqfuse.cli.training import count_convergence_warnings
 from deqfuse.data import Splits, load_numerals, split_numerals, split_stratified
-from deqfuse.experiments import numerals_measured, numerals_report, probes
+from deqfuse.experiments import measurements, numerals_measured, numerals_report
 from deqfuse.experiments.numerals_models import (
     FUSIONS,
     LABELS,
@@ -33,6 +34,7 @@ from deqfuse.robustness import robustness_curve
 __all__ = ["NumeralsStudy"]
 
 NOISE_LEVELS = (0.0, 0.5, 1.0, 2.0, 3.0, 4.0)  # standard deviations of the feature
+STUDY_VERSION = 1  # rises when the same settings give other results; older trials are refused
 STEPS = (1, 2, 3, 4, 6, 8)  # R of the cost measurement
 
 # The demonstration's recipe.
@@ -70,6 +72,11 @@ class NumeralsStudy(Study):
 
     def settings(self) -> dict[str, Any]:
         return {
+            "version": STUDY_VERSION,
+            "dim": DIM,
+            "dropout": DROPOUT,
+            "tied_steps": TIED_STEPS,
+            "solver": f"{Anderson()}, {Implicit()}",
             "train_rows": list(self.train_rows),
             "held_rows": self.held_rows,
             "noise_levels": list(NOISE_LEVELS),
@@ -108,10 +115,10 @@ class NumeralsStudy(Study):
             values["noise"] = _noise(model, splits, seed)
         if model.pro is not None and key != "base":
             values["overhead"] = model.pro.parameter_overhead
-            values["probes"] = probes.probe_steps(model, splits)
+            values["probes"] = measurements.probe_steps(model, splits)
         if key in ("deq", *PRO_EQUILIBRIA):
-            values["residuals"] = probes.residual_curves(model, splits.test)
-            values["stopped"] = probes.stopped_accuracy(model, splits.test)
+            values["residuals"] = measurements.residual_curves(model, splits.test)
+            values["stopped"] = measurements.stopped_accuracy(model, splits.test)
         return values
 
     def report(self, records: Sequence[Record]) -> Report:
@@ -154,8 +161,8 @@ class NumeralsStudy(Study):
             forwards[name] = functools.partial(predict, model, batch)
         with count_convergence_warnings():
             return {
-                "step_ms": probes.median_ms(steps, self.timed),
-                "forward_ms": probes.median_ms(forwards, self.timed),
+                "step_ms": measurements.median_ms(steps, self.timed),
+                "forward_ms": measurements.median_ms(forwards, self.timed),
                 "rows": batch.num_rows,
                 "tol": Anderson().tol,
             }

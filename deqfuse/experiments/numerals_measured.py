@@ -52,7 +52,14 @@ def stopped(runs: Sequence[Record], sizes: Sequence[int]) -> Table:
                 cells = [percent([r.values["stopped"][k] for r in group]) for k in stops]
                 table.append((LABELS[model], str(rows), *cells))
     headers = ("accuracy % if the solver stops after", "rows", *(f"{k}" for k in stops))
-    return Table(headers, tuple(table), ("Trained to the equilibrium, stopped early when tested.",))
+    return Table(
+        headers,
+        tuple(table),
+        (
+            "Trained to the equilibrium, stopped early when tested. Table 9 and Figure 3 of the "
+            "paper are of other data; their numbers are not at hand.",
+        ),
+    )
 
 
 def residuals(runs: Sequence[Record], sizes: Sequence[int]) -> Picture:
@@ -96,8 +103,11 @@ def cost_table(cost: dict[str, Any]) -> Table:
 
 def cost_text(cost: dict[str, Any]) -> str:
     return (
-        f"One batch of {cost['rows']} rows in the first steps of training, taking turns, "
-        f"tolerance {cost['tol']:g}; DEQ Fusion's step includes the Jacobian penalty."
+        f"One batch of {cost['rows']} rows, trained on over and over from the initial values, "
+        f"taking turns, tolerance {cost['tol']:g}; the steps of DEQ Fusion and of the penalised "
+        "equilibrium include the Jacobian penalty. An equilibrium without it may stop converging "
+        "within these steps; its time is then that of the largest number of evaluations. The "
+        "paper's Figure 10b measured other models; its numbers are not at hand."
     )
 
 
@@ -174,7 +184,8 @@ def probes(runs: Sequence[Record], sizes: Sequence[int]) -> Table:
     headers = ("fusion", "rows", "first step, %", "last step, %", "gain, points")
     note = (
         "Test accuracy of a linear probe (ridge regression) on one view's representation, mean "
-        "over the six views; the last step of an equilibrium is the equilibrium (Appendix G)."
+        "over the six views; the last step of an equilibrium is the equilibrium (Appendix G, "
+        "whose numbers are of other data and not at hand)."
     )
     return Table(headers, tuple(table), (note,))
 

@@ -10,7 +10,7 @@ from deqfuse.cli.report import Section
 from deqfuse.cli.summary import Table
 from deqfuse.experiments import numerals_measured as measured
 from deqfuse.experiments.numerals_models import ABLATIONS, FUSIONS, LABELS
-from deqfuse.experiments.statistics import NOTHING, describe, percent, versus
+from deqfuse.experiments.statistics import NOTHING, describe, paired, percent, versus
 from deqfuse.experiments.study import Record, Report, select
 
 __all__ = ["build"]
@@ -148,7 +148,9 @@ def _ablations(runs: Sequence[Record], sizes: Sequence[int]) -> Table:
         headers += [f"accuracy %, {rows} rows", "against all"]
     note = (
         "Against all: difference in points, same seed, mean ± standard error, and for how many "
-        "seeds. The weighted sum is x_f alone; without combination z_f is the sum of the cells."
+        "seeds (initial values, batches, dropout; there is one split, so the spread is not that "
+        "of the data). The weighted sum is x_f alone; without combination z_f is the sum of the "
+        "cells. Tables 6 and 7 of the paper are of other data; their numbers are not at hand."
     )
     return Table((*headers, "parameters"), tuple(table), (note,))
 
@@ -162,9 +164,8 @@ def _ablation_text(runs: Sequence[Record], sizes: Sequence[int]) -> str:
             ours = _accuracy(runs, rows, model)
             if not ours:
                 continue
-            differences = [b - a for a, b in zip(ours, full, strict=True)]
-            error = (describe(differences)["std"] or 0.0) / len(differences) ** 0.5
-            if fmean(differences) > 2 * error and fmean(differences) > 0:
+            difference = paired(ours, full)
+            if difference is not None and difference.sign < 0:
                 worse.append(LABELS[model])
         names = ", ".join(worse) if worse else "none"
         parts.append(f"with {rows} training rows: {names}")

@@ -7,6 +7,8 @@ import multiprocessing
 import signal
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -14,6 +16,7 @@ from deqfuse.cli.output import MANIFEST, OutputFolder
 from deqfuse.cli.progress import Stage, make_console
 from deqfuse.cli.report import machine_facts
 from deqfuse.experiments.markdown import render
+from deqfuse.experiments.provenance import commit, run_facts
 from deqfuse.experiments.store import TrialStore
 from deqfuse.experiments.study import Record, Study, Trial
 
@@ -40,21 +43,38 @@ def run_study(study: Study, out: OutputFolder, jobs: int, threads: int, command:
     """
     names = [PAGE, SUMMARY, *study.files()]
     out.check(names)
-    store = TrialStore(out.path)
     settings, trials = study.settings(), study.trials()  # reads the data: mistakes come first
+    with TrialStore(out.path) as store:
+        return _run_study(study, out, store, settings, trials, jobs, threads, command)
+
+
+def _run_study(
+    study: Study,
+    out: OutputFolder,
+    store: TrialStore,
+    settings: dict[str, Any],
+    trials: Sequence[Trial],
+    jobs: int,
+    threads: int,
+    command: str,
+) -> int:
     done = store.load(study)
     if not (out.path / MANIFEST).exists():
         out.write({})  # makes the folder ours, for the next call
-    store.begin(study)
-
     console = make_console()
     started = time.monotonic()
     todo = [trial for trial in trials if trial.key not in done]
     kept = len(trials) - len(todo)
     console.print(f"[bold]deqfuse experiment {study.name}[/bold]: {len(trials)} trials", end="")
     console.print(f", {kept} of them done before" if kept else "")
+    rendered = dict(machine_facts(command, torch.device("cpu"), _backend()))
+    rendered["deqfuse"] += commit()
+    run = {**rendered, "jobs": jobs, "threads": threads}
+    number = store.begin(study, run) if todo else None
     with Stage(console, "Running trials", len(todo)) as stage:
-        for record in _run_all(study, todo, jobs, threads):
+        for finished in _run_all(study, todo, jobs, threads):
+            elapsed = round(time.monotonic() - started, 3)
+            record = replace(finished, run=number, elapsed=elapsed)
             store.append(record)
             done[record.key] = record
             stage.advance(record.key)
@@ -63,10 +83,7 @@ def run_study(study: Study, out: OutputFolder, jobs: int, threads: int, command:
 
     records = [done[trial.key] for trial in trials]
     report = study.report(records)
-    facts = [
-        *machine_facts(command, torch.device("cpu"), _backend()),
-        ("trials", _times(records, todo, seconds, jobs, threads)),
-    ]
+    facts = run_facts(records, store.runs, rendered)
     page, pictures = render(report.title, report.lead, report.sections, facts)
     summary = {
         "study": study.name,
@@ -118,18 +135,6 @@ def _run_one(study: Study, trial: Trial, threads: int) -> Record:
     finally:
         torch.set_num_threads(before)
     return Record(trial.key, trial.params, time.perf_counter() - started, values)
-
-
-def _times(
-    records: Sequence[Record], todo: Sequence[Trial], seconds: float, jobs: int, threads: int
-) -> str:
-    total = sum(record.seconds for record in records)
-    text = f"{len(records)} trials, {total:.0f} s of work in all"
-    if todo:
-        processes = f"{jobs} process{'es' if jobs > 1 else ''}, {threads} thread"
-        text += f"; {len(todo)} of them in this run: {seconds:.0f} s with {processes}"
-        text += "s each" if threads > 1 else " each"
-    return text
 
 
 def _backend() -> str:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from statistics import fmean, stdev
-from typing import Any
+from typing import Any, NamedTuple
 
-__all__ = ["NOTHING", "describe", "percent", "spread", "versus"]
+__all__ = ["NOTHING", "Paired", "describe", "paired", "percent", "spread", "versus"]
 
 NOTHING = "-"  # a cell without a meaning
 
@@ -36,11 +36,48 @@ def percent(values: Sequence[float | None]) -> str:
     return spread(values, digits=1, scale=100.0)
 
 
-def versus(ours: Sequence[float], theirs: Sequence[float], scale: float = 1.0) -> str:
+class Paired(NamedTuple):
+    """Differences of two models, seed by seed."""
+
+    mean: float
+    error: float | None  # standard error of the mean; None for one seed
+    up: int  # seeds that gained
+    down: int  # seeds that lost
+
+    @property
+    def sign(self) -> int:
+        """1 or -1 where the mean is further than two standard errors from zero, else 0."""
+        if self.error is None or abs(self.mean) <= 2 * self.error:
+            return 0
+        return 1 if self.mean > 0 else -1
+
+    def __str__(self) -> str:
+        if self.error is None:
+            return f"{self.mean:+.1f}"
+        return f"{self.mean:+.1f} ± {self.error:.1f} ({self.up} up, {self.down} down)"
+
+
+def paired(
+    ours: Sequence[float | None], theirs: Sequence[float | None], scale: float = 1.0
+) -> Paired | None:
+    """Ours minus theirs over the seeds that have both values; None if there is no such seed."""
+    differences = [
+        scale * (a - b)
+        for a, b in zip(ours, theirs, strict=True)
+        if a is not None and b is not None
+    ]
+    if not differences:
+        return None
+    count = len(differences)
+    return Paired(
+        fmean(differences),
+        stdev(differences) / count**0.5 if count > 1 else None,
+        sum(d > 0 for d in differences),
+        sum(d < 0 for d in differences),
+    )
+
+
+def versus(ours: Sequence[float | None], theirs: Sequence[float | None], scale: float = 1.0) -> str:
     """Paired differences over seeds: mean ± standard error, and how many seeds gained or lost."""
-    differences = [scale * (a - b) for a, b in zip(ours, theirs, strict=True)]
-    if len(differences) < 2:
-        return f"{differences[0]:+.1f}" if differences else NOTHING
-    error = stdev(differences) / len(differences) ** 0.5
-    up, down = sum(d > 0 for d in differences), sum(d < 0 for d in differences)
-    return f"{fmean(differences):+.1f} ± {error:.1f} ({up} up, {down} down)"
+    result = paired(ours, theirs, scale)
+    return NOTHING if result is None else str(result)

@@ -37,6 +37,8 @@ class Record:
     params: Mapping[str, Json]
     seconds: float
     values: Mapping[str, Json]
+    run: int | None = None  # number of the run that made it, from 0; None: not recorded
+    elapsed: float | None = None  # seconds since that run began
 
 
 @dataclass(frozen=True)

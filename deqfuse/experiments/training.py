@@ -47,6 +47,7 @@ class Recipe:
     decay_factor: float = 0.2
     jacobian_weight: float = 20.0  # of SolveInfo.jacobian_penalty
     evaluate_every: int = 1  # epochs
+    patience: int | None = None  # epochs without a better one after which training ends
 
 
 @dataclass
@@ -54,6 +55,7 @@ class History:
     """What happened in training; the model holds the parameters of the chosen epoch."""
 
     chosen_epoch: int = 0  # counted from 1
+    epochs: int = 0  # that were trained
     validation: list[float] = field(default_factory=list)  # accuracy at every evaluation
     converged: list[Tensor] = field(default_factory=list)  # per step: share of rows
     fuse_nfe: list[Tensor] = field(default_factory=list)  # per step: mean over rows
@@ -64,7 +66,8 @@ class History:
         """For the trial's record."""
         out: dict[str, Any] = {
             "chosen_epoch": self.chosen_epoch,
-            "validation_accuracy": max(self.validation),
+            "epochs": self.epochs,
+            "validation_accuracy": max(self.validation, default=None),
             "step_ms": round(1000 * median(self.step_seconds), 3),
         }
         if self.converged:
@@ -82,7 +85,7 @@ class History:
 def fit(
     model: nn.Module,  # a Classifier
     train: MultiviewData,
-    validation: MultiviewData,
+    validation: MultiviewData | None,
     recipe: Recipe,
     seed: int,
 ) -> History:
@@ -90,7 +93,8 @@ def fit(
 
     Args:
         model: a :class:`Classifier`, trained in place.
-        train, validation: rows to learn from and rows to choose the epoch by.
+        train: rows to learn from.
+        validation: rows to choose the epoch by; None keeps the last epoch.
         recipe: how to train.
         seed: of the order of the rows; dropout draws from torch's own generator.
     """
@@ -105,7 +109,11 @@ def fit(
             for batch in _batches(train, recipe, order):
                 train_step(model, batch, optimizer, recipe, history)
             schedule.step()
+            history.epochs = epoch
             if epoch % recipe.evaluate_every and epoch != recipe.epochs:
+                continue
+            if validation is None:
+                history.chosen_epoch = epoch
                 continue
             logits, _ = predict(model, validation)
             score = accuracy(logits.argmax(1), validation.labels)
@@ -114,8 +122,11 @@ def fit(
             if (score, -loss) > best:
                 best, best_state = (score, -loss), copy.deepcopy(model.state_dict())
                 history.chosen_epoch = epoch
+            if recipe.patience is not None and epoch - history.chosen_epoch >= recipe.patience:
+                break
     history.num_warnings = len(messages)
-    model.load_state_dict(best_state)
+    if validation is not None:
+        model.load_state_dict(best_state)
     return history
 
 

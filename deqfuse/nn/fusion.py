@@ -12,10 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deqfuse import checks, functional
-from deqfuse.backends import BACKENDS
+from deqfuse.backends import BACKENDS, Backend
 from deqfuse.backends.maps import VARIANTS, Variant
 from deqfuse.nn import inputs, solving
 from deqfuse.nn.cells import INITS, Init, PurifyCombine, ResidualCell, dropout_mask
+from deqfuse.reporting import OnFailure
 from deqfuse.solvers.options import Anderson, GradientOption, Implicit, SolverOption
 
 _PURIFY_ONLY = "combine: dropout and gate belong to combine='purify'"
@@ -82,8 +83,8 @@ class DEQFusion(nn.Module):
         injection_norm: bool = False,
         solver: SolverOption = Anderson(),  # noqa: B008 - frozen
         adjoint: GradientOption = Implicit(),  # noqa: B008 - frozen
-        on_failure: str = "warn",
-        backend: str = "auto",
+        on_failure: OnFailure = "warn",
+        backend: Backend = "auto",
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:

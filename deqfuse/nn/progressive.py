@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from deqfuse import checks, functional
-from deqfuse.nn.sites import EncoderRun, RandomState, Site, find_site, tensors
+from deqfuse.nn.sites import EncoderRun, RandomState, Site, find_site, tensors, version
 from deqfuse.nn.solving import last_step
+from deqfuse.reporting import OnFailure
 from deqfuse.result import SolveInfo
 from deqfuse.solvers.options import (
     Anderson,
@@ -82,7 +83,7 @@ class ProFusion(nn.Module):
         in_dims: Sequence[int] | None = None,
         sites: Sequence[str | None] | None = None,
         head: nn.Module | None = None,
-        on_failure: str = "warn",
+        on_failure: OnFailure = "warn",
     ) -> None:
         super().__init__()
         _check_modules(encoders, fusion, head)
@@ -262,7 +263,8 @@ class _Model:
         owner = self.owner
         encoded = []
         for i, run in enumerate(self.runs):
-            injected = owner.back_projections[i](context)
+            back = cast(nn.Linear, owner.back_projections[i])
+            injected = back(context.to(back.weight.dtype))  # encoders may be of another dtype
             if run.site.how == "extend":
                 injected = owner.extra_columns[str(i)](injected)
             encoded.append(run.again(injected))
@@ -270,8 +272,8 @@ class _Model:
 
     def apply(self, context: Tensor) -> Tensor:
         """One application of the map; random draws are those of the first."""
-        for buffer, version, saved in self.buffers:
-            if buffer._version != version:
+        for buffer, before, saved in self.buffers:
+            if version(buffer) != before:
                 buffer.copy_(saved)
         with RandomState.kept(self.device):
             return self.fuse(self.encode(context))  # encode ends where the first one ended
@@ -284,10 +286,11 @@ class _Model:
         before = {module for run in self.runs for module in run.skipped()}
         own = {id(buffer) for module in before for buffer in module.buffers(recurse=False)}
         self.buffers = [entry for entry in self.buffers if id(entry[0]) not in own]
+        behind = set() if self.owner.head is None else set(self.owner.head.modules())
         for name, module in self.owner.named_modules():
             if (
                 isinstance(module, nn.modules.batchnorm._BatchNorm)
-                and not name.startswith("head")
+                and module not in behind
                 and module not in before
                 and (module.training or module.running_mean is None)
             ):
@@ -299,12 +302,12 @@ class _Model:
                 )
 
 
-def _buffers(owner: nn.Module) -> Iterator[tuple[Tensor, int, Tensor]]:
+def _buffers(owner: nn.Module) -> Iterator[tuple[Tensor, int | None, Tensor]]:
     """Buffers that a forward may write to (batch norm, spectral norm), version and content."""
     for module in owner.modules():
         if module.training:
             for buffer in module.buffers(recurse=False):
-                yield buffer, buffer._version, buffer.detach().clone()
+                yield buffer, version(buffer), buffer.detach().clone()
 
 
 def _check_modules(encoders: Any, fusion: Any, head: Any) -> None:

@@ -112,7 +112,7 @@ class _Finished(NamedTuple):
 
     module: nn.Module
     output: Any
-    versions: tuple[int, ...]  # of the tensors in `output`: in-place writes raise them
+    versions: tuple[int | None, ...]  # of the tensors in `output`: in-place writes raise them
     drawing: RandomState  # afterwards
 
 
@@ -191,7 +191,7 @@ class EncoderRun:
             first = begun.pop()
             if not reached:
                 del self.finished[first:]  # its own parts: the whole is remembered instead
-                versions = tuple(t._version for t in tensors(output))
+                versions = tuple(map(version, tensors(output)))
                 self.finished.append(_Finished(module, output, versions, RandomState(self.device)))
 
         handles = []
@@ -309,7 +309,7 @@ class _Remembered(nn.Module):
             return self.original(*args, **kwargs)
         call = self.calls[self.used]
         self.__dict__["used"] += 1
-        if tuple(t._version for t in tensors(call.output)) != call.versions:
+        if tuple(map(version, tensors(call.output))) != call.versions:
             raise RuntimeError(
                 f"{self.name}: what {type(self.original).__name__} computed before the injection "
                 "site was written to in place after it, so that it cannot be used again. Remedy: "
@@ -320,6 +320,11 @@ class _Remembered(nn.Module):
 
     def __getattr__(self, key: str) -> Any:
         return getattr(self.__dict__["original"], key)
+
+
+def version(tensor: Tensor) -> int | None:
+    """Rises with every write in place; None for inference tensors, which do not count."""
+    return None if tensor.is_inference() else tensor._version
 
 
 def tensors(value: Any) -> Iterator[Tensor]:
