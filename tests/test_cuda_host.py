@@ -339,9 +339,20 @@ def test_what_the_kernels_cannot_read_is_refused():
         ((g, z, x.float(), flat), "x"),
         ((g, z, x, flat[:-1]), "params"),
         ((g, z.half(), x, flat), "float32 or float64"),
+        ((g, z.mT.contiguous().mT, x, flat), "z: expected 408 contiguous values"),
     ]:
-        with pytest.raises(RuntimeError, match=message):
-            problem.run("cells", cuda_native, given=bad)
+        for backend in (cuda_native, native):
+            with pytest.raises(RuntimeError, match=message):
+                problem.run("cells", backend, given=bad)
+    g, z, *rest = problem.fuse
+    for backend in (cuda_native, native):
+        with pytest.raises(RuntimeError, match="z: expected 204 contiguous values"):
+            problem.run("fuse", backend, given=(g, z.mT.contiguous().mT, *rest))
+    layer = [*flat, *problem.fuse[4], torch.ones(2, dtype=z.dtype)]
+    states = torch.cat([problem.cells[1], z[None]])
+    how = (2, False, False, -1, 1e-9, 100, 6, 1.0, 1e-6)
+    with pytest.raises(RuntimeError, match="states: expected 612 contiguous values"):
+        native.adjoint_layer(g, None, states.mT.contiguous().mT, list(x), layer, True, None, *how)
 
 
 @pytest.mark.parametrize(
@@ -384,3 +395,23 @@ def test_a_library_that_cannot_be_had_says_why(tmp_path: Path, monkeypatch: pyte
     assert "_cuda.so does not load" in error()
     assert "too short" in error() or "invalid" in error()
     cuda_native.load_error.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("driver", "runtime", "reason"),
+    [
+        (13000, 13000, None),
+        (12080, 12090, None),  # an older driver of the same major version runs compiled kernels
+        (13010, 12060, None),
+        (12080, 13000, "built with CUDA 13.0 and the NVIDIA driver knows CUDA 12.8"),
+        (0, 13000, "built with CUDA 13.0 and there is no NVIDIA driver"),
+    ],
+)
+def test_a_driver_that_cannot_run_the_library_is_a_reason(driver, runtime, reason):
+    class Library:
+        @staticmethod
+        def deqfuse_cuda_versions(first, second):
+            first._obj.value, second._obj.value = driver, runtime
+
+    said = cuda_native._driver_error(*cuda_native.versions(Library()))
+    assert said is None if reason is None else reason in said
