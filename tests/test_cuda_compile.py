@@ -152,7 +152,7 @@ def test_a_compiler_that_knows_no_architecture_of_ours(monkeypatch: pytest.Monke
     monkeypatch.setattr(build, "toolkit", lambda: Path("/toolkit"))
     monkeypatch.setattr(build, "toolkit_version", lambda: "10.2.89")
     monkeypatch.setattr(build, "run", lambda command: "compute_30\ncompute_75\n")
-    with pytest.raises(RuntimeError, match="10.2.89 knows none of 8.0, 9.0, 10.0; set CUDA_HOME"):
+    with pytest.raises(RuntimeError, match=r"10.2.89 knows none of 8.0, 9.0, 10.0; set CUDA_HOME"):
         build.default_archs()
 
 
