@@ -61,6 +61,38 @@ def test_kernels_for_other_architectures_spill_nothing(folder: Path, arch: str) 
     check_resources(arch, folder)
 
 
+MIXING = """
+#define DEQFUSE_ISA gpu
+#include "common/cholesky.h"
+template <class T>
+__global__ void mix(const T* gram, int count, T lam, T* weights) {
+  T from[5][5], alpha[5];
+  for (int i = 0; i < 25; ++i) from[i / 5][i % 5] = gram[i];
+  deqfuse::gpu::mixing_weights<deqfuse::gpu::ScalarLane<T>, 5>(from, T(count), lam, alpha);
+  for (int i = 0; i < 5; ++i) weights[i] = alpha[i];
+}
+template __global__ void mix<float>(const float*, int, float, float*);
+template __global__ void mix<double>(const double*, int, double, double*);
+"""
+
+
+def test_row_mathematics_that_no_cuda_kernel_uses_yet_compiles_for_one(folder: Path) -> None:
+    source = folder / "mix.cu"
+    source.write_text(MIXING)
+    command = [build.toolkit() / "bin" / "nvcc", "-std=c++17", "-Werror=all-warnings"]
+    build.run(
+        [
+            *command,
+            *build.targets("9.0"),
+            f"-I{ROOT / 'csrc'}",
+            "-c",
+            source,
+            "-o",
+            folder / "mix.o",
+        ]
+    )
+
+
 ASK = """
 import ctypes, os, sys
 from deqfuse.backends import cuda_native
