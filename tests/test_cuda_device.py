@@ -84,6 +84,8 @@ def test_float32_is_as_exact_as_the_cpu_backend(machine, case, kind):
 )
 def test_offsets_beyond_31_bits(device, numbers, dim):
     """The last rows are computed where they lie. One tensor serves as all operands: 35 GB."""
+    if device == "cuda" and torch.cuda.get_device_properties(0).total_memory < 40 << 30:
+        pytest.skip("needs a GPU with 40 GB")
     rows = numbers // dim + 100
     layer = Case(dim=dim, groups=4, dtype="f32").layer().requires_grad_(False).to(device)
     z = torch.randn(1, rows, dim, device=device)
