@@ -69,7 +69,7 @@ def build_cuda(has_cuda: bool, target: Path, compiler: list[str]) -> None:
         return
     cuda = cuda_build()
     try:
-        archs = os.environ.get("TORCH_CUDA_ARCH_LIST", cuda.DEFAULT_ARCHS)
+        archs = os.environ.get("TORCH_CUDA_ARCH_LIST") or cuda.default_archs()
         built = cuda.build_library(archs, Path("build/cuda"), compiler, STRICT)
     except Exception as error:
         if SWITCH == "cuda":

@@ -7,10 +7,12 @@ import dataclasses
 from collections.abc import Iterator
 from types import ModuleType
 
+import pytest
 import torch
 from cpu_cases import Case, flat_cells
+from torch import Tensor
 
-from deqfuse.backends import native
+from deqfuse.backends import cuda_native, native
 
 assert native.module is not None  # cpu_cases has looked
 H100, A100 = 227 * 1024, 163 * 1024  # bytes of shared memory for a block
@@ -36,6 +38,51 @@ def limit_for(cut: str, case: Case) -> int:
             native.module.host_device()
             return limit
     raise AssertionError(f"{case} is never cut into {cut}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """What runs the kernels' bodies: the host policy ("cpu"), or a GPU ("cuda")."""
+
+    device: str
+
+    def __str__(self) -> str:
+        return self.device
+
+    def case(self, cut: str, case: Case) -> Case:
+        """One like it that is cut like this: a GPU's memory is what it is, a host's is not."""
+        wide = {"streamed": 200, "steps": 300}
+        if self.device == "cpu" or cut not in wide:
+            return case
+        return dataclasses.replace(case, dim=wide[cut], groups=4)
+
+    def playing(self, cut: str, case: Case, reverse: bool = False):
+        """Inside, the host policy cuts like this."""
+        if self.device != "cpu":
+            return contextlib.nullcontext()
+        return device(limit_for(cut, case), reverse)
+
+    def place(self, value):
+        """A tensor, or a collection of them, in this machine's memory. Strides of 0 stay."""
+        if isinstance(value, (list, tuple)):
+            return type(value)(self.place(v) for v in value)
+        if not isinstance(value, Tensor):
+            return value
+        shared = value.dim() == 3 and len(value) > 1 and value.stride(0) == 0
+        return value[0].to(self.device).expand_as(value) if shared else value.to(self.device)
+
+    def run(self, problem: Problem, kind: str, **options):
+        """:meth:`Problem.run` there; the results come back."""
+        if self.device != "cpu":
+            assert cuda_native.load_error() is None, cuda_native.load_error()
+        given = self.place(options.pop("given", getattr(problem, kind)))
+        found, statistics = problem.run(kind, cuda_native, given=given, **options)
+        return {name: t.cpu() for name, t in found.items()}, [t.cpu() for t in statistics]
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)], name="machine")
+def every_machine(request: pytest.FixtureRequest) -> Machine:
+    return Machine(request.param)
 
 
 @dataclasses.dataclass

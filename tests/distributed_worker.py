@@ -1,8 +1,12 @@
-"""One process of test_distributed.py, started by torchrun; writes what it found as JSON."""
+"""One process of test_distributed.py, started by torchrun; writes what it found as JSON.
+
+On CPUs with gloo, or each on a GPU of its own with NCCL.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -113,9 +117,18 @@ def compiled_error() -> float:
     return ((found[1] - found[0]).norm() / found[0].norm()).item()
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, device: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if device == "cuda" else "gloo")
+    with torch.device(device):
+        found = results()
+    (folder / f"{dist.get_rank()}.json").write_text(json.dumps(found))
+    dist.destroy_process_group()
+
+
+def results() -> dict[str, Any]:
     found: dict[str, Any] = {}
     for strategy in ("ddp", "fsdp", "fsdp_of_layers"):
         for dtype in (torch.float32, torch.float64):
@@ -130,10 +143,9 @@ def main(folder: Path) -> None:
         found[f"{strategy} uneven"] = uneven(strategy)
     found["sharded cells"] = sharded_cells()
     found["compiled"] = compiled_error()
-    (folder / f"{dist.get_rank()}.json").write_text(json.dumps(found))
-    dist.destroy_process_group()
+    return found
 
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2])

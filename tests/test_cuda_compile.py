@@ -32,6 +32,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     try:
         build.toolkit()
     except build.ToolkitMissing as missing:
+        if os.environ.get("CI", "").lower() == "true":
+            pytest.fail(f"CI must compile the CUDA kernels: {missing}")
         pytest.skip(f"needs a CUDA toolkit: {missing}")
     return tmp_path_factory.mktemp("cuda")
 
@@ -59,6 +61,45 @@ def test_kernels_for_other_architectures_spill_nothing(folder: Path, arch: str) 
     check_resources(arch, folder)
 
 
+MIXING = """
+#define DEQFUSE_ISA gpu
+#include "common/cholesky.h"
+template <class T>
+__global__ void mix(const T* gram, int count, T lam, T* weights) {
+  T from[5][5], alpha[5];
+  for (int i = 0; i < 25; ++i) from[i / 5][i % 5] = gram[i];
+  deqfuse::gpu::mixing_weights<deqfuse::gpu::ScalarLane<T>, 5>(from, T(count), lam, alpha);
+  for (int i = 0; i < 5; ++i) weights[i] = alpha[i];
+}
+template __global__ void mix<float>(const float*, int, float, float*);
+template __global__ void mix<double>(const double*, int, double, double*);
+"""
+
+
+def test_row_mathematics_that_no_cuda_kernel_uses_yet_compiles_for_one(folder: Path) -> None:
+    source = folder / "mix.cu"
+    source.write_text(MIXING)
+    command = [build.toolkit() / "bin" / "nvcc", "-std=c++17", "-Werror=all-warnings"]
+    build.run(
+        [
+            *command,
+            *build.targets("9.0"),
+            f"-I{ROOT / 'csrc'}",
+            "-c",
+            source,
+            "-o",
+            folder / "mix.o",
+        ]
+    )
+
+
+ASK = """
+import ctypes, os, sys
+from deqfuse.backends import cuda_native
+print(*cuda_native.versions(ctypes.CDLL(sys.argv[1], os.RTLD_LAZY)))
+"""
+
+
 def test_library_needs_nothing_of_torch_but_its_stable_interface(folder: Path) -> None:
     """Linked from the operators and the kernels; with sm_90 alone, to be quick."""
     library = build.build_library("9.0", folder / "9.0", ["c++"], strict=True)
@@ -67,6 +108,12 @@ def test_library_needs_nothing_of_torch_but_its_stable_interface(folder: Path) -
     torch_names = [n for n in needed if re.search("torch|c10|aten", n, re.IGNORECASE)]
     assert torch_names
     assert [n for n in torch_names if not re.match(r"(aoti_torch_|torch_)", n)] == []
+    # Its CUDA and the driver's can be asked for where torch has no CUDA, and without a driver.
+    asked = subprocess.run(
+        [sys.executable, "-c", ASK, str(library)], capture_output=True, text=True, check=True
+    )
+    major, minor = map(int, build.toolkit_version().split(".")[:2])
+    assert asked.stdout.split()[1] == str(1000 * major + 10 * minor)
 
 
 # ---- the build's own decisions -------------------------------------------------------------------
@@ -94,6 +141,50 @@ def test_a_compiler_without_a_runtime_is_no_toolkit(
     (tmp_path / "lib64").mkdir()
     (tmp_path / "lib64" / "libcudart_static.a").touch()
     assert build.toolkit() == tmp_path
+
+
+@pytest.mark.parametrize(
+    ("of_torch", "expected"), [("12.6", "cuda-12.8"), (None, "cuda-13.0"), ("11.8", "cuda-13.0")]
+)
+def test_the_toolkit_is_of_the_cuda_that_torch_has(
+    of_torch: str | None, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for variable in ("CUDA_HOME", "CUDA_PATH"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(build, "LOCAL", tmp_path)
+    monkeypatch.setattr("torch.version.cuda", of_torch)
+    for name in ("cuda-12.4", "cuda-12.8", "cuda-13.0", "cuda-9.2"):
+        for file in ("bin/nvcc", "lib64/libcudart_static.a"):
+            (tmp_path / name / file).parent.mkdir(parents=True)
+            (tmp_path / name / file).touch()
+    assert build.toolkit() == tmp_path / expected
+
+
+@pytest.mark.parametrize(
+    ("known", "expected"),
+    [
+        ("70 75 80 86 90 100 120", "8.0;9.0;10.0+PTX"),
+        ("70 75 80 86 89 90", "8.0;9.0+PTX"),  # before CUDA 12.8
+        ("70 75 80", "8.0+PTX"),
+    ],
+)
+def test_the_default_architectures_are_those_that_the_compiler_knows(
+    known: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text(f"#!/bin/sh\nprintf 'compute_%s\\n' {known}\n")
+    nvcc.chmod(0o755)
+    monkeypatch.setattr(build, "toolkit", lambda: tmp_path)
+    assert build.default_archs() == expected
+
+
+def test_a_compiler_that_knows_no_architecture_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "toolkit", lambda: Path("/toolkit"))
+    monkeypatch.setattr(build, "toolkit_version", lambda: "10.2.89")
+    monkeypatch.setattr(build, "run", lambda command: "compute_30\ncompute_75\n")
+    with pytest.raises(RuntimeError, match=r"10.2.89 knows none of 8.0, 9.0, 10.0; set CUDA_HOME"):
+        build.default_archs()
 
 
 def test_what_a_compiler_says_becomes_numbers() -> None:

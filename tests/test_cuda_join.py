@@ -37,9 +37,7 @@ def test_gradients_are_those_of_the_reference(case: Case, kind: str) -> None:
 
 
 @pytest.mark.usefixtures("library")
-@pytest.mark.parametrize(
-    "adjoint", [OneStep(), Neumann(3), Implicit("neumann", tol=1e-10)], ids=repr
-)
+@pytest.mark.parametrize("adjoint", OTHERS, ids=repr)
 @pytest.mark.parametrize("kind", KINDS)
 def test_other_gradients(adjoint, kind: str) -> None:
     arguments = Case().arguments(adjoint)[kind]

@@ -1,4 +1,4 @@
-"""Two gloo processes: DDP and FSDP2 give one process's gradients, and uneven ranks do not wait."""
+"""Two processes, gloo or NCCL: DDP and FSDP2 give one process's gradients; uneven ranks go on."""
 
 from __future__ import annotations
 
@@ -40,11 +40,15 @@ def torchrun(*command: str | Path) -> str:
     return done.stdout
 
 
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+@pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def ranks(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> list[dict[str, Any]]:
     """What each rank of ``distributed_worker.py`` found."""
+    if request.param == "cuda" and torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
     folder = tmp_path_factory.mktemp("ranks")
-    torchrun(TESTS / "distributed_worker.py", folder)
+    torchrun(TESTS / "distributed_worker.py", folder, request.param)
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from devices import every_device  # noqa: F401 - autouse
 from torch import Tensor, nn
 
 from deqfuse import DEQFusion

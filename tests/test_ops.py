@@ -7,17 +7,21 @@ import itertools
 
 import pytest
 import torch
+from devices import every_device, own_backend  # noqa: F401 - autouse
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from deqfuse import Anderson, DEQFusion, Implicit, NewtonKrylov, OneStep, Picard, ops
+from deqfuse.backends import native
 from deqfuse.backends.maps import VARIANTS
 
 DIM, N, GROUPS = 12, 2, 2
 SOLVER = Anderson(tol=1e-10, max_iter=200)
 ADJOINT = Implicit(tol=1e-10, max_iter=200)
 OPERATORS = ("solve_cells", "solve_fuse", "adjoint_cells", "adjoint_fuse")
+BACKENDS = ["reference"] + (["compiled"] if native.module is not None else [])
+each_backend = pytest.mark.parametrize("backend", BACKENDS)
 ALL_CHECKS = (
     "test_schema",
     "test_autograd_registration",
@@ -35,6 +39,7 @@ def arguments(
     solver=SOLVER,
     optional: bool = True,  # whether mask and z0 are given, and parameter gradients wanted
     requires_grad: bool = True,
+    backend: str = "reference",
 ) -> tuple:
     """A valid call; the adjoint operators take the equilibrium that the solve finds."""
     torch.manual_seed(0)
@@ -43,7 +48,8 @@ def arguments(
     fuse = [t.detach() for t in layer.combine.flat()]
     x = torch.randn(N, rows, DIM).to(dtype)
     mask = (torch.randn(rows, DIM) > 0).to(dtype) * 2 if optional else None
-    code = (GROUPS, variant, solver.code, ADJOINT.code, "reference", "ignore")
+    own = own_backend(backend)
+    code = (GROUPS, variant, solver.code, ADJOINT.code, own, "ignore")
     kind = operator.removeprefix("solve_").removeprefix("adjoint_")
     if kind == "cells":
         tensors, rest = (x, cells), (0.1 * torch.randn_like(x) if optional else None, *code)
@@ -58,7 +64,7 @@ def arguments(
     solve = getattr(ops, f"solve_{kind}")
     with torch.no_grad():
         z = solve(*tensors, *rest)[0]
-    tail = (GROUPS, variant, ADJOINT.code, "reference", optional)
+    tail = (GROUPS, variant, ADJOINT.code, own, optional)
     middle = () if kind == "cells" else (mask, N)
     return torch.randn_like(z), z, *tensors, *middle, *tail
 
@@ -75,18 +81,28 @@ def test_opcheck_of_the_solves(operator, optional, variant):
     assert set(result.values()) == {"SUCCESS"}
 
 
-@pytest.mark.parametrize("optional", [True, False], ids=["full", "minimal"])
-@pytest.mark.parametrize("operator", ["adjoint_cells", "adjoint_fuse"])
-def test_opcheck_of_the_adjoints(operator, optional):
-    """Without gradients: these operators refuse to be differentiated, which opcheck would try."""
-    call = arguments(operator, optional=optional, requires_grad=False)
+@each_backend
+@pytest.mark.parametrize("operator", ["solve_cells", "solve_fuse"])
+def test_opcheck_of_the_solves_of_each_backend(operator, backend):
+    call = arguments(operator, backend=backend)
     result = torch.library.opcheck(getattr(ops, operator), call, test_utils=ALL_CHECKS)
     assert set(result.values()) == {"SUCCESS"}
 
 
+@each_backend
+@pytest.mark.parametrize("optional", [True, False], ids=["full", "minimal"])
+@pytest.mark.parametrize("operator", ["adjoint_cells", "adjoint_fuse"])
+def test_opcheck_of_the_adjoints(operator, optional, backend):
+    """Without gradients: these operators refuse to be differentiated, which opcheck would try."""
+    call = arguments(operator, optional=optional, requires_grad=False, backend=backend)
+    result = torch.library.opcheck(getattr(ops, operator), call, test_utils=ALL_CHECKS)
+    assert set(result.values()) == {"SUCCESS"}
+
+
+@each_backend
 @pytest.mark.parametrize("operator", OPERATORS)
-def test_opcheck_of_an_empty_batch(operator):
-    call = arguments(operator, 0, requires_grad=False)
+def test_opcheck_of_an_empty_batch(operator, backend):
+    call = arguments(operator, 0, requires_grad=False, backend=backend)
     result = torch.library.opcheck(getattr(ops, operator), call, test_utils=ALL_CHECKS)
     assert set(result.values()) == {"SUCCESS"}
 
@@ -206,9 +222,10 @@ def test_compiled_layer_is_the_eager_one_with_one_graph_for_all_batch_sizes(opti
         return layer(xs, return_cells=True)
 
     compiled = torch.compile(call, fullgraph=True, backend=counter)
-    for rows in (4, 7, 32):
-        xs = [torch.randn(rows, DIM, dtype=torch.float64) for _ in range(N)]
-        g = torch.randn(N + 1, rows, DIM, dtype=torch.float64)
+    inputs = [torch.randn(2 * N + 1, rows, DIM, dtype=torch.float64) for rows in (4, 7, 32)]
+    torch.set_default_device(None)  # under it Dynamo does not trace Tensor.unflatten
+    for each in inputs:
+        xs, g = list(each[:N]), each[N:]
         for a, b in zip(run(compiled, layer, xs, g), run(call, layer, xs, g), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8)
     assert counter.frame_count == 1

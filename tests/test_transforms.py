@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from devices import every_device, own_backend  # noqa: F401 - autouse
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
@@ -26,7 +27,7 @@ from deqfuse import (
 from deqfuse.backends import native
 from deqfuse.errors import DoubleBackwardError
 
-BACKENDS = ["reference"] + (["cpu"] if native.module is not None else [])
+BACKENDS = ["reference"] + (["compiled"] if native.module is not None else [])
 DIM, N, ROWS, CALLS = 8, 2, 3, 4
 TIGHT = {
     "solver": Anderson(tol=1e-11, max_iter=200),
@@ -41,7 +42,7 @@ each_block = pytest.mark.parametrize("block", BLOCKS)
 
 def make(backend: str, block: str = "layer", **options) -> DEQFusion:
     torch.manual_seed(0)
-    given = {"num_groups": 2, "backend": backend, **TIGHT, **BLOCKS[block], **options}
+    given = {"num_groups": 2, "backend": own_backend(backend), **TIGHT, **BLOCKS[block], **options}
     layer = DEQFusion(DIM, N, **given).double()
     with torch.no_grad():
         for name, p in layer.named_parameters():
@@ -289,8 +290,9 @@ def test_operators_take_any_memory_layout(backend, block):
     layer, x, g = make(backend), draw(N, ROWS), draw(N, ROWS)
     cells = [t.detach() for cell in layer.cells for t in cell.flat()]
     fuse = [t.detach() for t in layer.combine.flat()]
-    code = (2, "paper", layer.solver.code, layer.adjoint.code, backend, "raise")
-    how = (2, "paper", layer.adjoint.code, backend, True)
+    own = own_backend(backend)
+    code = (2, "paper", layer.solver.code, layer.adjoint.code, own, "raise")
+    how = (2, "paper", layer.adjoint.code, own, True)
     rest: tuple = how
     if block == "cells":
         z = ops.solve_cells(x, cells, None, *code)[0]
@@ -325,7 +327,8 @@ def test_operators_take_any_memory_layout(backend, block):
 @pytest.mark.parametrize("on_failure", ["warn", "raise"])
 def test_fake_tensors_have_shapes_and_nothing_to_report(backend, block, on_failure):
     with FakeTensorMode(), warnings.catch_warnings():
-        layer = DEQFusion(DIM, N, backend=backend, on_failure=on_failure, **BLOCKS[block])
+        own = own_backend(backend)
+        layer = DEQFusion(DIM, N, backend=own, on_failure=on_failure, **BLOCKS[block])
         x = [torch.randn(ROWS, DIM, requires_grad=True) for _ in range(N)]
         z, info = layer(x, return_info=True)
         z.sum().backward()

@@ -24,6 +24,7 @@ CellGradients adjoint_cells(Tensor g, Tensor z, Tensor x, Tensors params, bool w
   const Options options{tol, max_iter, history, beta, lam};
   options.expect();
   expect_sizes(dtype, d, groups);
+  expect(z, n * rows * d, dtype, "z");
   expect(g, n * rows * d, dtype, "grad_z");
   expect(x, n * rows * d, dtype, "x");
   expect_params(params, 0, n, 10, d, dtype);
@@ -60,6 +61,7 @@ FuseGradients adjoint_fuse(Tensor g, Tensor z, Tensor x, Tensor cell_sum, Tensor
   const Options options{tol, max_iter, history, beta, lam};
   options.expect();
   expect_sizes(dtype, d, groups);
+  expect(z, rows * d, dtype, "z");
   expect(g, rows * d, dtype, "grad_z");
   expect(x, rows * d, dtype, "x_fuse");
   expect(cell_sum, rows * d, dtype, "cell_sum");

@@ -17,9 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+LOCAL = Path("/usr/local")
 KERNELS = sorted(HERE.glob("kernels_*.cu"))
 DOCUMENT = HERE.parents[1] / "docs" / "kernels-gpu-adjoint.md"
-DEFAULT_ARCHS = "8.0;9.0;10.0+PTX"
+DEFAULT_ARCHS = ("8.0", "9.0", "10.0")  # those that the compiler knows
 
 
 class ToolkitMissing(RuntimeError):
@@ -27,10 +28,13 @@ class ToolkitMissing(RuntimeError):
 
 
 def toolkit() -> Path:
-    """The toolkit's own folder: a compiler on PATH may be a shim that compiles and cannot link."""
+    """The toolkit's own folder: a compiler on PATH may be a shim that compiles and cannot link.
+
+    Without ``CUDA_HOME`` the newest of the CUDA that torch was built with: the driver that runs
+    torch knows it. Else the newest.
+    """
     named = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    versions = sorted(Path("/usr/local").glob("cuda-*"), key=_version, reverse=True)
-    folders = [Path(named)] if named else [*versions, Path("/usr/local/cuda")]
+    folders = [Path(named)] if named else [*_installed(), LOCAL / "cuda"]
     for folder in folders:
         runtime = [
             *folder.glob("lib*/libcudart_static.a"),
@@ -42,8 +46,28 @@ def toolkit() -> Path:
     raise ToolkitMissing(f"no nvcc with libcudart in {looked}; set CUDA_HOME to a CUDA toolkit")
 
 
-def _version(folder: Path) -> tuple[int, ...]:
-    return tuple(int(n) for n in re.findall(r"\d+", folder.name))
+def _installed() -> list[Path]:
+    import torch
+
+    major = int((torch.version.cuda or "0").partition(".")[0])
+
+    def order(folder: Path) -> tuple[bool, list[int]]:
+        version = [int(n) for n in re.findall(r"\d+", folder.name)]
+        return version[:1] == [major], version
+
+    return sorted(LOCAL.glob("cuda-*"), key=order, reverse=True)
+
+
+def default_archs() -> str:
+    """Those of ``DEFAULT_ARCHS`` that the compiler knows, PTX of the newest for later ones."""
+    known = run([toolkit() / "bin" / "nvcc", "--list-gpu-arch"]).split()
+    archs = [a for a in DEFAULT_ARCHS if f"compute_{a.replace('.', '')}" in known]
+    if not archs:
+        raise RuntimeError(
+            f"nvcc {toolkit_version()} knows none of {', '.join(DEFAULT_ARCHS)}; "
+            "set CUDA_HOME to a CUDA toolkit that does"
+        )
+    return ";".join(archs) + "+PTX"
 
 
 def targets(archs: str) -> list[str]:
@@ -53,7 +77,8 @@ def targets(archs: str) -> list[str]:
         found = re.fullmatch(r"(\d+)\.(\d+)([af]?)(\+PTX)?", entry)
         if found is None:
             raise ValueError(
-                f"TORCH_CUDA_ARCH_LIST: expected entries like 9.0 or 9.0+PTX, got {entry!r}"
+                "TORCH_CUDA_ARCH_LIST: expected numbers like 9.0 or 9.0+PTX, separated by ';', "
+                f"got {entry!r}"
             )
         name = found[1] + found[2] + found[3]
         flags.append(f"-gencode=arch=compute_{name},code=sm_{name}")

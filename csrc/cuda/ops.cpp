@@ -11,15 +11,33 @@ namespace deqfuse {
 namespace DEQFUSE_ISA {
 namespace {
 
+void expect_success(cudaError_t status) {
+  STD_TORCH_CHECK(status == cudaSuccess, "deqfuse: CUDA: ", cudaGetErrorString(status));
+}
+
+// The device of this library's own runtime, which torch's guard does not set.
+class OwnDeviceGuard {
+ public:
+  explicit OwnDeviceGuard(int index) {
+    expect_success(cudaGetDevice(&before_));
+    expect_success(cudaSetDevice(index));
+  }
+  OwnDeviceGuard(const OwnDeviceGuard&) = delete;
+  OwnDeviceGuard& operator=(const OwnDeviceGuard&) = delete;
+  ~OwnDeviceGuard() { cudaSetDevice(before_); }
+
+ private:
+  int before_ = 0;
+};
+
 struct Cuda {
-  explicit Cuda(const Tensor& t) : index(t.get_device_index()), guard(index) {
+  explicit Cuda(const Tensor& t) : index(t.get_device_index()), guard(index), own_guard(index) {
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &stream));
   }
   Place place(const Tensor&) const { return {aoti_torch_device_type_cuda(), index}; }
   size_t shared_limit() const {
     int bytes = 0;
-    const cudaError_t status = cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, index);
-    STD_TORCH_CHECK(status == cudaSuccess, "deqfuse: CUDA: ", cudaGetErrorString(status));
+    expect_success(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, index));
     return size_t(bytes);
   }
   template <template <class, int> class Kind, class T>
@@ -29,6 +47,7 @@ struct Cuda {
 
   const int32_t index;
   const torch::stable::accelerator::DeviceGuard guard;
+  const OwnDeviceGuard own_guard;  // ends before torch's, which has the last word
   void* stream = nullptr;
 };
 
@@ -49,6 +68,12 @@ auto adjoint_fuse(Tensor g, Tensor z, Tensor x, Tensor cell_sum, Tensors params,
 }  // namespace
 }  // namespace DEQFUSE_ISA
 }  // namespace deqfuse
+
+// 1000 * major + 10 * minor of the CUDA that the driver knows (0: there is no driver), and of the runtime in here.
+extern "C" __attribute__((visibility("default"))) void deqfuse_cuda_versions(int* driver, int* runtime) {
+  if (cudaDriverGetVersion(driver) != cudaSuccess) *driver = 0;
+  *runtime = CUDART_VERSION;
+}
 
 STABLE_TORCH_LIBRARY_IMPL(deqfuse, CUDA, m) {
   m.impl("cuda_adjoint_cells", TORCH_BOX(&deqfuse::gpu::adjoint_cells));

@@ -10,7 +10,8 @@
 namespace deqfuse {
 namespace DEQFUSE_ISA {
 
-// A^T B over the rows: (rows, d) each, by the matrix product of torch, whose precision switches it follows.
+// A^T B over the rows: (rows, d) each, by the matrix product of torch, whose precision switches it follows. One for each
+// matrix: slices of a batched product would share a storage, and an operator's results may not.
 inline Tensor weight_gradient(const Tensor& cotangent, const Tensor& input) {
   return torch::stable::matmul(torch::stable::transpose(cotangent, 0, 1), input);
 }
@@ -128,6 +129,7 @@ std::tuple<Tensor, Tensors, Tensor, Tensor, Tensor> adjoint_cells_on(const Devic
   const bool shared = n > 1 && g.dim() == 3 && g.stride(0) == 0;  // one cotangent for all modalities
   const Tensor cotangents = shared ? torch::stable::select(g, 0, 0) : g;
   expect_sizes(dtype, d, groups);
+  expect(z, n * rows * d, dtype, "z");
   expect(cotangents, (shared ? 1 : n) * rows * d, dtype, "grad_z");
   expect(x, n * rows * d, dtype, "x");
   expect_params(params, 0, n, 10, d, dtype);
@@ -167,6 +169,7 @@ std::tuple<Tensor, Tensor, Tensors, Tensor, Tensor, Tensor> adjoint_fuse_on(
   const ScalarType dtype = z.scalar_type();
   const AdjointCall<Device> call(device, z, 1, want_params, options, mode);
   expect_sizes(dtype, d, groups);
+  expect(z, rows * d, dtype, "z");
   expect(g, rows * d, dtype, "grad_z");
   expect(x, rows * d, dtype, "x_fuse");
   expect(cell_sum, rows * d, dtype, "cell_sum");

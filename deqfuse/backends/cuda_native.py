@@ -8,6 +8,7 @@ applications of J^T. Gradients belong to the public operators, as those of ``nat
 
 from __future__ import annotations
 
+import ctypes
 import functools
 from pathlib import Path
 
@@ -62,4 +63,20 @@ def load_error() -> str | None:
         torch.ops.load_library(str(_LIBRARY))
     except OSError as error:
         return f"{_LIBRARY.name} does not load: {error.__cause__ or error}"
-    return None
+    return _driver_error(*versions(ctypes.CDLL(str(_LIBRARY))))
+
+
+def versions(library: ctypes.CDLL) -> tuple[int, int]:
+    """1000 major + 10 minor of the CUDA that the driver knows (0: none) and of the library's."""
+    driver, runtime = ctypes.c_int(), ctypes.c_int()
+    library.deqfuse_cuda_versions(ctypes.byref(driver), ctypes.byref(runtime))
+    return driver.value, runtime.value
+
+
+def _driver_error(driver: int, runtime: int) -> str | None:
+    """Why the driver cannot run kernels of this CUDA: it must know at least the major version."""
+    if driver // 1000 >= runtime // 1000:
+        return None
+    known, built = (f"{v // 1000}.{v % 1000 // 10}" for v in (driver, runtime))
+    knows = f"the NVIDIA driver knows CUDA {known}" if driver else "there is no NVIDIA driver"
+    return f"{_LIBRARY.name} was built with CUDA {built} and {knows}"
