@@ -151,7 +151,6 @@ def test_checkpointing_solves_again_and_draws_the_same_mask(use_reentrant, dropo
 )  # fmt: skip
 def test_ablations_and_reference(options):
     layer, xs = make(**options), draw(5)
-    torch.set_default_device(None)  # under it Dynamo does not trace Tensor.unflatten
     compiled = without_codegen(layer, fullgraph=True)
     for given, expected in zip(step(compiled, layer, xs), step(layer, layer, xs), strict=True):
         torch.testing.assert_close(given, expected, rtol=1e-4, atol=1e-5)

@@ -223,7 +223,6 @@ def test_compiled_layer_is_the_eager_one_with_one_graph_for_all_batch_sizes(opti
 
     compiled = torch.compile(call, fullgraph=True, backend=counter)
     inputs = [torch.randn(2 * N + 1, rows, DIM, dtype=torch.float64) for rows in (4, 7, 32)]
-    torch.set_default_device(None)  # under it Dynamo does not trace Tensor.unflatten
     for each in inputs:
         xs, g = list(each[:N]), each[N:]
         for a, b in zip(run(compiled, layer, xs, g), run(call, layer, xs, g), strict=True):

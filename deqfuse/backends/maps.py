@@ -58,7 +58,8 @@ def normalize(
     num_groups: int,
 ) -> tuple[Tensor, Tensor]:  # x_hat (..., d), rstd (..., G, 1)
     """Centre and scale each group of d / G features; two passes, so that no digits cancel."""
-    grouped = y.unflatten(-1, (num_groups, y.shape[-1] // num_groups))
+    # Not unflatten: under torch.set_default_device Dynamo cannot trace it.
+    grouped = y.reshape(*y.shape[:-1], num_groups, y.shape[-1] // num_groups)
     centred = grouped - grouped.mean(-1, keepdim=True)
     rstd = (centred.square().mean(-1, keepdim=True) + GROUP_NORM_EPS).rsqrt()
     return (centred * rstd).flatten(-2), rstd

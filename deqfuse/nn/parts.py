@@ -101,8 +101,10 @@ def _looked_at(
                 f"there is to it, got {type(part).__name__}. The layer reads them and calls no "
                 "part. Remedy: a parametrisation (torch.nn.utils.parametrize)"
             )
+        # Under dynamic=True a float is a symbol, and comparing one costs a second graph.
         if expected is nn.GroupNorm and (
-            part.eps != GROUP_NORM_EPS or part.num_groups != module.num_groups
+            part.num_groups != module.num_groups
+            or (not torch.compiler.is_compiling() and part.eps != GROUP_NORM_EPS)
         ):
             raise ValueError(
                 f"{name}: expected GroupNorm with num_groups={module.num_groups} and "
