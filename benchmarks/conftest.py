@@ -19,7 +19,7 @@ from benchmarks.arena import Arena, Refused
 from benchmarks.machine import describe
 
 # Seconds per case and quantity; fewest and most turns.
-QUICK, FULL = (1.2, (5, 30)), (6.0, (9, 60))
+QUICK, FULL = (1.0, (5, 30)), (6.0, (9, 60))
 
 _refused: list[dict[str, str]] = []
 _rates: list[tuple[dict[str, float], float]] = []

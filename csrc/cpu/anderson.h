@@ -106,11 +106,10 @@ class RowSolver {
       }
       if (!in_place) map_.admit(moves);
       if (!map_.first_is_free()) {
-        move_lanes(moves, start_, z_, d_);
+        move_lanes(moves, d_, start_, z_);
         continue;
       }
-      move_lanes(moves, start_, images_ + n_ * slot, d_);
-      move_lanes(moves, start_, residuals_ + n_ * slot, d_);
+      move_lanes(moves, d_, start_, images_ + n_ * slot, residuals_ + n_ * slot);
       for (int k = 0; k < moves.count; ++k) {
         const int l = moves.to[k];
         gram_[slot][slot][l / W][l % W] = ff_[l / W][l % W] = square_of_start_[moves.from[k]];

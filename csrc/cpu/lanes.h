@@ -76,11 +76,12 @@ struct LaneMoves {
   }
 };
 
-template <class T, int NV>
-void move_lanes(const LaneMoves<T, NV>& moves, const T* from, T* to, int64_t d) {
+// Into one tile or several.
+template <class T, int NV, class... Tile>
+void move_lanes(const LaneMoves<T, NV>& moves, int64_t d, const T* from, Tile*... to) {
   constexpr int W = kLanes<T>, R = NV * W;
   if (moves.whole_tile) {
-    std::memcpy(to, from, sizeof(T) * d * R);
+    (std::memcpy(to, from, sizeof(T) * d * R), ...);
     return;
   }
 #if defined(__GNUC__) && !defined(__clang__)
@@ -90,14 +91,14 @@ void move_lanes(const LaneMoves<T, NV>& moves, const T* from, T* to, int64_t d) 
       const Vec<T> a = load(from + o), b = load(from + o + R - W);
       for (int v = 0; v < NV; ++v) {
         const Vec<T> moved = __builtin_shuffle(a, b, moves.source[v]);
-        store(to + o + v * W, moves.flag[v] > zero ? moved : load(to + o + v * W));
+        (store(to + o + v * W, moves.flag[v] > zero ? moved : load(to + o + v * W)), ...);
       }
     }
     return;
   }
 #endif
   for (int64_t o = 0; o < d * R; o += R)
-    for (int k = 0; k < moves.count; ++k) to[o + moves.to[k]] = from[o + moves.from[k]];
+    for (int k = 0; k < moves.count; ++k) ((to[o + moves.to[k]] = from[o + moves.from[k]]), ...);
 }
 
 // Lanes that have a row get its values, the others keep what they hold.

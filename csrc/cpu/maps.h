@@ -58,7 +58,7 @@ class CellMap {
     finish(start, nullptr);
   }
 
-  void admit(const LaneMoves<T, NV>& moves) { move_lanes(moves, next_x_, x_, d_); }
+  void admit(const LaneMoves<T, NV>& moves) { move_lanes(moves, d_, next_x_, x_); }
 
   void operator()(const T* z, T* f) {
     product<T, NV>(w_.w1, z, w_.b1, nullptr, hidden_, d_);
@@ -183,9 +183,9 @@ class FuseMap {
   }
 
   void admit(const LaneMoves<T, NV>& moves) {
-    move_lanes(moves, next_x_, x_, d_);
-    move_lanes(moves, next_constant_, constant_, d_);
-    if (mask_rows_) move_lanes(moves, next_mask_, mask_, d_);
+    move_lanes(moves, d_, next_x_, x_);
+    move_lanes(moves, d_, next_constant_, constant_);
+    if (mask_rows_) move_lanes(moves, d_, next_mask_, mask_);
   }
 
   void operator()(const T* z, T* f) {

@@ -22,6 +22,7 @@ LABELS = {
     "deq": "DEQ Fusion",
     "deq without dropout": "DEQ Fusion, no dropout in the fuse map",
     "released": "concatenation, trained as released",
+    "deq released": "DEQ Fusion, trained as released",
 }
 COMPARED = ("concat", "deq")  # for every set of views
 ACCURACY = "Test accuracy per set of views"
@@ -202,6 +203,11 @@ def _reading(
         ("deq without dropout", "deq", "Without dropout in the fuse map DEQ Fusion changes by"),
         ("deq without dropout", "concat", "Without it, it differs from concatenation by"),
         ("released", "concat", "MM-Dynamics trained as released differs from concatenation by"),
+        (
+            "deq released",
+            "released",
+            "DEQ Fusion in its place, trained likewise, differs from it by",
+        ),
     )
     for ours, theirs, text in compared:
         if (whole, ours) in pairs:
@@ -341,6 +347,6 @@ def _method(
         "accuracy (every "
         f"{settings['evaluate_every']} epochs, the validation loss deciding ties) is tested once. "
         "The code released with MM-Dynamics trains on all training rows and saves the last epoch; "
-        "the row trained as released does so too. The code of DEQ Fusion (BRCA) trains on all "
+        "the rows trained as released do so too. The code of DEQ Fusion (BRCA) trains on all "
         "training rows and keeps the epoch of best *test* score.",
     )
