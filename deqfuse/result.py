@@ -68,8 +68,8 @@ class SolveInfo:
     fuse: BlockInfo  # (...)
     cells: BlockInfo | None  # (N, ...); None for DEQ, which has a single block
     backend: str  # the backend that ran, never "auto"
-    # Each gives (f, z*) of one kind of block, for the Jacobian measurements below. () where every
-    # block is in closed form (J = 0), None where nothing was kept to measure.
+    # Each gives (f, z*) of one kind of block, for the Jacobian measurements below. () where there
+    # is no equilibrium or it is in closed form (J = 0), None where nothing was kept to measure.
     blocks: tuple[Callable[[], Any], ...] | None = field(default=(), repr=False, compare=False)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -129,12 +129,13 @@ class SolveInfo:
         Differentiable where gradients are on, a plain number under ``torch.no_grad()``. The
         equilibrium is held constant (its own dependence on the parameters is not followed), as in
         the authors' released code; in the loss it keeps the layer contractive in training. One
-        double VJP per probe and block, on the reference path. Blocks in closed form count as 0;
-        with ``weight_tied_steps`` it is the Jacobian of one more step.
+        double VJP per probe and block, on the reference path. Blocks in closed form count as 0,
+        and so does ``ProFusion(steps=)``; with ``weight_tied_steps`` it is the Jacobian of one more
+        step.
 
         Raises:
             RuntimeError: the solve or this call under ``torch.inference_mode()``; or this record
-                keeps nothing to measure (a copy; ``ProFusion`` in steps).
+                is a copy, which keeps nothing to measure.
         """
         from deqfuse.diagnostics.jacobian import jacobian_penalty
 
@@ -161,7 +162,6 @@ class SolveInfo:
         if self.blocks is None:
             raise RuntimeError(
                 f"{what}: expected the record that forward returned, got a copy of it (pickle, "
-                "deepcopy) or one of ProFusion in steps, which keep the statistics only. Remedy: "
-                "measure before copying; ProFusion(solver=...)"
+                "deepcopy), which keeps the statistics only. Remedy: measure before copying"
             )
         return [block() for block in self.blocks]

@@ -191,7 +191,7 @@ class ProFusion(nn.Module):
             new = contexts[-1].detach().flatten(1)
             old = contexts[-2].detach().flatten(1) if len(contexts) > 1 else torch.zeros_like(new)
             block = last_step(old, new, Anderson(), len(contexts))
-            return SolveInfo(block, None, "reference", None)
+            return SolveInfo(block, None, "reference")  # no equilibrium: no block has a Jacobian
 
         return contexts, info
 
