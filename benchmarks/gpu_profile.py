@@ -58,7 +58,7 @@ def work(problem: Problem, answer: Answer, tol: float) -> dict[str, Work]:
     b, n, d, m = case.rows, case.modalities, case.dim, case.m
     plane, square = 4.0 * b * d, 4.0 * d * d
     solver = Anderson(tol=tol, max_iter=MAX_ITER, m=m)
-    whole = cuda.one_launch(d, case.num_groups, torch.float32, solver)
+    whole = cuda.one_launch(problem.features[0], case.num_groups, solver)
     cells, fuse = answer.nfe_cells.double().cpu(), answer.nfe_fuse.double().cpu()
     total = floor.forward_flops(case, answer)
     own = 4.0 * d * d * float((cells - 1).clamp_min(0).sum())
