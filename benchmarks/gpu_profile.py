@@ -35,7 +35,7 @@ KINDS = {
     "fuse": r"_solve_fuse_kernel|_purify_combine_kernel|_gate_constant_kernel",
     "anderson": r"_anderson_step_kernel",
     "adjoint": r"adjoint_\w+_kernel|vector_gradient_kernel|_vjp_kernel",
-    "weight gradients": r"gemm|cutlass|cublas",
+    "weight gradients": r"gemm|cutlass|cublas|nvjet",
     "packing and the rest": r"",
 }
 REPEATS = 10
@@ -65,10 +65,10 @@ def work(problem: Problem, answer: Answer, tol: float) -> dict[str, Work]:
     if whole:  # features in, equilibria out; the fuse solve also adds up and copies
         moved = 2 * n * plane + 2 * n * square, (2 * n + 3) * plane + 2 * square
         steps = {}
-    else:  # z, x (and the gate's constant) in, f out; weights once per launch
+    else:  # z, x (and the gate's constant) in, a row between two launches, f; weights per launch
         moved = (
-            3 * 4 * d * float(cells.sum()) + 2 * n * square * float(cells.max()),
-            4 * 4 * d * float(fuse.sum()) + 2 * square * float(fuse.max()) + 2 * plane + square,
+            5 * 4 * d * float(cells.sum()) + 2 * n * square * float(cells.max()),
+            6 * 4 * d * float(fuse.sum()) + 2 * square * float(fuse.max()) + 2 * plane + square,
         )
         steps = {"anderson": Work(0.0, anderson_bytes(torch.cat([cells.flatten(), fuse]), d, m))}
     gradients = 4.0 * d * d * b * (n + 1)

@@ -329,6 +329,7 @@ def test_profile(
         "void deqfuse::gpu::adjoint_stage_kernel<deqfuse::gpu::CellTile, float>(p)": "adjoint",
         "_purify_combine_vjp_kernel": "adjoint",
         "sm90_xmma_gemm_f32f32": "weight gradients",
+        "nvjet_tst_128x64": "weight gradients",
         "Memcpy DtoD": "packing and the rest",
     }
 
