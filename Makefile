@@ -9,7 +9,7 @@
 #   ARGS='...'              passed on to `deqfuse demo` or to pytest
 
 PYTHON ?= python3
-VENV ?= $(if $(filter gpu,$(MAKECMDGOALS)),none,.venv)
+VENV ?= $(if $(filter gpu gpu-test gpu-bench,$(MAKECMDGOALS)),none,.venv)
 CONSTRAINTS := constraints-dev.txt
 PINNED := $(shell grep -o '^torch==[^ ]*' $(CONSTRAINTS))
 TORCH ?= $(PINNED)
@@ -24,7 +24,7 @@ SETUP := $(VENV)/.installed
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-full lint bench bench-full gpu has-gpu sanitize clean check-python use-python module
+.PHONY: help demo test test-full lint bench bench-full gpu gpu-test gpu-bench has-gpu sanitize clean check-python use-python module
 
 help:
 	@echo "make demo       train on real data, write deqfuse-report/    ARGS='--help' lists its options"
@@ -34,7 +34,8 @@ help:
 	@echo "make bench      speed, memory and convergence against others (5 minutes); writes README.md's table"
 	@echo "make bench-full the same for every case, regime and sweep; takes long"
 	@echo "make gpu        on an NVIDIA GPU: build, tests, compute-sanitizer, profile, benchmarks, in parts"
-	@echo "                PART='tests profile' picks, LIMIT=570 ends in time, AGAIN=1 repeats, GPU_OUT=folder"
+	@echo "                PART='tests profile' picks, LIMIT=540 ends in time, AGAIN=1 repeats, GPU_OUT=folder"
+	@echo "make gpu-test   its build and tests only    make gpu-bench  its build and benchmarks only"
 	@echo "make sanitize   the C++ kernels under ASan and UBSan (a minute)   SANITIZE=thread for others"
 	@echo "make clean      remove what builds and tools left; .venv and reports stay"
 	@echo "Options: PYTHON=..., VENV=..., TORCH=..., explained at the top of Makefile"
@@ -89,6 +90,11 @@ PART ?=
 GPU_OUT ?= build/gpu
 gpu: has-gpu $(SETUP)
 	@$(PY) -m tools.gpu_proof $(PART) --out $(GPU_OUT) $(if $(LIMIT),--limit $(LIMIT)) $(if $(AGAIN),--again)
+
+# The build first: it is done once, and without it CUDA's tests are skipped.
+gpu-test: PART := build tests
+gpu-bench: PART := build bench
+gpu-test gpu-bench: gpu
 
 has-gpu: check-python
 	@$(BASE) -m tools.gpu_proof --check

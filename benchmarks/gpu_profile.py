@@ -35,7 +35,7 @@ KINDS = {
     "fuse": r"_solve_fuse_kernel|_purify_combine_kernel|_gate_constant_kernel",
     "anderson": r"_anderson_step_kernel",
     "adjoint": r"adjoint_\w+_kernel|vector_gradient_kernel|_vjp_kernel",
-    "weight gradients": r"gemm|cutlass|cublas",
+    "weight gradients": r"gemm|cutlass|cublas|nvjet",
     "packing and the rest": r"",
 }
 REPEATS = 10
@@ -58,17 +58,17 @@ def work(problem: Problem, answer: Answer, tol: float) -> dict[str, Work]:
     b, n, d, m = case.rows, case.modalities, case.dim, case.m
     plane, square = 4.0 * b * d, 4.0 * d * d
     solver = Anderson(tol=tol, max_iter=MAX_ITER, m=m)
-    whole = cuda.one_launch(d, case.num_groups, torch.float32, solver)
+    whole = cuda.one_launch(problem.features[0], case.num_groups, solver)
     cells, fuse = answer.nfe_cells.double().cpu(), answer.nfe_fuse.double().cpu()
     total = floor.forward_flops(case, answer)
     own = 4.0 * d * d * float((cells - 1).clamp_min(0).sum())
     if whole:  # features in, equilibria out; the fuse solve also adds up and copies
         moved = 2 * n * plane + 2 * n * square, (2 * n + 3) * plane + 2 * square
         steps = {}
-    else:  # z, x (and the gate's constant) in, f out; weights once per launch
+    else:  # z, x (and the gate's constant) in, a row between two launches, f; weights per launch
         moved = (
-            3 * 4 * d * float(cells.sum()) + 2 * n * square * float(cells.max()),
-            4 * 4 * d * float(fuse.sum()) + 2 * square * float(fuse.max()) + 2 * plane + square,
+            5 * 4 * d * float(cells.sum()) + 2 * n * square * float(cells.max()),
+            6 * 4 * d * float(fuse.sum()) + 2 * square * float(fuse.max()) + 2 * plane + square,
         )
         steps = {"anderson": Work(0.0, anderson_bytes(torch.cat([cells.flatten(), fuse]), d, m))}
     gradients = 4.0 * d * d * b * (n + 1)

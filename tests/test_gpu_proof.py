@@ -89,6 +89,32 @@ def test_a_part_that_takes_too_long_is_stopped_with_its_children(
         time.sleep(0.05)
 
 
+STOPPED = """
+import sys
+from pathlib import Path
+from tools import gpu_proof
+from tools.gpu_parts import Part
+child = "import os, sys, time; open(sys.argv[1], 'w').write(str(os.getpid())); time.sleep(100)"
+folder = Path(sys.argv.pop())
+gpu_proof.find_gpu = lambda: {"name": "some GPU", "torch": "2.11.0"}
+command = [sys.executable, "-c", child, str(folder / "pid")]
+gpu_proof.all_parts = lambda *_: [Part("a", [command])]
+sys.argv[1:] = ["--out", str(folder)]
+sys.exit(gpu_proof.main())
+"""
+
+
+def test_a_runner_that_is_terminated_leaves_no_child(tmp_path: Path) -> None:
+    runner = subprocess.Popen([sys.executable, "-c", STOPPED, str(tmp_path)], cwd=ROOT)
+    pid, end = tmp_path / "pid", time.monotonic() + 60
+    while not (pid.exists() and pid.read_text()):
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    runner.terminate()
+    assert runner.wait(30) == 143
+    assert not alive(int(pid.read_text()))
+
+
 def alive(process: int) -> bool:
     try:
         stat = Path(f"/proc/{process}/stat").read_text()
@@ -132,7 +158,7 @@ def test_a_log_without_the_proof_is_a_failure(tmp_path: Path) -> None:
 
 def test_tests_that_are_all_skipped_prove_nothing(tmp_path: Path) -> None:
     tests = [p for p in gpu_parts.all_parts(tmp_path, GPU) if p.name.startswith("tests-")]
-    assert len(tests) == 5
+    assert len(tests) == 8
     for says in {part.says for part in tests}:
         for line, status in (("89 skipped in 7s", "failed"), ("3 passed, 1 skipped", "passed")):
             part = Part("a", python(f"print('=== {line} ===')"), says=says)
@@ -151,6 +177,7 @@ def test_commands_all_run_and_one_that_fails_counts(tmp_path: Path) -> None:
 
 def run_main(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     monkeypatch.setattr("sys.argv", ["gpu_proof", *arguments])
+    monkeypatch.setattr(gpu_proof.signal, "signal", lambda *_: None)  # pytest keeps its own
     return gpu_proof.main()
 
 
@@ -165,7 +192,12 @@ def test_summary_and_exit_status(
     monkeypatch.setattr(gpu_proof, "find_gpu", lambda: GPU)
     monkeypatch.setattr(gpu_proof, "all_parts", lambda *_: parts)
     out = ["--out", str(tmp_path)]
-    assert run_main(monkeypatch, *out, "tests", "ncu") == 0, "ncu is optional"
+    assert run_main(monkeypatch, *out, "tests") == 0
+    assert run_main(monkeypatch, *out, "tests", "ncu") == 1, "asked for by name"
+    parts[1] = counting(tmp_path, "bench")
+    assert run_main(monkeypatch, *out) == 0, "ncu is optional"
+    (tmp_path / "state.json").unlink()
+    parts[1] = counting(tmp_path, "bench", 1)
     assert run_main(monkeypatch, *out) == 1
     text = (tmp_path / "summary.md").read_text()
     assert text in capsys.readouterr().out
@@ -191,8 +223,9 @@ def test_without_a_gpu_nothing_is_run(tmp_path: Path) -> None:
 
 
 def test_another_source_or_gpu_is_another_proof(tmp_path: Path) -> None:
-    shutil.copy(ROOT / "setup.py", tmp_path)
-    for folder in gpu_proof.SOURCES[:-1]:
+    for file in ("setup.py", "pyproject.toml"):
+        shutil.copy(ROOT / file, tmp_path)
+    for folder in gpu_proof.FOLDERS:
         (tmp_path / folder).mkdir()
     key = gpu_proof.key_of(GPU, tmp_path)
     assert key == gpu_proof.key_of(dict(GPU), tmp_path)
@@ -201,6 +234,9 @@ def test_another_source_or_gpu_is_another_proof(tmp_path: Path) -> None:
     assert key == gpu_proof.key_of(GPU, tmp_path)
     (tmp_path / "csrc" / "new.cuh").write_text("// new")
     assert key != gpu_proof.key_of(GPU, tmp_path)
+    key = gpu_proof.key_of(GPU, tmp_path)
+    (tmp_path / "csrc" / "new.cuh").rename(tmp_path / "csrc" / "newer.cuh")
+    assert key != gpu_proof.key_of(GPU, tmp_path), "the same text elsewhere"
 
 
 def test_parts_name_what_there_is(tmp_path: Path) -> None:
@@ -293,6 +329,7 @@ def test_profile(
         "void deqfuse::gpu::adjoint_stage_kernel<deqfuse::gpu::CellTile, float>(p)": "adjoint",
         "_purify_combine_vjp_kernel": "adjoint",
         "sm90_xmma_gemm_f32f32": "weight gradients",
+        "nvjet_tst_128x64": "weight gradients",
         "Memcpy DtoD": "packing and the rest",
     }
 

@@ -7,6 +7,7 @@ cannot do both. ``TRITON_INTERPRET=1 pytest tests/test_triton_steps.py`` runs a 
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -23,14 +24,26 @@ INTERPRETED = (
     "test_triton_gpu_steps.py",
     "test_triton_adjoint.py",
 )
+SLOW = (
+    "test_triton_steps.py",
+    "test_triton_solve.py",
+    "test_triton_gpu.py",
+    "test_triton_gpu_steps.py",
+)
 interpreted_already = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @pytest.mark.triton
 @pytest.mark.skipif(interpreted_already, reason="this process is under the interpreter already")
-@pytest.mark.parametrize("file", INTERPRETED)
-def test_under_the_interpreter(file: str, request: pytest.FixtureRequest) -> None:
-    marks = request.config.getoption("markexpr") or "not slow"
+@pytest.mark.parametrize(
+    ("file", "marks"),
+    [
+        *((file, "not slow") for file in INTERPRETED),
+        *(pytest.param(file, "slow", marks=pytest.mark.slow) for file in SLOW),
+    ],
+)
+def test_under_the_interpreter(file: str, marks: str) -> None:
+    """Their slow tests are run by slow ones of this file: by ``-m slow``, and without ``-m``."""
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-m", marks, "--tb=short", HERE / file],
         env={**os.environ, "TRITON_INTERPRET": "1"},
@@ -43,11 +56,13 @@ def test_under_the_interpreter(file: str, request: pytest.FixtureRequest) -> Non
 
 
 def test_every_interpreted_file_is_run() -> None:
+    """And those with slow tests once more, for these."""
     shared = ("from test_triton_cases", "from gpu_cases")
-    files = {
-        p.name for p in HERE.glob("test_triton*.py") if any(s in p.read_text() for s in shared)
-    }
+    texts = {p.name: p.read_text() for p in HERE.glob("test_triton*.py")}
+    files = {name for name, text in texts.items() if any(s in text for s in shared)}
     assert files == set(INTERPRETED) | {Path(__file__).name}
+    slow = re.compile("mark.slow|WIDE|PATHS|LONG_REHEARSAL")
+    assert {name for name in INTERPRETED if slow.search(texts[name])} == set(SLOW)
 
 
 def test_importing_deqfuse_does_not_import_triton() -> None:

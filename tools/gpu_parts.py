@@ -5,11 +5,12 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 PYTHON = sys.executable
@@ -64,8 +65,8 @@ def all_parts(out: Path, gpu: dict[str, str]) -> list[Part]:
             modules=["pytest"],
             says=PASSED,
         ),
-        Part("tests-again", [[*pytest, "-m", "gpu", "tests"]], modules=["pytest"], says=PASSED),
     ]
+    tests += [replace(part, name=part.name.replace("-", "-again-")) for part in tests]
     kernels = [PYTHON, "-m", "tools.gpu_kernels"]
     sanitizer = find_program("compute-sanitizer") or "compute-sanitizer"
     sanitizers = [
@@ -132,18 +133,21 @@ def find_program(name: str) -> str | None:
 
 
 def _globbed(folder: str, pattern: str) -> list[str]:
-    return sorted(map(str, Path(folder).glob(pattern)), reverse=True)
+    """Newest version first: cuda-12.10 before cuda-12.9."""
+    found = map(str, Path(folder).glob(pattern))
+    return sorted(found, key=lambda path: [int(n) for n in re.findall(r"\d+", path)], reverse=True)
 
 
 def find_gpu() -> dict[str, str] | str:
-    """Name, compute capability and torch of the first GPU, or why there is none.
+    """Name and compute capability of the first GPU, and what compiles for it, or why there is none.
 
     Asked in a process of its own, so that none of the GPU's memory is taken here.
     """
     ask = (
-        "import torch, json; ok = torch.cuda.is_available(); "
+        "import torch, json, importlib.metadata as m; ok = torch.cuda.is_available(); "
         "why = 'sees none' if torch.version.cuda else 'is built without CUDA'; "
         "print(json.dumps({'name': torch.cuda.get_device_name(), 'torch': torch.__version__, "
+        "'triton': next((d.version for d in m.distributions(name='triton')), 'none'), "
         "'capability': '.'.join(map(str, torch.cuda.get_device_capability()))} if ok "
         "else f'torch {torch.__version__} {why}'))"
     )
@@ -151,6 +155,9 @@ def find_gpu() -> dict[str, str] | str:
     if answer.returncode != 0:
         return f"{PYTHON} cannot ask torch: {(answer.stderr.strip() or '?').splitlines()[-1]}"
     found: dict[str, str] | str = json.loads(answer.stdout.splitlines()[-1])
+    if isinstance(found, dict) and (nvcc := find_program("nvcc")):
+        said = subprocess.run([nvcc, "--version"], capture_output=True, text=True)
+        found["nvcc"] = said.stdout.strip()
     return found
 
 
