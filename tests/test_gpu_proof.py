@@ -213,7 +213,9 @@ def test_summary_and_exit_status(
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 def test_without_a_gpu_nothing_is_run(tmp_path: Path) -> None:
     command = ["make", "gpu", f"PYTHON={sys.executable}", f"GPU_OUT={tmp_path / 'out'}"]
-    run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    # The tests may themselves be run by make, which would hand its options on.
+    alone = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
+    run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=alone)
     assert run.returncode == 2
     assert run.stdout == ""
     said = run.stderr.splitlines()
