@@ -126,7 +126,7 @@ def problem(**changes) -> Problem:
         ({"solver": Broyden()}, "not Broyden"),
         ({"solver": Anderson(m=9)}, r"at most 8 residuals, not Anderson\(m=9\)"),
         ({"adjoint": Unrolled()}, "as Unrolled asks"),
-        ({"dim": 4096, "num_groups": 2}, "at most 1024 channels, not 2048"),
+        ({"dim": 4096, "num_groups": 2}, "at most 256 channels, not 2048"),
     ],
     ids=repr,
 )

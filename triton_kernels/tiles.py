@@ -15,7 +15,7 @@ import torch
 
 FUSED_WIDTH = 128  # widest tile, in columns, that holds all features of a row and two weights
 MAX_HISTORY = 5  # residuals that the whole-solve kernel keeps in registers
-MAX_GROUP = 1024  # channels of a group, which one tile must hold
+MAX_GROUP = 256  # channels of a group, which one tile must hold: what is compiled and tabled
 MAX_STEP_HISTORY = 8  # and that the Anderson step combines
 SHARED_BYTES = 166_912  # shared memory of a block on sm_80
 TF32_TOL = 1e-4  # what solves with TF32 products reach; docs/kernels-gpu.md
