@@ -63,16 +63,17 @@ class AdjointBase {
 // What the parameters' gradients are made of: for each of the block's two matrices the rows of the cotangent of its
 // product and of the vector that it multiplied; for all its vectors their gradients from this tile, (kSums, d), in the
 // order of the parameters.
-template <class T>
+template <class T, int NV>
 struct GradientParts {
-  Panels<T> cotangent[2], input[2];
+  Cotangents<T, NV> cotangent[2];
+  Inputs<T, NV> input[2];
   T* sums;
 };
 
-template <class T>
+template <class T, int NV>
 struct CellAdjointWeights {
-  CellWeights<T> forward;
-  Blocked<T> w1_transposed, w2_transposed;
+  CellWeights<T, NV> forward;
+  typename TransposedForm<T, NV>::Matrix w1_transposed, w2_transposed;
 };
 
 template <class T, int NV>
@@ -83,28 +84,29 @@ class CellAdjoint : public AdjointBase<T, NV> {
 
  public:
   static constexpr int kSums = 8;
-  static int64_t tiles(int64_t d, int64_t groups) { return 10 + (3 * groups + d - 1) / d; }
+  static int64_t tiles(int64_t d, int64_t groups) { return 10 + work_tiles(d) + (3 * groups + d - 1) / d; }
 
-  CellAdjoint(const CellAdjointWeights<T>& w, const T* z, const T* x, const T* g, int64_t d, int64_t groups, T* memory)
+  CellAdjoint(const CellAdjointWeights<T, NV>& w, const T* z, const T* x, const T* g, int64_t d, int64_t groups, T* memory)
       : w_(w), z_rows_(z), x_rows_(x), g_rows_(g), d_(d), groups_(groups) {
     T** slots[] = {&this->g_, &z_, &h_, &e_, &xh1_, &xh2_, &xh3_, &de_, &dy2_, &dn1_};
     for (T** slot : slots) {
       *slot = memory;
       memory += d * R;
     }
-    rstd_ = memory;
+    work_ = memory;
+    rstd_ = memory + work_tiles(d) * d * R;
   }
 
   void stage(const LaneRows<R>& rows, T* start, bool) {
-    const CellWeights<T>& f = w_.forward;
+    const CellWeights<T, NV>& f = w_.forward;
     this->load_rhs(g_rows_, rows, tiles(d_, groups_), d_);
     std::memcpy(start, this->g_, sizeof(T) * d_ * R);
     rows_to_lanes<T, NV>(z_rows_, rows, z_, d_);
     rows_to_lanes<T, NV>(x_rows_, rows, de_, d_);
-    product<T, NV>(f.w1, z_, f.b1, nullptr, dn1_, d_);
+    product<T, NV>(f.w1, z_, work_, f.b1, nullptr, dn1_, d_);
     normalise<T, NV>(dn1_, xh1_, rstd_, d_, groups_, false);
     affine(xh1_, f.g1, f.c1, nullptr, h_, true);
-    product<T, NV>(f.w2, h_, f.b2, de_, dn1_, d_);
+    product<T, NV>(f.w2, h_, work_, f.b2, de_, dn1_, d_);
     normalise<T, NV>(dn1_, xh2_, rstd_ + groups_ * R, d_, groups_, false);
     affine(xh2_, f.g2, f.c2, f.skip ? z_ : nullptr, e_, false);
     normalise<T, NV>(e_, xh3_, rstd_ + 2 * groups_ * R, d_, groups_, true);
@@ -112,18 +114,18 @@ class CellAdjoint : public AdjointBase<T, NV> {
 
   void operator()(const T* u, T* f) {
     pull(u);
-    product<T, NV>(w_.w1_transposed, dn1_, nullptr, w_.forward.skip ? de_ : nullptr, f, d_);
+    product<T, NV>(w_.w1_transposed, dn1_, work_, nullptr, w_.forward.skip ? de_ : nullptr, f, d_);
     this->add_rhs(f, d_);
   }
 
   // After the solve: the cotangents of this tile's rows, and what the parameters' gradients need of them, if anything.
-  void finish(const T* solution, const LaneRows<R>& rows, T* dx, const GradientParts<T>* parts) {
+  void finish(const T* solution, const LaneRows<R>& rows, T* dx, const GradientParts<T, NV>* parts) {
     T* u = this->g_;  // the right-hand side is no longer needed
     this->load_solution(solution, rows, d_, u);
     pull_norms(u);
     lanes_to_rows<T, NV>(dy2_, nullptr, rows, dx, d_);
     if (parts == nullptr) return;
-    product<T, NV>(w_.w2_transposed, dy2_, nullptr, nullptr, dn1_, d_);
+    product<T, NV>(w_.w2_transposed, dy2_, work_, nullptr, nullptr, dn1_, d_);
     for (int64_t o = 0; o < d_ * R; o += W) store(dn1_ + o, load(h_ + o) > Vec<T>{} ? load(dn1_ + o) : Vec<T>{});
     T* sums = parts->sums;
     norm_sums<T, NV>(dn1_, xh1_, sums + 2 * d_, sums + 3 * d_, d_);
@@ -132,23 +134,23 @@ class CellAdjoint : public AdjointBase<T, NV> {
     group_norm_backward<T, NV>(dn1_, nullptr, w_.forward.g1, xh1_, rstd_, nullptr, dn1_, d_, groups_);
     row_sums<T, NV>(dn1_, sums, d_);
     row_sums<T, NV>(dy2_, sums + d_, d_);
-    lanes_to_panels<T, NV>(dn1_, rows, d_, parts->cotangent[0]);
-    lanes_to_panels<T, NV>(z_, rows, d_, parts->input[0]);
-    lanes_to_panels<T, NV>(dy2_, rows, d_, parts->cotangent[1]);
-    lanes_to_panels<T, NV>(h_, rows, d_, parts->input[1]);
+    parts->cotangent[0].take(dn1_, rows);
+    parts->input[0].take(z_, rows);
+    parts->cotangent[1].take(dy2_, rows);
+    parts->input[1].take(h_, rows);
   }
 
  private:
   // Cotangents at GN2's output (de), W2's output (dy2) and W1's output (left in dn1_).
   void pull(const T* u) {
     pull_norms(u);
-    product<T, NV>(w_.w2_transposed, dy2_, nullptr, nullptr, dn1_, d_);
+    product<T, NV>(w_.w2_transposed, dy2_, work_, nullptr, nullptr, dn1_, d_);
     group_norm_backward<T, NV>(dn1_, h_, w_.forward.g1, xh1_, rstd_, nullptr, dn1_, d_, groups_);
   }
 
   // The first two of them, both norms of a group while it is in the cache.
   void pull_norms(const T* u) {
-    const CellWeights<T>& f = w_.forward;
+    const CellWeights<T, NV>& f = w_.forward;
     const int64_t width = d_ / groups_;
     for (int64_t g = 0, at = 0; g < groups_; ++g, at += width) {
       const int64_t o = at * R;
@@ -168,16 +170,16 @@ class CellAdjoint : public AdjointBase<T, NV> {
       }
   }
 
-  const CellAdjointWeights<T> w_;
+  const CellAdjointWeights<T, NV> w_;
   const T *z_rows_, *x_rows_, *g_rows_;
   const int64_t d_, groups_;
-  T *z_, *h_, *e_, *xh1_, *xh2_, *xh3_, *de_, *dy2_, *dn1_, *rstd_;
+  T *z_, *h_, *e_, *xh1_, *xh2_, *xh3_, *de_, *dy2_, *dn1_, *work_, *rstd_;
 };
 
-template <class T>
+template <class T, int NV>
 struct FuseAdjointWeights {
-  FuseWeights<T> forward;
-  Blocked<T> gate_transposed, fuse_transposed;
+  FuseWeights<T, NV> forward;
+  typename TransposedForm<T, NV>::Matrix gate_transposed, fuse_transposed;
 };
 
 template <class T, int NV>
@@ -188,29 +190,30 @@ class FuseAdjoint : public AdjointBase<T, NV> {
 
  public:
   static constexpr int kSums = 4;
-  static int64_t tiles(int64_t d, int64_t groups) { return 11 + (groups + d - 1) / d; }
+  static int64_t tiles(int64_t d, int64_t groups) { return 11 + work_tiles(d) + (groups + d - 1) / d; }
 
-  FuseAdjoint(const FuseAdjointWeights<T>& w, const T* z, const FuseRows<T>& from, const T* mask, const T* g, int64_t d,
+  FuseAdjoint(const FuseAdjointWeights<T, NV>& w, const T* z, const FuseRows<T>& from, const T* mask, const T* g, int64_t d,
               int64_t groups, T* memory)
       : w_(w), from_(from), z_rows_(z), mask_rows_(mask), g_rows_(g), d_(d), groups_(groups) {
-    T** slots[] = {&this->g_, &z_, &input_, &gate_, &q_, &sign_, &xh_, &mask_, &de_, &dq_, &work_};
+    T** slots[] = {&this->g_, &z_, &input_, &gate_, &q_, &sign_, &xh_, &mask_, &de_, &dq_, &gated_};
     for (T** slot : slots) {
       *slot = memory;
       memory += d * R;
     }
-    rstd_ = memory;
+    work_ = memory;
+    rstd_ = memory + work_tiles(d) * d * R;
   }
 
   void stage(const LaneRows<R>& rows, T* start, bool) {
-    const FuseWeights<T>& f = w_.forward;
+    const FuseWeights<T, NV>& f = w_.forward;
     this->load_rhs(g_rows_, rows, tiles(d_, groups_), d_);
     std::memcpy(start, this->g_, sizeof(T) * d_ * R);
     rows_to_lanes<T, NV>(z_rows_, rows, z_, d_);
     from_.template cell_sum_to_lanes<NV>(rows, d_, input_, q_);
-    from_.template x_to_lanes<NV>(rows, d_, work_, q_);
+    from_.template x_to_lanes<NV>(rows, d_, gated_, q_);
     if (mask_rows_) rows_to_lanes<T, NV>(mask_rows_, rows, mask_, d_);
     for (int64_t o = 0; o < d_ * R; o += W) store(input_ + o, fma(splat(f.modalities), load(z_ + o), load(input_ + o)));
-    product<T, NV>(f.gate, input_, nullptr, nullptr, gate_, d_);
+    product<T, NV>(f.gate, input_, work_, nullptr, nullptr, gate_, d_);
     for (int64_t i = 0; i < d_; ++i)
       for (int v = 0; v < NV; ++v) {
         const int64_t o = i * R + v * W;
@@ -218,9 +221,9 @@ class FuseAdjoint : public AdjointBase<T, NV> {
         store(gate_ + o, a);
         store(q_ + o, a * load(z_ + o));
       }
-    product<T, NV>(f.fuse, q_, f.fuse_bias, nullptr, sign_, d_);
+    product<T, NV>(f.fuse, q_, work_, f.fuse_bias, nullptr, sign_, d_);
     masked(sign_);
-    for (int64_t o = 0; o < d_ * R; o += W) store(sign_ + o, load(sign_ + o) + load(work_ + o));
+    for (int64_t o = 0; o < d_ * R; o += W) store(sign_ + o, load(sign_ + o) + load(gated_ + o));
     normalise<T, NV>(sign_, xh_, rstd_, d_, groups_, !f.relu_last);
     if (!f.relu_last) return;
     for (int64_t i = 0; i < d_; ++i)
@@ -235,33 +238,33 @@ class FuseAdjoint : public AdjointBase<T, NV> {
     pull_combined();
     for (int64_t o = 0; o < d_ * R; o += W) {
       const Vec<T> w = load(dq_ + o);
-      store(work_ + o, w * load(z_ + o));
+      store(gated_ + o, w * load(z_ + o));
       store(dq_ + o, w * load(gate_ + o));
     }
-    product<T, NV>(w_.gate_transposed, work_, nullptr, dq_, f, d_, w_.forward.modalities);
+    product<T, NV>(w_.gate_transposed, gated_, work_, nullptr, dq_, f, d_, w_.forward.modalities);
     this->add_rhs(f, d_);
   }
 
   // As CellAdjoint::finish; matrix 0 is the gate's.
-  void finish(const T* solution, const LaneRows<R>& rows, T* dx, T* dcell_sum, const GradientParts<T>* parts) {
+  void finish(const T* solution, const LaneRows<R>& rows, T* dx, T* dcell_sum, const GradientParts<T, NV>* parts) {
     T* u = this->g_;
     this->load_solution(solution, rows, d_, u);
     group_norm_backward<T, NV>(u, gate_in(), w_.forward.gamma, xh_, rstd_, gate_out(), de_, d_, groups_);
     lanes_to_rows<T, NV>(de_, nullptr, rows, dx, d_);  // x enters behind the mask
     pull_combined();
     for (int64_t o = 0; o < d_ * R; o += W) store(dq_ + o, load(dq_ + o) * load(z_ + o));
-    product<T, NV>(w_.gate_transposed, dq_, nullptr, nullptr, work_, d_);
-    lanes_to_rows<T, NV>(work_, nullptr, rows, dcell_sum, d_);
+    product<T, NV>(w_.gate_transposed, dq_, work_, nullptr, nullptr, gated_, d_);
+    lanes_to_rows<T, NV>(gated_, nullptr, rows, dcell_sum, d_);
     if (parts == nullptr) return;
     if (w_.forward.relu_last)
       for (int64_t o = 0; o < d_ * R; o += W) store(u + o, load(sign_ + o) > Vec<T>{} ? load(u + o) : Vec<T>{});
     row_sums<T, NV>(dq_, parts->sums, d_);
     row_sums<T, NV>(de_, parts->sums + d_, d_);
     norm_sums<T, NV>(u, xh_, parts->sums + 2 * d_, parts->sums + 3 * d_, d_);
-    lanes_to_panels<T, NV>(dq_, rows, d_, parts->cotangent[0]);
-    lanes_to_panels<T, NV>(input_, rows, d_, parts->input[0]);
-    lanes_to_panels<T, NV>(de_, rows, d_, parts->cotangent[1]);
-    lanes_to_panels<T, NV>(q_, rows, d_, parts->input[1]);
+    parts->cotangent[0].take(dq_, rows);
+    parts->input[0].take(input_, rows);
+    parts->cotangent[1].take(de_, rows);
+    parts->input[1].take(q_, rows);
   }
 
  private:
@@ -271,18 +274,18 @@ class FuseAdjoint : public AdjointBase<T, NV> {
   // From the cotangent at the norm's input (de_) to those at W_f's output (de_) and at its input (dq_).
   void pull_combined() {
     masked(de_);
-    product<T, NV>(w_.fuse_transposed, de_, nullptr, nullptr, dq_, d_);
+    product<T, NV>(w_.fuse_transposed, de_, work_, nullptr, nullptr, dq_, d_);
   }
   void masked(T* t) {
     if (mask_rows_)
       for (int64_t o = 0; o < d_ * R; o += W) store(t + o, load(t + o) * load(mask_ + o));
   }
 
-  const FuseAdjointWeights<T> w_;
+  const FuseAdjointWeights<T, NV> w_;
   const FuseRows<T> from_;
   const T *z_rows_, *mask_rows_, *g_rows_;
   const int64_t d_, groups_;
-  T *z_, *input_, *gate_, *q_, *sign_, *xh_, *mask_, *de_, *dq_, *work_, *rstd_;
+  T *z_, *input_, *gate_, *q_, *sign_, *xh_, *mask_, *de_, *dq_, *gated_, *work_, *rstd_;
 };
 
 }  // namespace DEQFUSE_ISA

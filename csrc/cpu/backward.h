@@ -31,42 +31,38 @@ void solve_tile(const P& p, Map& map, int64_t begin, int64_t end, const RowResul
   }
 }
 
-// What the adjoint of `blocks` blocks (cells, or the fuse step) of two matrices each needs beside its tiles: transposed
-// weights, and the parts of the parameters' gradients.
+// What the adjoint of `blocks` blocks (cells, or the fuse step) of two matrices each needs beside its tiles: the weights
+// and their transposes, and the parts of the parameters' gradients.
 template <class T, int NV>
 class AdjointMemory {
  public:
-  static constexpr int JR = block_rows(NV), R = NV * kLanes<T>;
+  static constexpr int R = NV * kLanes<T>;
 
   template <class P>
   AdjointMemory(const P& p, int64_t blocks, int params, int sums)
-      : d_(p.d), rows_(p.rows), blocks_(blocks), params_(params), kinds_(sums), tiles_((p.rows + R - 1) / R),
-        size_(Transposed<T, JR>::size(p.d)), in_(p.params), out_(p.dparams), transposed_(2 * blocks * size_),
-        panels_(out_ ? 2 * blocks * (a_size() + b_size()) : 0),
-        sums_(out_ ? blocks * tiles_ * sums * p.d : 0) {}
+      : straight(p.params, blocks, params, p.d), transposed(p.params, blocks, params, p.d), d_(p.d), rows_(p.rows),
+        blocks_(blocks), params_(params), kinds_(sums), tiles_((p.rows + R - 1) / R), out_(p.dparams),
+        factors_(out_ ? 2 * blocks * (a_size() + b_size()) : 0), sums_(out_ ? blocks * tiles_ * sums * p.d : 0) {}
+
+  const Matrices<T, StraightForm<T, NV>> straight;
+  const Matrices<T, TransposedForm<T, NV>> transposed;
 
   int64_t tiles() const { return tiles_; }
-  Blocked<T> transposed(int64_t block, int which) const {
-    return Transposed<T, JR>::matrix(weight(block, which), copy(block, which), d_);
-  }
-  GradientParts<T> parts(int64_t block, int64_t tile) const {
-    GradientParts<T> out;
+  GradientParts<T, NV> parts(int64_t block, int64_t tile) const {
+    GradientParts<T, NV> out;
     for (int which = 0; which < 2; ++which) {
-      T* p = panels_.get() + (2 * block + which) * (a_size() + b_size());
-      out.input[which] = {p, rows_, R};  // first: it is read by aligned vectors
-      out.cotangent[which] = {p + b_size(), rows_, JR};
+      T* p = factors_.get() + (2 * block + which) * (a_size() + b_size());
+      out.cotangent[which] = {p, rows_, d_};
+      out.input[which] = {p + a_size(), rows_, d_};
     }
     out.sums = sums_.get() + (block * tiles_ + tile) * kinds_ * d_;
     return out;
   }
 
-  void transpose_weights(int threads, ParallelFor parallel) const {
-    if (size_ == 0) return;
-    const int64_t step = round_up(64, JR), pieces = (d_ + step - 1) / step;
-    run_tasks(2 * blocks_ * pieces, threads, parallel, [&](int64_t t) {
-      const int64_t block = t / pieces / 2, begin = t % pieces * step, end = begin + step < d_ ? begin + step : d_;
-      const int which = int(t / pieces % 2);
-      Transposed<T, JR>::pack(weight(block, which), copy(block, which), d_, begin, end);
+  void prepare_weights(int threads, ParallelFor parallel) const {
+    run_tasks(straight.tasks() + transposed.tasks(), threads, parallel, [&](int64_t t) {
+      if (t < straight.tasks()) straight.run(t);
+      else transposed.run(t - straight.tasks());
     });
   }
 
@@ -74,14 +70,15 @@ class AdjointMemory {
   // step enters `first_bias` times.
   void parameter_gradients(T first_bias, int threads, ParallelFor parallel) const {
     if (out_ == nullptr) return;
-    const int64_t columns = (d_ + R - 1) / R, jobs = 2 * columns + 1;
+    constexpr int64_t kWidth = kGradientColumns<T, NV>;
+    const int64_t columns = (d_ + kWidth - 1) / kWidth, jobs = 2 * columns + 1;
     run_tasks(blocks_ * jobs, threads, parallel, [&](int64_t t) {
       const int64_t block = t / jobs, job = t % jobs;
-      const GradientParts<T> part = parts(block, 0);
+      const GradientParts<T, NV> part = parts(block, 0);
       T* const* out = out_ + block * params_;
       if (job < 2 * columns) {
         const int which = int(job / columns);
-        outer_product<T, NV>(part.cotangent[which], part.input[which], d_, job % columns * R, out[2 * which]);
+        outer_product(part.cotangent[which], part.input[which], job % columns * kWidth, out[2 * which]);
         return;
       }
       for (int kind = 0; kind < kinds_; ++kind) {
@@ -96,17 +93,14 @@ class AdjointMemory {
   }
 
  private:
-  const T* weight(int64_t block, int which) const { return in_[block * params_ + 2 * which]; }
-  T* copy(int64_t block, int which) const { return transposed_.get() + (2 * block + which) * size_; }
-  int64_t a_size() const { return round_up(Panels<T>::size(rows_, d_, JR), kLanes<T>); }
-  int64_t b_size() const { return Panels<T>::size(rows_, d_, R); }
+  int64_t a_size() const { return Cotangents<T, NV>::size(rows_, d_); }
+  int64_t b_size() const { return Inputs<T, NV>::size(rows_, d_); }
 
   const int64_t d_, rows_, blocks_;
   const int params_, kinds_;
-  const int64_t tiles_, size_;
-  const T* const* in_;
+  const int64_t tiles_;
   T* const* out_;
-  Scratch<T> transposed_, panels_, sums_;
+  Scratch<T> factors_, sums_;
 };
 
 // after(i, begin, end): what is left to do for these rows of modality i once dx is there.
@@ -116,19 +110,20 @@ void adjoint_cells(const CellAdjointProblem<T>& p, int threads, ParallelFor para
   using Map = CellAdjoint<T, NV>;
   const int64_t d = p.d;
   const AdjointMemory<T, NV> shared(p, p.modalities, 10, Map::kSums);
-  shared.transpose_weights(threads, parallel);
+  shared.prepare_weights(threads, parallel);
   run_tasks(p.modalities * shared.tiles(), threads, parallel, [&](int64_t t) {
     const int64_t i = t / shared.tiles(), begin = t % shared.tiles() * R, first = i * p.rows;
     const int64_t end = begin + R < p.rows ? begin + R : p.rows, map_tiles = Map::tiles(d, p.groups);
     const T* const* q = p.params + 10 * i;
-    const CellAdjointWeights<T> w{{{q[0]}, {q[2]}, q[1], q[3], q[4], q[5], q[6], q[7], q[8], q[9], nullptr, p.skip},
-                                  shared.transposed(i, 0), shared.transposed(i, 1)};
+    const CellAdjointWeights<T, NV> w{{shared.straight.at(i, 0), shared.straight.at(i, 1), q[1], q[3], q[4], q[5], q[6],
+                                       q[7], q[8], q[9], nullptr, p.skip},
+                                      shared.transposed.at(i, 0), shared.transposed.at(i, 1)};
     Scratch<T> memory((1 + map_tiles + RowSolver<T, NV, Map>::tiles(p.history)) * d * R);
     T *u = memory.get(), *of_map = u + d * R;
     Map map(w, p.z + first * d, p.x[i], p.g[i], d, p.groups, of_map);
     const RowResults<T> out{u, begin, p.residual + first, p.nfe + first, p.outcome + first, nullptr, 0};
     solve_tile<T, NV>(p, map, begin, end, out, of_map + map_tiles * d * R);
-    GradientParts<T> parts;
+    GradientParts<T, NV> parts;
     if (p.dparams) parts = shared.parts(i, t % shared.tiles());
     map.finish(u, lane_rows<R>(begin, int(end - begin)), p.dx[i], p.dparams ? &parts : nullptr);
     after(i, begin, end);
@@ -147,10 +142,11 @@ void adjoint_fuse(const FuseAdjointProblem<T>& p, const FuseRows<T>& from, int t
   using Map = FuseAdjoint<T, NV>;
   const int64_t d = p.d;
   const AdjointMemory<T, NV> shared(p, 1, 6, Map::kSums);
-  shared.transpose_weights(threads, parallel);
+  shared.prepare_weights(threads, parallel);
   const T* const* q = p.params;
-  const FuseAdjointWeights<T> w{{{q[0]}, {q[2]}, q[1], q[3], q[4], q[5], T(p.modalities), p.relu_last},
-                                shared.transposed(0, 0), shared.transposed(0, 1)};
+  const FuseAdjointWeights<T, NV> w{{shared.straight.at(0, 0), shared.straight.at(0, 1), q[1], q[3], q[4], q[5],
+                                     T(p.modalities), p.relu_last},
+                                    shared.transposed.at(0, 0), shared.transposed.at(0, 1)};
   run_tasks(shared.tiles(), threads, parallel, [&](int64_t t) {
     const int64_t begin = t * R, end = begin + R < p.rows ? begin + R : p.rows, map_tiles = Map::tiles(d, p.groups);
     Scratch<T> memory((1 + map_tiles + RowSolver<T, NV, Map>::tiles(p.history)) * d * R);
@@ -158,7 +154,7 @@ void adjoint_fuse(const FuseAdjointProblem<T>& p, const FuseRows<T>& from, int t
     Map map(w, p.z, from, p.mask, p.g, d, p.groups, of_map);
     const RowResults<T> out{u, begin, p.residual, p.nfe, p.outcome, nullptr, 0};
     solve_tile<T, NV>(p, map, begin, end, out, of_map + map_tiles * d * R);
-    GradientParts<T> parts;
+    GradientParts<T, NV> parts;
     if (p.dparams) parts = shared.parts(0, t);
     map.finish(u, lane_rows<R>(begin, int(end - begin)), p.dx, p.dcell_sum, p.dparams ? &parts : nullptr);
   });

@@ -71,7 +71,7 @@ DEQFUSE_INLINE void block_product(const RowMajor<T>& m, const T* __restrict z, i
 
 // out = scale * A z + bias + add, for a whole tile. `bias` (d) and `add` (tile) may be null.
 template <class T, int NV, class Matrix>
-void product(const Matrix& a, const T* __restrict z, const T* __restrict bias, const T* __restrict add,
+void product(const Matrix& a, const T* __restrict z, T*, const T* __restrict bias, const T* __restrict add,
              T* __restrict out, int64_t d, T scale = T(1)) {
   constexpr int JR = block_rows(NV), R = NV * kLanes<T>;
   for (int64_t j0 = 0; j0 < d; j0 += JR) {
@@ -91,10 +91,22 @@ void product(const Matrix& a, const T* __restrict z, const T* __restrict bias, c
   }
 }
 
+// A as it lies.
+template <class T>
+struct Straight {
+  using Matrix = RowMajor<T>;
+  static constexpr int64_t kStep = 1;
+  static int64_t size(int64_t) { return 0; }
+  static void pack(const T*, T*, int64_t, int64_t, int64_t) {}
+  static RowMajor<T> matrix(const T* a, const T*, int64_t) { return {a}; }
+};
+
 // A transposed. A small matrix is walked where it lies: a block of A^T is JR neighbours in each row of A. In a large
 // one these are a page apart, so it is copied into blocks, padded with zeros.
 template <class T, int JR>
 struct Transposed {
+  using Matrix = Blocked<T>;
+  static constexpr int64_t kStep = JR;
   static bool in_place(int64_t d) { return d <= 128 && d % JR == 0; }
   static int64_t size(int64_t d) { return in_place(d) ? 0 : round_up(d, JR) * d; }
 
@@ -113,37 +125,36 @@ struct Transposed {
   }
 };
 
-// The rows of a batch, `width` features per panel: element (row, i) at
-// p[(i / width) * rows * width + row * width + i % width]. A product over the rows then reads both its factors from
+// The rows of a batch, `kWidth` features per panel: element (row, i) at
+// p[(i / kWidth) * rows * kWidth + row * kWidth + i % kWidth]. A product over the rows then reads both its factors from
 // front to back.
-template <class T>
+template <class T, int NV, int kWidth>
 struct Panels {
   T* p;
-  int64_t rows, width;
-  static int64_t size(int64_t rows, int64_t d, int64_t width) { return rows * round_up(d, width); }
-  T* at(int64_t i, int64_t row) const { return p + i / width * rows * width + row * width + i % width; }
+  int64_t rows, d;
+
+  static int64_t size(int64_t rows, int64_t d) { return round_up(rows * round_up(d, kWidth), kLanes<T>); }
+  T* at(int64_t i, int64_t row) const { return p + i / kWidth * rows * kWidth + row * kWidth + i % kWidth; }
+
+  // The values of lanes that have a row into that row; the last panel is padded with zeros.
+  void take(const T* tile, const LaneRows<NV * kLanes<T>>& from) const {
+    constexpr int W = kLanes<T>, part = kWidth < W ? kWidth : W;
+    for_rows_of_lanes<T, NV>(tile, nullptr, from, d, [&](int l, int64_t i, const T* values, int) {
+      for (int q = 0; q < W && i + q < round_up(d, kWidth); q += part)
+        std::memcpy(at(i + q, from.row[l]), values + q, sizeof(T) * part);
+    });
+    for (int64_t i = round_up(d, W); i < round_up(d, kWidth); ++i)
+      for (int64_t row : from.row)
+        if (row >= 0) *at(i, row) = T(0);
+  }
 };
 
-// The values of lanes that have a row into that row of the panels, the last of which is padded with zeros.
+// out = A^T B over all rows, columns [k0, k0 + R) of the (d, d) result. Rows are taken 256 at a time: their panels stay
+// in cache, and partial sums keep the rounding small.
 template <class T, int NV>
-void lanes_to_panels(const T* tile, const LaneRows<NV * kLanes<T>>& rows, int64_t d, const Panels<T>& out) {
-  constexpr int W = kLanes<T>;
-  const int part = int(out.width < W ? out.width : W);
-  for_rows_of_lanes<T, NV>(tile, nullptr, rows, d, [&](int l, int64_t i, const T* values, int) {
-    for (int at = 0; at < W && i + at < round_up(d, out.width); at += part)
-      std::memcpy(out.at(i + at, rows.row[l]), values + at, sizeof(T) * part);
-  });
-  for (int64_t i = round_up(d, W); i < round_up(d, out.width); ++i)
-    for (int64_t row : rows.row)
-      if (row >= 0) *out.at(i, row) = T(0);
-}
-
-// out = A^T B for panels `a` (block_rows wide) and `b` (R wide), columns [k0, k0 + R) of the (d, d) result. Rows are
-// taken 256 at a time: their panels stay in cache, and partial sums keep the rounding small.
-template <class T, int NV>
-void outer_product(const Panels<T>& a, const Panels<T>& b, int64_t d, int64_t k0, T* out) {
+void outer_product(const Panels<T, NV, block_rows(NV)>& a, const Panels<T, NV, NV * kLanes<T>>& b, int64_t k0, T* out) {
   constexpr int JR = block_rows(NV), W = kLanes<T>, R = NV * W;
-  const int64_t columns = d - k0 < R ? d - k0 : R;
+  const int64_t d = a.d, columns = d - k0 < R ? d - k0 : R;
   for (int64_t r0 = 0; r0 < a.rows || r0 == 0; r0 += 256) {
     const int64_t depth = a.rows - r0 < 256 ? a.rows - r0 : 256;
     for (int64_t j0 = 0; j0 < d; j0 += JR) {

@@ -129,5 +129,6 @@ struct KernelTable {
 const KernelTable& kernels_base();
 const KernelTable& kernels_avx2();
 const KernelTable& kernels_avx512();
+const KernelTable& kernels_amx();
 
 }  // namespace deqfuse

@@ -3,29 +3,29 @@
 
 #include <cstring>
 
-#include "gemm.h"
+#include "products.h"
 #include "rowmath.h"
 
 namespace deqfuse {
 namespace DEQFUSE_ISA {
 
-template <class T>
+template <class T, int NV>
 struct CellWeights {
-  RowMajor<T> w1, w2;
+  typename StraightForm<T, NV>::Matrix w1, w2;
   const T *b1, *b2, *g1, *c1, *g2, *c2, *g3, *c3;
   const T* at_zero;  // W2 relu(GN1(b1)) + b2: what every row's second product is at z = 0
   bool skip;
 };
 
-// CellWeights::at_zero, by the code of every other row: a tile of one vector, all its lanes alike. `memory`: 2 such
-// tiles.
-template <class T>
-void cell_at_zero(const CellWeights<T>& w, int64_t d, int64_t groups, T* memory, T* out) {
+// CellWeights::at_zero, by the code of every other row: a tile of one vector, all its lanes alike. `memory`:
+// 2 + work_tiles(d) such tiles.
+template <class T, int NV>
+void cell_at_zero(const CellWeights<T, NV>& w, int64_t d, int64_t groups, T* memory, T* out) {
   constexpr int W = kLanes<T>;
-  T *hidden = memory, *second = memory + d * W;
+  T *hidden = memory, *second = memory + d * W, *work = memory + 2 * d * W;
   for (int64_t i = 0; i < d; ++i) store(hidden + i * W, splat(w.b1[i]));
   group_norm<T, 1>(hidden, w.g1, w.c1, d, groups, {false, true});
-  product<T, 1>(w.w2, hidden, w.b2, nullptr, second, d);
+  product<T, 1>(w.w2, hidden, work, w.b2, nullptr, second, d);
   for (int64_t i = 0; i < d; ++i) out[i] = second[i * W];
 }
 
@@ -35,11 +35,12 @@ class CellMap {
  public:
   static constexpr int W = kLanes<T>, R = NV * W;
   static constexpr bool kAnswerIsImage = true;
-  static int64_t tiles() { return 3; }
+  static int64_t tiles(int64_t d) { return 3 + work_tiles(d); }
 
-  CellMap(const CellWeights<T>& w, const T* x, const T* z0, int64_t d, int64_t groups, T* memory)
-      : w_(w), x_rows_(x), z0_(z0), d_(d), groups_(groups), x_(memory), hidden_(memory + d * R), next_x_(memory + 2 * d * R) {
-    std::memset(memory, 0, sizeof(T) * tiles() * d * R);
+  CellMap(const CellWeights<T, NV>& w, const T* x, const T* z0, int64_t d, int64_t groups, T* memory)
+      : w_(w), x_rows_(x), z0_(z0), d_(d), groups_(groups), x_(memory), hidden_(memory + d * R), next_x_(memory + 2 * d * R),
+        work_(memory + 3 * d * R) {
+    std::memset(memory, 0, sizeof(T) * tiles(d) * d * R);
   }
 
   bool first_is_free() const { return z0_ == nullptr; }
@@ -61,9 +62,9 @@ class CellMap {
   void admit(const LaneMoves<T, NV>& moves) { move_lanes(moves, d_, next_x_, x_); }
 
   void operator()(const T* z, T* f) {
-    product<T, NV>(w_.w1, z, w_.b1, nullptr, hidden_, d_);
+    product<T, NV>(w_.w1, z, work_, w_.b1, nullptr, hidden_, d_);
     group_norm<T, NV>(hidden_, w_.g1, w_.c1, d_, groups_, {false, true});
-    product<T, NV>(w_.w2, hidden_, w_.b2, x_, f, d_);
+    product<T, NV>(w_.w2, hidden_, work_, w_.b2, x_, f, d_);
     finish(f, w_.skip ? z : nullptr);
   }
 
@@ -78,10 +79,10 @@ class CellMap {
     }
   }
 
-  const CellWeights<T> w_;
+  const CellWeights<T, NV> w_;
   const T *x_rows_, *z0_;
   const int64_t d_, groups_;
-  T *x_, *hidden_, *next_x_;
+  T *x_, *hidden_, *next_x_, *work_;
 };
 
 // The fuse step's injection and what its gate sees of the cells, row by row: given, or made of the modalities' rows as
@@ -133,9 +134,9 @@ struct FuseRows {
   }
 };
 
-template <class T>
+template <class T, int NV>
 struct FuseWeights {
-  RowMajor<T> gate, fuse;
+  typename StraightForm<T, NV>::Matrix gate, fuse;
   const T *gate_bias, *fuse_bias, *gamma, *beta;
   T modalities;
   bool relu_last;
@@ -147,14 +148,14 @@ class FuseMap {
  public:
   static constexpr int W = kLanes<T>, R = NV * W;
   static constexpr bool kAnswerIsImage = true;
-  static int64_t tiles() { return 8; }
+  static int64_t tiles(int64_t d) { return 8 + work_tiles(d); }
 
   // `mask` (null without dropout), `z0` (null for zero): row-major (rows, d).
-  FuseMap(const FuseWeights<T>& w, const FuseRows<T>& from, const T* mask, const T* z0, int64_t d, int64_t groups,
+  FuseMap(const FuseWeights<T, NV>& w, const FuseRows<T>& from, const T* mask, const T* z0, int64_t d, int64_t groups,
           T* memory)
       : w_(w), from_(from), mask_rows_(mask), z0_(z0), d_(d), groups_(groups) {
-    std::memset(memory, 0, sizeof(T) * tiles() * d * R);
-    T** slots[] = {&x_, &constant_, &mask_, &gated_, &bias_, &next_x_, &next_constant_, &next_mask_};
+    std::memset(memory, 0, sizeof(T) * tiles(d) * d * R);
+    T** slots[] = {&x_, &constant_, &mask_, &gated_, &bias_, &next_x_, &next_constant_, &next_mask_, &work_};
     for (T** slot : slots) {
       *slot = memory;
       memory += d * R;
@@ -171,7 +172,7 @@ class FuseMap {
     from_.template x_to_lanes<NV>(rows, d_, x, gated_);
     if (mask_rows_) rows_to_lanes<T, NV>(mask_rows_, rows, mask, d_);
     from_.template cell_sum_to_lanes<NV>(rows, d_, start, gated_);
-    product<T, NV>(w_.gate, start, bias_, nullptr, constant, d_);
+    product<T, NV>(w_.gate, start, work_, bias_, nullptr, constant, d_);
     if (z0_ != nullptr) return rows_to_lanes<T, NV>(z0_, rows, start, d_);
     // f(0): the gated product vanishes, unless the gate is NaN or infinite, which must show.
     for (int v = 0; v < NV; ++v) {
@@ -189,9 +190,9 @@ class FuseMap {
   }
 
   void operator()(const T* z, T* f) {
-    product<T, NV>(w_.gate, z, nullptr, constant_, gated_, d_, w_.modalities);
+    product<T, NV>(w_.gate, z, work_, nullptr, constant_, gated_, d_, w_.modalities);
     for (int64_t o = 0; o < d_ * R; o += W) store(gated_ + o, load(gated_ + o) * load(z + o));
-    product<T, NV>(w_.fuse, gated_, w_.fuse_bias, nullptr, f, d_);
+    product<T, NV>(w_.fuse, gated_, work_, w_.fuse_bias, nullptr, f, d_);
     finish(f, x_, mask_);
   }
 
@@ -205,11 +206,11 @@ class FuseMap {
     group_norm<T, NV>(y, w_.gamma, w_.beta, d_, groups_, {!w_.relu_last, w_.relu_last});
   }
 
-  const FuseWeights<T> w_;
+  const FuseWeights<T, NV> w_;
   const FuseRows<T> from_;
   const T *mask_rows_, *z0_;
   const int64_t d_, groups_;
-  T *x_, *constant_, *mask_, *gated_, *bias_, *next_x_, *next_constant_, *next_mask_;
+  T *x_, *constant_, *mask_, *gated_, *bias_, *next_x_, *next_constant_, *next_mask_, *work_;
 };
 
 }  // namespace DEQFUSE_ISA

@@ -18,14 +18,16 @@ void solve_cells(const CellProblem<T>& p, int threads, ParallelFor parallel) {
   constexpr int R = NV * kLanes<T>;
   const int64_t d = p.d;
   Scratch<T> at_zero(p.modalities * d);
+  const Matrices<T, StraightForm<T, NV>> weights(p.params, p.modalities, 10, d);
   auto cell = [&](int64_t i) {
     const T* const* q = p.params + 10 * i;
     const T* zero = at_zero.get() + i * d;
-    return CellWeights<T>{{q[0]}, {q[2]}, q[1], q[3], q[4], q[5], q[6], q[7], q[8], q[9], zero, p.skip};
+    return CellWeights<T, NV>{weights.at(i, 0), weights.at(i, 1), q[1], q[3], q[4], q[5], q[6], q[7], q[8], q[9], zero, p.skip};
   };
+  run_tasks(weights.tasks(), threads, parallel, [&](int64_t t) { weights.run(t); });
   if (p.z0 == nullptr)
     run_tasks(p.modalities, threads, parallel, [&](int64_t i) {
-      Scratch<T> memory(2 * d * kLanes<T>);
+      Scratch<T> memory((2 + work_tiles(d)) * d * kLanes<T>);
       cell_at_zero(cell(i), d, p.groups, memory.get(), at_zero.get() + i * d);
     });
   const Chunks chunks(p.rows, R, (2 * threads + p.modalities - 1) / p.modalities);  // two tasks a thread even out
@@ -33,13 +35,13 @@ void solve_cells(const CellProblem<T>& p, int threads, ParallelFor parallel) {
     const int64_t i = t / chunks.count, begin = t % chunks.count * chunks.rows, first = i * p.rows;
     using Map = CellMap<T, NV>;
     using Solver = RowSolver<T, NV, Map>;
-    Scratch<T> memory((Map::tiles() + Solver::tiles(p.history)) * d * R);
+    Scratch<T> memory((Map::tiles(d) + Solver::tiles(p.history)) * d * R);
     Map map(cell(i), p.x[i], p.z0 ? p.z0 + first * d : nullptr, d, p.groups, memory.get());
     RowResults<T> out{p.z + first * d,     0,
                       p.residual + first,  p.nfe + first,
                       p.outcome + first,   p.trace ? p.trace + first : nullptr,
                       p.trace_stride};
-    Solver(map, d, options<T>(p), out, memory.get() + Map::tiles() * d * R).run(begin, chunks.end(begin));
+    Solver(map, d, options<T>(p), out, memory.get() + Map::tiles(d) * d * R).run(begin, chunks.end(begin));
   });
 }
 
@@ -48,17 +50,19 @@ void solve_fuse(const FuseProblem<T>& p, const FuseRows<T>& from, int threads, P
   constexpr int R = NV * kLanes<T>;
   const int64_t d = p.d;
   const T* const* q = p.params;
-  const FuseWeights<T> fuse{{q[0]}, {q[2]}, q[1], q[3], q[4], q[5], T(p.modalities), p.relu_last};
+  const Matrices<T, StraightForm<T, NV>> weights(q, 1, 6, d);
+  run_tasks(weights.tasks(), threads, parallel, [&](int64_t t) { weights.run(t); });
+  const FuseWeights<T, NV> fuse{weights.at(0, 0), weights.at(0, 1), q[1], q[3], q[4], q[5], T(p.modalities), p.relu_last};
   const Chunks chunks(p.rows, R, 2 * threads);
   run_tasks(chunks.count, threads, parallel, [&](int64_t t) {
     const int64_t begin = t * chunks.rows;
     using Map = FuseMap<T, NV>;
     using Solver = RowSolver<T, NV, Map>;
-    Scratch<T> memory((Map::tiles() + Solver::tiles(p.history)) * d * R);
+    Scratch<T> memory((Map::tiles(d) + Solver::tiles(p.history)) * d * R);
     Map map(fuse, from, p.mask, p.z0, d, p.groups, memory.get());
     RowResults<T> out{p.z, 0, p.residual, p.nfe, p.outcome, p.trace, p.trace_stride};
     const int64_t end = chunks.end(begin);
-    Solver(map, d, options<T>(p), out, memory.get() + Map::tiles() * d * R).run(begin, end);
+    Solver(map, d, options<T>(p), out, memory.get() + Map::tiles(d) * d * R).run(begin, end);
     if (p.copy) std::memcpy(p.copy + begin * d, p.z + begin * d, sizeof(T) * (end - begin) * d);
   });
 }

@@ -3,9 +3,16 @@
 
 #include "kernels.h"
 #include "vec.h"
+#ifdef DEQFUSE_AMX
+#include "amx.h"
+#endif
 
 namespace deqfuse {
 namespace DEQFUSE_ISA {
+
+#ifndef DEQFUSE_AMX
+struct MatrixUnit {};  // none to hold
+#endif
 
 // Scratch memory, aligned for vectors, freed with the call.
 template <class T>
@@ -32,10 +39,12 @@ void run_tasks(int64_t count, int threads, ParallelFor parallel, Body body) {
     int64_t count;
     Body* body;
   } context;
+  if (count == 0) return;
   context.count = count;
   context.body = &body;
   parallel(threads < count ? threads : count,
            [](int64_t, void* p) {
+             [[maybe_unused]] const MatrixUnit unit;
              auto* c = static_cast<Context*>(p);
              for (int64_t i; (i = c->next++) < c->count;) (*c->body)(i);
            },

@@ -1,0 +1,305 @@
+// The products of gemm.h on AMX, Intel's matrix unit: float32 in, float32 out.
+//
+// The unit multiplies bfloat16. A float32 is the exact sum of three of them, its significand cut into 8 bits each, and
+// of the nine products of two such sums the six largest are as many digits as float32 keeps. They are added in float32
+// by the unit itself. Six products at its rate are faster than one on AVX-512, and closer to the exact result.
+// An infinity becomes NaN on the way.
+//
+// A register of the unit holds 16 rows of 64 bytes: 16 output rows by 32 terms of the one factor, 16 pairs of terms by
+// 16 columns of the other, 16 x 16 sums. Everything here is laid out in such blocks of 1 KB, a block's three pieces one
+// after the other, the largest first, and padded with zeros. A sum's terms come in the same order whatever the tile's
+// width.
+#pragma once
+
+#include "lanes.h"
+
+namespace deqfuse {
+namespace DEQFUSE_ISA {
+
+typedef uint32_t Bits __attribute__((vector_size(64)));
+
+constexpr int64_t kBlock = 512;       // bfloat16 numbers of a piece
+constexpr int64_t kTerms = 32;        // of a sum, in a block
+constexpr int64_t kSpan = 3 * kBlock;  // of a block's pieces
+
+DEQFUSE_INLINE int64_t blocks_of(int64_t n, int64_t size) { return (n + size - 1) / size; }
+
+// The unit's registers, for one thread: shaped when it begins, given back when it ends.
+class MatrixUnit {
+ public:
+  MatrixUnit() {
+    struct alignas(64) {
+      uint8_t palette = 1, start_row = 0, reserved[14] = {};
+      uint16_t bytes_per_row[16] = {};
+      uint8_t rows[16] = {};
+    } shape;
+    for (int t = 0; t < 8; ++t) {
+      shape.bytes_per_row[t] = 64;
+      shape.rows[t] = 16;
+    }
+    _tile_loadconfig(&shape);
+  }
+  ~MatrixUnit() { _tile_release(); }
+};
+
+// The pieces of 16 numbers, each in the upper half of its 32 bits; below the smallest nothing is left.
+struct Pieces {
+  Bits of[3];
+};
+DEQFUSE_INLINE Pieces split(Vec<float> x) {
+  const Bits top = 0xffff0000u - Bits{};
+  const Bits high = (Bits)x & top;
+  const Vec<float> rest = x - (Vec<float>)high;
+  const Bits middle = (Bits)rest & top;
+  return {{high, middle, (Bits)(rest - (Vec<float>)middle)}};
+}
+
+// Pairs (a_i, b_i): two terms of 16 columns.
+DEQFUSE_INLINE void store_pairs(const Pieces& a, const Pieces& b, uint16_t* to) {
+  for (int p = 0; p < 3; ++p) {
+    const Bits both = a.of[p] >> 16 | (b.of[p] & (0xffff0000u - Bits{}));
+    __builtin_memcpy(to + p * kBlock, &both, sizeof both);
+  }
+}
+// Numbers a_0 ... a_15, b_0 ... b_15: 32 terms of one output row.
+DEQFUSE_INLINE void store_terms(const Pieces& a, const Pieces& b, uint16_t* to) {
+  typedef uint16_t Halves __attribute__((vector_size(64)));
+  for (int p = 0; p < 3; ++p) {
+    const Halves x = (Halves)a.of[p], y = (Halves)b.of[p];
+#if defined(__clang__)
+    const Halves line = __builtin_shufflevector(x, y, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31, 33, 35,
+                                                37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63);
+#else
+    const Halves odd = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31,
+                        33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
+    const Halves line = __builtin_shuffle(x, y, odd);
+#endif
+    __builtin_memcpy(to + p * kBlock, &line, sizeof line);
+  }
+}
+
+// 16 numbers from memory, zeros behind the first `count`.
+DEQFUSE_INLINE Vec<float> load_some(const float* p, int64_t count) {
+  if (count >= 16) return load_unaligned(p);
+  Vec<float> v{};
+  if (count > 0) std::memcpy(&v, p, sizeof(float) * size_t(count));
+  return v;
+}
+
+// A (d, d) matrix as first factor: block (j / 16, k / 32) of output rows and terms.
+struct SplitMatrix {
+  const uint16_t* p;
+  int64_t d;
+  const uint16_t* rows(int64_t j0) const { return p + j0 / 16 * blocks_of(d, kTerms) * kSpan; }
+};
+
+// Its copy, of A or, kTransposed, of A^T, in units of float.
+template <bool kTransposed>
+struct SplitCopy {
+  using Matrix = SplitMatrix;
+  static constexpr int64_t kStep = 16;
+  static int64_t size(int64_t d) { return blocks_of(d, 16) * blocks_of(d, kTerms) * kSpan / 2; }
+  static SplitMatrix matrix(const float*, const float* copy, int64_t d) {
+    return {reinterpret_cast<const uint16_t*>(copy), d};
+  }
+
+  // Output rows [begin, end) of the copy; begin is a multiple of kStep.
+  static void pack(const float* a, float* copy, int64_t d, int64_t begin, int64_t end) {
+    uint16_t* to = reinterpret_cast<uint16_t*>(copy) + begin / 16 * blocks_of(d, kTerms) * kSpan;
+    for (int64_t j0 = begin; j0 < end; j0 += 16)
+      for (int64_t k0 = 0; k0 < d; k0 += kTerms, to += kSpan) {
+        Vec<float> m[2][16];
+        for (int half = 0; half < 2; ++half) {
+          for (int q = 0; q < 16; ++q) {
+            const int64_t at = (kTransposed ? k0 + 16 * half : j0) + q, along = kTransposed ? j0 : k0 + 16 * half;
+            m[half][q] = at < d ? load_some(a + at * d + along, d - along) : Vec<float>{};
+          }
+          if (kTransposed) transpose<float>(m[half]);
+        }
+        for (int q = 0; q < 16; ++q) store_terms(split(m[0][q]), split(m[1][q]), to + q * kTerms);
+      }
+  }
+};
+
+// The pieces of a tile as second factor: block (k / 32, vector) of terms and lanes. In units of float.
+constexpr int64_t split_tile_size(int64_t d, int64_t lanes) { return (d + kTerms - 1) / kTerms * lanes / 16 * kSpan / 2; }
+template <int NV>
+void split_tile(const float* z, uint16_t* to, int64_t d) {
+  constexpr int R = NV * 16;
+  for (int64_t k = 0; k < blocks_of(d, kTerms) * kTerms; k += 2)
+    for (int v = 0; v < NV; ++v) {
+      const Vec<float> zero{}, a = k < d ? load(z + k * R + v * 16) : zero,
+                       b = k + 1 < d ? load(z + (k + 1) * R + v * 16) : zero;
+      store_pairs(split(a), split(b), to + (k / kTerms * NV + v) * kSpan + k % kTerms / 2 * kTerms);
+    }
+}
+
+// sums[16 * kDown][16 * NV] = sum over `depth` blocks of terms. Blocks of the first factor lie one after the other
+// along the terms, those of 16 further output rows `down` away; blocks of the second for one range of terms lie side by
+// side, those for the next `next` away. The smallest products come first.
+template <int kDown, int NV>
+DEQFUSE_INLINE void block_sums(const uint16_t* a, int64_t down, const uint16_t* b, int64_t next, int64_t depth,
+                               float* sums) {
+  static_assert(kDown <= 2 && NV <= 2, "eight registers");
+  // What the vectors' stores wrote is in memory: the compiler does not see that these instructions read it.
+  __asm__ volatile("" ::: "memory");
+#define DEQFUSE_LOAD_A(piece)                                 \
+  _tile_loadd(4, a + piece * kBlock, 64);                     \
+  if constexpr (kDown == 2) _tile_loadd(5, a + down + piece * kBlock, 64)
+#define DEQFUSE_LOAD_B(piece)                                 \
+  _tile_loadd(6, b + piece * kBlock, 64);                     \
+  if constexpr (NV == 2) _tile_loadd(7, b + kSpan + piece * kBlock, 64)
+#define DEQFUSE_ADD_PRODUCTS                                  \
+  _tile_dpbf16ps(0, 4, 6);                                    \
+  if constexpr (NV == 2) _tile_dpbf16ps(1, 4, 7);             \
+  if constexpr (kDown == 2) _tile_dpbf16ps(2, 5, 6);          \
+  if constexpr (kDown == 2 && NV == 2) _tile_dpbf16ps(3, 5, 7)
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  for (int64_t k = 0; k < depth; ++k, a += kSpan, b += next) {
+    DEQFUSE_LOAD_A(2);
+    DEQFUSE_LOAD_B(0);
+    DEQFUSE_ADD_PRODUCTS;
+    DEQFUSE_LOAD_A(1);
+    DEQFUSE_ADD_PRODUCTS;
+    DEQFUSE_LOAD_B(1);
+    DEQFUSE_ADD_PRODUCTS;
+    DEQFUSE_LOAD_A(0);
+    DEQFUSE_ADD_PRODUCTS;
+    DEQFUSE_LOAD_B(2);
+    DEQFUSE_ADD_PRODUCTS;
+    DEQFUSE_LOAD_B(0);
+    DEQFUSE_ADD_PRODUCTS;
+  }
+  constexpr int64_t row = 64 * NV;
+  _tile_stored(0, sums, row);
+  if constexpr (NV == 2) _tile_stored(1, sums + 16, row);
+  if constexpr (kDown == 2) _tile_stored(2, sums + 256 * NV, row);
+  if constexpr (kDown == 2 && NV == 2) _tile_stored(3, sums + 256 * NV + 16, row);
+#undef DEQFUSE_LOAD_A
+#undef DEQFUSE_LOAD_B
+#undef DEQFUSE_ADD_PRODUCTS
+}
+
+// out = scale * A z + bias + add, for a whole tile. `bias` (d) and `add` (tile) may be null; `work`:
+// split_tile_size(d, R).
+template <class T, int NV>
+void product(const SplitMatrix& a, const float* z, float* work, const float* bias, const float* add, float* out,
+             int64_t d, float scale = 1) {
+  constexpr int R = NV * 16;
+  uint16_t* pieces = reinterpret_cast<uint16_t*>(work);
+  split_tile<NV>(z, pieces, d);
+  const int64_t depth = blocks_of(d, kTerms), down = depth * kSpan;
+  alignas(64) float sums[32 * R];
+  for (int64_t j0 = 0; j0 < d; j0 += 32) {
+    if (d - j0 > 16) block_sums<2, NV>(a.rows(j0), down, pieces, NV * kSpan, depth, sums);
+    else block_sums<1, NV>(a.rows(j0), down, pieces, NV * kSpan, depth, sums);
+    const int64_t rows = d - j0 < 32 ? d - j0 : 32;
+    for (int64_t j = 0; j < rows; ++j) {
+      const Vec<float> s = splat(scale), b = splat(bias ? bias[j0 + j] : 0.0f);
+      for (int v = 0; v < NV; ++v) {
+        const int64_t at = (j0 + j) * R + v * 16;
+        Vec<float> r = fma(load(sums + j * R + v * 16), s, b);
+        if (add) r += load(add + at);
+        store(out + at, r);
+      }
+    }
+  }
+}
+
+// The rows of a batch as terms of a sum over them: of each what a tile holds of it, lanes without a row as zeros. The
+// tiles are stored in any order; a tile of 16 rows fills half of a block.
+template <int NV>
+DEQFUSE_INLINE Vec<float> lanes_with_rows(const float* line, int v, const Vec<float> (&flag)[NV]) {
+  return flag[v] > Vec<float>{} ? load(line + v * 16) : Vec<float>{};
+}
+
+// As first factor: block (i / 16, row / 32), one output row for each feature i.
+template <int NV>
+struct SplitCotangents {
+  float* p;
+  int64_t rows, d;
+
+  static int64_t size(int64_t rows, int64_t d) { return blocks_of(d, 16) * blocks_of(rows, kTerms) * kSpan / 2; }
+  const uint16_t* at(int64_t j0, int64_t r0) const {
+    return reinterpret_cast<uint16_t*>(p) + (j0 / 16 * blocks_of(rows, kTerms) + r0 / kTerms) * kSpan;
+  }
+
+  void take(const float* tile, const LaneRows<NV * 16>& from) const {
+    const int64_t first = from.row[0];
+    Vec<float> flag[NV];
+    taking<float, NV>(from, flag);
+    for (int64_t i = 0; i < d; ++i) {
+      uint16_t* to = const_cast<uint16_t*>(at(i, first)) + i % 16 * kTerms;
+      const float* line = tile + i * NV * 16;
+      if (NV == 2) {
+        store_terms(split(lanes_with_rows<NV>(line, 0, flag)), split(lanes_with_rows<NV>(line, NV - 1, flag)), to);
+        continue;
+      }
+      uint16_t halves[kSpan];
+      store_terms(split(lanes_with_rows<NV>(line, 0, flag)), split(Vec<float>{}), halves);
+      for (int q = 0; q < 3; ++q)
+        std::memcpy(to + q * kBlock + first % kTerms, halves + q * kBlock, first + 16 < rows ? 32 : 64 - first % kTerms * 2);
+    }
+  }
+};
+
+// As second factor: block (row / 32, i / 16), one column for each feature i.
+template <int NV>
+struct SplitInputs {
+  float* p;
+  int64_t rows, d;
+
+  static int64_t size(int64_t rows, int64_t d) { return blocks_of(rows, kTerms) * blocks_of(d, 16) * kSpan / 2; }
+  int64_t next() const { return blocks_of(d, 16) * kSpan; }
+  const uint16_t* at(int64_t r0, int64_t i0) const {
+    return reinterpret_cast<uint16_t*>(p) + r0 / kTerms * next() + i0 / 16 * kSpan;
+  }
+
+  void take(const float* tile, const LaneRows<NV * 16>& from) const {
+    Vec<float> flag[NV];
+    taking<float, NV>(from, flag);
+    const bool half = NV == 1 && from.row[0] + 16 >= rows && from.row[0] % kTerms == 0;  // the rest is nobody's
+    for (int v = 0; v < (half ? 2 : NV); ++v) {
+      const int64_t first = from.row[0] + 16 * v;
+      for (int64_t i0 = 0; i0 < d; i0 += 16) {
+        Vec<float> m[16];
+        for (int q = 0; q < 16; ++q)
+          m[q] = i0 + q < d && v < NV ? lanes_with_rows<NV>(tile + (i0 + q) * NV * 16, v, flag) : Vec<float>{};
+        transpose<float>(m);
+        uint16_t* to = const_cast<uint16_t*>(at(first, i0)) + first % kTerms / 2 * kTerms;
+        for (int q = 0; q < 16; q += 2) store_pairs(split(m[q]), split(m[q + 1]), to + q / 2 * kTerms);
+      }
+    }
+  }
+};
+
+// out = A^T B over all rows, columns [k0, k0 + 64) of the (d, d) result. Rows are taken 256 at a time: these columns of
+// B stay in cache, and partial sums keep the rounding small.
+template <int NV>
+void outer_product(const SplitCotangents<NV>& a, const SplitInputs<NV>& b, int64_t k0, float* out) {
+  const int64_t d = a.d, end = k0 + 64 < d ? k0 + 64 : d, down = blocks_of(a.rows, kTerms) * kSpan;
+  alignas(64) float sums[32 * 32];
+  for (int64_t r0 = 0; r0 < a.rows || r0 == 0; r0 += 256) {
+    const int64_t depth = blocks_of(a.rows - r0 < 256 ? a.rows - r0 : 256, kTerms);
+    for (int64_t j0 = 0; j0 < d; j0 += 32)
+      for (int64_t k = k0; k < end; k += 32) {
+        const bool tall = d - j0 > 16, broad = end - k > 16;
+        const uint16_t *x = a.at(j0, r0), *y = b.at(r0, k);
+        if (tall && broad) block_sums<2, 2>(x, down, y, b.next(), depth, sums);
+        else if (tall) block_sums<2, 1>(x, down, y, b.next(), depth, sums);
+        else if (broad) block_sums<1, 2>(x, down, y, b.next(), depth, sums);
+        else block_sums<1, 1>(x, down, y, b.next(), depth, sums);
+        for (int64_t j = 0; j < 32 && j0 + j < d; ++j) {
+          const float* line = sums + j * (broad ? 32 : 16);
+          float* o = out + (j0 + j) * d + k;
+          for (int64_t c = 0; c < 32 && k + c < end; ++c) o[c] = r0 == 0 ? line[c] : o[c] + line[c];
+        }
+      }
+  }
+}
+
+}  // namespace DEQFUSE_ISA
+}  // namespace deqfuse

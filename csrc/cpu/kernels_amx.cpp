@@ -1,0 +1,37 @@
+#if defined(__x86_64__)  // empty elsewhere
+
+#include <atomic>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <new>
+#include <type_traits>
+#include <utility>
+
+#include "kernels.h"
+#include <immintrin.h>
+#ifdef __clang__
+#pragma clang attribute push(__attribute__((target("avx512f,avx512dq,avx512vl,avx512bw,avx2,fma,amx-tile,amx-bf16"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512dq,avx512vl,avx512bw,avx2,fma,amx-tile,amx-bf16")
+#endif
+#define DEQFUSE_ISA amx
+#define DEQFUSE_VECTOR_BYTES 64
+#define DEQFUSE_AMX
+#include "kernels.inc"
+#ifdef __clang__
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+// Double precision has no use for the matrix unit.
+const deqfuse::KernelTable& deqfuse::kernels_amx() {
+  using namespace amx;
+  static const KernelTable table{"amx", kBytes, plan, kKernels<float>, kernels_avx512().f64};
+  return table;
+}
+
+#endif
