@@ -112,9 +112,13 @@ class CellAdjoint : public AdjointBase<T, NV> {
     normalise<T, NV>(e_, xh3_, rstd_ + 2 * groups_ * R, d_, groups_, true);
   }
 
-  void operator()(const T* u, T* f) {
-    pull(u);
-    product<T, NV>(w_.w1_transposed, dn1_, work_, nullptr, w_.forward.skip ? de_ : nullptr, f, d_);
+  template <Digits kDigits>
+  void evaluate(const T* u, T* f, bool) {
+    // Cotangents at GN2's output (de), W2's output (dy2) and W1's output (dn1).
+    pull_norms(u);
+    product<T, NV, kDigits>(w_.w2_transposed, dy2_, work_, nullptr, nullptr, dn1_, d_);
+    group_norm_backward<T, NV>(dn1_, h_, w_.forward.g1, xh1_, rstd_, nullptr, dn1_, d_, groups_);
+    product<T, NV, kDigits>(w_.w1_transposed, dn1_, work_, nullptr, w_.forward.skip ? de_ : nullptr, f, d_);
     this->add_rhs(f, d_);
   }
 
@@ -141,14 +145,7 @@ class CellAdjoint : public AdjointBase<T, NV> {
   }
 
  private:
-  // Cotangents at GN2's output (de), W2's output (dy2) and W1's output (left in dn1_).
-  void pull(const T* u) {
-    pull_norms(u);
-    product<T, NV>(w_.w2_transposed, dy2_, work_, nullptr, nullptr, dn1_, d_);
-    group_norm_backward<T, NV>(dn1_, h_, w_.forward.g1, xh1_, rstd_, nullptr, dn1_, d_, groups_);
-  }
-
-  // The first two of them, both norms of a group while it is in the cache.
+  // The cotangents de and dy2, both norms of a group while it is in the cache.
   void pull_norms(const T* u) {
     const CellWeights<T, NV>& f = w_.forward;
     const int64_t width = d_ / groups_;
@@ -233,15 +230,16 @@ class FuseAdjoint : public AdjointBase<T, NV> {
       }
   }
 
-  void operator()(const T* u, T* f) {
+  template <Digits kDigits>
+  void evaluate(const T* u, T* f, bool) {
     group_norm_backward<T, NV>(u, gate_in(), w_.forward.gamma, xh_, rstd_, gate_out(), de_, d_, groups_);
-    pull_combined();
+    pull_combined<kDigits>();
     for (int64_t o = 0; o < d_ * R; o += W) {
       const Vec<T> w = load(dq_ + o);
       store(gated_ + o, w * load(z_ + o));
       store(dq_ + o, w * load(gate_ + o));
     }
-    product<T, NV>(w_.gate_transposed, gated_, work_, nullptr, dq_, f, d_, w_.forward.modalities);
+    product<T, NV, kDigits>(w_.gate_transposed, gated_, work_, nullptr, dq_, f, d_, w_.forward.modalities);
     this->add_rhs(f, d_);
   }
 
@@ -251,7 +249,7 @@ class FuseAdjoint : public AdjointBase<T, NV> {
     this->load_solution(solution, rows, d_, u);
     group_norm_backward<T, NV>(u, gate_in(), w_.forward.gamma, xh_, rstd_, gate_out(), de_, d_, groups_);
     lanes_to_rows<T, NV>(de_, nullptr, rows, dx, d_);  // x enters behind the mask
-    pull_combined();
+    pull_combined<Digits::kAll>();
     for (int64_t o = 0; o < d_ * R; o += W) store(dq_ + o, load(dq_ + o) * load(z_ + o));
     product<T, NV>(w_.gate_transposed, dq_, work_, nullptr, nullptr, gated_, d_);
     lanes_to_rows<T, NV>(gated_, nullptr, rows, dcell_sum, d_);
@@ -272,9 +270,10 @@ class FuseAdjoint : public AdjointBase<T, NV> {
   const T* gate_out() const { return w_.forward.relu_last ? nullptr : sign_; }
 
   // From the cotangent at the norm's input (de_) to those at W_f's output (de_) and at its input (dq_).
+  template <Digits kDigits>
   void pull_combined() {
     masked(de_);
-    product<T, NV>(w_.fuse_transposed, de_, work_, nullptr, nullptr, dq_, d_);
+    product<T, NV, kDigits>(w_.fuse_transposed, de_, work_, nullptr, nullptr, dq_, d_);
   }
   void masked(T* t) {
     if (mask_rows_)

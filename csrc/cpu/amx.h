@@ -3,7 +3,7 @@
 // The unit multiplies bfloat16. A float32 is the exact sum of three of them, its significand cut into 8 bits each, and
 // of the nine products of two such sums the six largest are as many digits as float32 keeps. They are added in float32
 // by the unit itself. Six products at its rate are faster than one on AVX-512, and closer to the exact result.
-// An infinity becomes NaN on the way.
+// An infinity becomes NaN on the way. Where some digits are enough, three products are 16 bits.
 //
 // A register of the unit holds 16 rows of 64 bytes: 16 output rows by 32 terms of the one factor, 16 pairs of terms by
 // 16 columns of the other, 16 x 16 sums. Everything here is laid out in such blocks of 1 KB, a block's three pieces one
@@ -11,7 +11,7 @@
 // width.
 #pragma once
 
-#include "lanes.h"
+#include "gemm.h"
 
 namespace deqfuse {
 namespace DEQFUSE_ISA {
@@ -55,8 +55,9 @@ DEQFUSE_INLINE Pieces split(Vec<float> x) {
 }
 
 // Pairs (a_i, b_i): two terms of 16 columns.
+template <Digits kDigits = Digits::kAll>
 DEQFUSE_INLINE void store_pairs(const Pieces& a, const Pieces& b, uint16_t* to) {
-  for (int p = 0; p < 3; ++p) {
+  for (int p = 0; p < (kDigits == Digits::kAll ? 3 : 2); ++p) {
     const Bits both = a.of[p] >> 16 | (b.of[p] & (0xffff0000u - Bits{}));
     __builtin_memcpy(to + p * kBlock, &both, sizeof both);
   }
@@ -123,21 +124,21 @@ struct SplitCopy {
 
 // The pieces of a tile as second factor: block (k / 32, vector) of terms and lanes. In units of float.
 constexpr int64_t split_tile_size(int64_t d, int64_t lanes) { return (d + kTerms - 1) / kTerms * lanes / 16 * kSpan / 2; }
-template <int NV>
+template <int NV, Digits kDigits>
 void split_tile(const float* z, uint16_t* to, int64_t d) {
   constexpr int R = NV * 16;
   for (int64_t k = 0; k < blocks_of(d, kTerms) * kTerms; k += 2)
     for (int v = 0; v < NV; ++v) {
       const Vec<float> zero{}, a = k < d ? load(z + k * R + v * 16) : zero,
                        b = k + 1 < d ? load(z + (k + 1) * R + v * 16) : zero;
-      store_pairs(split(a), split(b), to + (k / kTerms * NV + v) * kSpan + k % kTerms / 2 * kTerms);
+      store_pairs<kDigits>(split(a), split(b), to + (k / kTerms * NV + v) * kSpan + k % kTerms / 2 * kTerms);
     }
 }
 
 // sums[16 * kDown][16 * NV] = sum over `depth` blocks of terms. Blocks of the first factor lie one after the other
 // along the terms, those of 16 further output rows `down` away; blocks of the second for one range of terms lie side by
 // side, those for the next `next` away. The smallest products come first.
-template <int kDown, int NV>
+template <int kDown, int NV, Digits kDigits = Digits::kAll>
 DEQFUSE_INLINE void block_sums(const uint16_t* a, int64_t down, const uint16_t* b, int64_t next, int64_t depth,
                                float* sums) {
   static_assert(kDown <= 2 && NV <= 2, "eight registers");
@@ -159,19 +160,28 @@ DEQFUSE_INLINE void block_sums(const uint16_t* a, int64_t down, const uint16_t* 
   _tile_zero(2);
   _tile_zero(3);
   for (int64_t k = 0; k < depth; ++k, a += kSpan, b += next) {
-    DEQFUSE_LOAD_A(2);
     DEQFUSE_LOAD_B(0);
-    DEQFUSE_ADD_PRODUCTS;
+    if constexpr (kDigits == Digits::kAll) {
+      DEQFUSE_LOAD_A(2);
+      DEQFUSE_ADD_PRODUCTS;
+    }
     DEQFUSE_LOAD_A(1);
     DEQFUSE_ADD_PRODUCTS;
-    DEQFUSE_LOAD_B(1);
-    DEQFUSE_ADD_PRODUCTS;
-    DEQFUSE_LOAD_A(0);
-    DEQFUSE_ADD_PRODUCTS;
-    DEQFUSE_LOAD_B(2);
-    DEQFUSE_ADD_PRODUCTS;
-    DEQFUSE_LOAD_B(0);
-    DEQFUSE_ADD_PRODUCTS;
+    if constexpr (kDigits == Digits::kAll) {
+      DEQFUSE_LOAD_B(1);
+      DEQFUSE_ADD_PRODUCTS;
+      DEQFUSE_LOAD_A(0);
+      DEQFUSE_ADD_PRODUCTS;
+      DEQFUSE_LOAD_B(2);
+      DEQFUSE_ADD_PRODUCTS;
+      DEQFUSE_LOAD_B(0);
+      DEQFUSE_ADD_PRODUCTS;
+    } else {
+      DEQFUSE_LOAD_A(0);
+      DEQFUSE_ADD_PRODUCTS;
+      DEQFUSE_LOAD_B(1);
+      DEQFUSE_ADD_PRODUCTS;
+    }
   }
   constexpr int64_t row = 64 * NV;
   _tile_stored(0, sums, row);
@@ -185,17 +195,17 @@ DEQFUSE_INLINE void block_sums(const uint16_t* a, int64_t down, const uint16_t* 
 
 // out = scale * A z + bias + add, for a whole tile. `bias` (d) and `add` (tile) may be null; `work`:
 // split_tile_size(d, R).
-template <class T, int NV>
+template <class T, int NV, Digits kDigits = Digits::kAll>
 void product(const SplitMatrix& a, const float* z, float* work, const float* bias, const float* add, float* out,
              int64_t d, float scale = 1) {
   constexpr int R = NV * 16;
   uint16_t* pieces = reinterpret_cast<uint16_t*>(work);
-  split_tile<NV>(z, pieces, d);
+  split_tile<NV, kDigits>(z, pieces, d);
   const int64_t depth = blocks_of(d, kTerms), down = depth * kSpan;
   alignas(64) float sums[32 * R];
   for (int64_t j0 = 0; j0 < d; j0 += 32) {
-    if (d - j0 > 16) block_sums<2, NV>(a.rows(j0), down, pieces, NV * kSpan, depth, sums);
-    else block_sums<1, NV>(a.rows(j0), down, pieces, NV * kSpan, depth, sums);
+    if (d - j0 > 16) block_sums<2, NV, kDigits>(a.rows(j0), down, pieces, NV * kSpan, depth, sums);
+    else block_sums<1, NV, kDigits>(a.rows(j0), down, pieces, NV * kSpan, depth, sums);
     const int64_t rows = d - j0 < 32 ? d - j0 : 32;
     for (int64_t j = 0; j < rows; ++j) {
       const Vec<float> s = splat(scale), b = splat(bias ? bias[j0 + j] : 0.0f);

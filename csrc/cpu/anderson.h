@@ -11,7 +11,7 @@
 #include <limits>
 
 #include "../common/outcome.h"
-#include "lanes.h"
+#include "gemm.h"
 #include "mixing.h"
 
 namespace deqfuse {
@@ -25,8 +25,12 @@ struct SolveOptions {
   T beta, lam;
 };
 
-// Tiles that the state of a solve takes: z, starts, saved answers; images and residuals.
-constexpr int64_t solver_tiles(int history) { return 3 + 2 * (history > 0 ? history : 1); }
+// Tiles that the state of a solve takes: z, starts and their images, saved answers; images and residuals.
+constexpr int64_t solver_tiles(int history) { return 4 + 2 * (history > 0 ? history : 1); }
+
+// Evaluations of a row that begins at zero before the first whose residual is taken. That early there is no history
+// worth mixing, and hardly a row ends: they are plain steps, and some digits are enough for them.
+constexpr int kWarmup = 3;
 
 // Where the answers of row r go; `z` begins with row `first`. `trace` (steps, rows_total) may be null.
 template <class T>
@@ -46,7 +50,7 @@ struct RowResults {
 //   stage(rows, start, in_place)   reads rows into waiting lanes, or into those where they are solved; `start`: f(0) if
 //                          first_is_free(), else z0
 //   admit(moves)           moves what it keeps of waiting rows into the lanes where they are solved
-//   operator()(z, f)       evaluate, whole tile
+//   evaluate<digits>(z, f, waiting)   f(z), whole tile, of the rows that wait or of those being solved
 //   scale(v, norm)         what the residuals of vector v are divided by, given the norms of f(z)
 //   kAnswerIsImage         whether f(z) or z itself is the answer of the best iterate z
 template <class T, int NV, class Map>
@@ -64,6 +68,10 @@ class RowSolver {
     saved_ = start_ + n_;
     images_ = saved_ + n_;
     residuals_ = images_ + n_ * m_;
+    spare_ = residuals_ + n_ * m_;
+    // A damped iteration is asked for its damping, and a short one for each of its steps.
+    const bool plain = options.history > 0 && options.beta == T(1) && options.max_iter > 2 * kWarmup;
+    before_ = map.first_is_free() && plain ? kWarmup : 0;
     for (int64_t& row : row_) row = -1;
   }
 
@@ -72,11 +80,11 @@ class RowSolver {
     end_ = end;
     if (end - begin < R) std::memset(z_, 0, sizeof(T) * n_ * tiles(opt_.history));  // lanes that never get a row
     refill(m_ - 1);
-    if (map_.first_is_free() && active_ > 0) advance(m_ - 1);
+    if (judged_start() && active_ > 0) advance(m_ - 1);
     for (int64_t step = 0; active_ > 0; ++step) {
       const int slot = int(step % m_);
       T* f = images_ + n_ * slot;
-      map_(z_, f);
+      map_.template evaluate<Digits::kAll>(z_, f, false);
       with_history(ages(1), [&](auto a) { measure<T, NV, a()>(d_, z_, f, residuals_, slot, m_, ff_, gram_); });
       judge(slot, nullptr);
       refill(slot);
@@ -85,8 +93,11 @@ class RowSolver {
   }
 
  private:
-  // Idle lanes take the next rows. With a free start these are judged at once, as if `slot` held their first
-  // evaluation, and those that end there make way for others.
+  // Whether rows begin with an evaluation that needs no product and counts as their first.
+  bool judged_start() const { return map_.first_is_free() && before_ == 0; }
+
+  // Idle lanes take the next rows. With a judged start it is as if `slot` held their first evaluation, and those that
+  // end there make way for others.
   void refill(int slot) {
     while (active_ < R && (staged_ < staged_end_ || next_ < end_)) {
       const bool in_place = active_ == 0 && staged_ == staged_end_;  // an idle tile needs no waiting room
@@ -105,7 +116,7 @@ class RowSolver {
         ++active_;
       }
       if (!in_place) map_.admit(moves);
-      if (!map_.first_is_free()) {
+      if (!judged_start()) {
         move_lanes(moves, d_, start_, z_);
         continue;
       }
@@ -125,6 +136,7 @@ class RowSolver {
     staged_end_ = end_ - next_ < R ? int(end_ - next_) : R;
     next_ += staged_end_;
     map_.stage(lane_rows<R>(first_staged_, staged_end_), start_, in_place);
+    if (before_ > 0) return warm_up(!in_place);
     Vec<T> square[NV] = {};
     for (int64_t o = 0; o < n_; o += R)
       for (int v = 0; v < NV; ++v) {
@@ -132,6 +144,14 @@ class RowSolver {
         square[v] = fma(s, s, square[v]);
       }
     for (int v = 0; v < NV; ++v) store(square_of_start_ + v * W, square[v]);
+  }
+
+  // From f(0) to the iterate that is evaluated next.
+  void warm_up(bool waiting) {
+    for (int k = 1; k < before_; ++k) {
+      map_.template evaluate<Digits::kSome>(start_, spare_, waiting);
+      std::swap(start_, spare_);
+    }
   }
 
   // The newest images, of all rows or only of those just taken: counts them, and writes the answers of rows that end.
@@ -146,7 +166,7 @@ class RowSolver {
 
   bool ended(int l, int slot, T residual) {
     const int k = ++count_[l];
-    if (out_.trace) out_.trace[(k - 1) * out_.trace_stride + row_[l]] = residual;
+    if (out_.trace) out_.trace[(before_ + k - 1) * out_.trace_stride + row_[l]] = residual;
     if (residual < best_[l]) {
       best_[l] = residual;
       best_at_[l] = k;
@@ -154,7 +174,7 @@ class RowSolver {
     }
     const int age = best_at_[l] > 0 ? k - best_at_[l] : 0;
     Outcome outcome;
-    if (row_ends(residual, opt_.tol, k, opt_.max_iter, best_at_[l], outcome)) return finish(l, slot, age, outcome);
+    if (row_ends(residual, opt_.tol, k, opt_.max_iter - before_, best_at_[l], outcome)) return finish(l, slot, age, outcome);
     if (!best_saved_[l] && age == m_ - 1) save_best(l, slot, age);  // the next step overwrites it
     return false;
   }
@@ -178,14 +198,14 @@ class RowSolver {
   bool finish(int l, int slot, int age, Outcome outcome) {
     const bool poisoned = outcome == Outcome::kNonFinite;
     // A free start has not seen the weights: if the next image is NaN, the best is no answer either.
-    const bool hollow = poisoned && map_.first_is_free() && count_[l] == 2;
+    const bool hollow = poisoned && judged_start() && count_[l] == 2;
     if (hollow) best_[l] = std::numeric_limits<T>::infinity();
     if (poisoned && !Map::kAnswerIsImage) answer_[l] = {nullptr, nullptr};  // not solved at all
     else if (hollow) answer_[l] = answer(slot, 0);
     // Without any finite residual the current image is the answer: NaN, not the start.
     else answer_[l] = best_saved_[l] ? Answer{saved_, nullptr} : answer(slot, age);
     out_.residual[row_[l]] = best_[l];
-    out_.nfe[row_[l]] = count_[l];
+    out_.nfe[row_[l]] = before_ + count_[l];
     out_.outcome[row_[l]] = int8_t(outcome);
     return true;
   }
@@ -240,7 +260,8 @@ class RowSolver {
   const SolveOptions<T> opt_;
   const RowResults<T> out_;
   const int m_;
-  T *z_, *start_, *saved_, *images_, *residuals_;
+  int before_;  // evaluations of a row that `count_` leaves out
+  T *z_, *start_, *spare_, *saved_, *images_, *residuals_;
   Gram<T, NV> gram_ = {};
   Vec<T> ff_[NV] = {};
   T best_[R];

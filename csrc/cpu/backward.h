@@ -20,7 +20,7 @@ void solve_tile(const P& p, Map& map, int64_t begin, int64_t end, const RowResul
   const LaneRows<R> rows = lane_rows<R>(begin, int(end - begin));
   map.stage(rows, now, true);
   for (int k = 0; k < p.mode; ++k) {
-    map(now, next);
+    map.template evaluate<Digits::kAll>(now, next, false);
     std::swap(now, next);
   }
   lanes_to_rows<T, NV>(now, nullptr, lane_rows<R>(0, int(end - begin)), out.z, d);

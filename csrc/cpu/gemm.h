@@ -14,6 +14,10 @@ namespace DEQFUSE_ISA {
 // file (32 registers, 16 on AVX2). With AVX-512 eight rows of one vector are faster than sixteen: fewer streams.
 constexpr int block_rows(int nv) { return kBytes == 64 ? 8 : (kBytes == 16 ? 16 : 8) / nv; }
 
+// How exact a product must be: as float32 is, or enough for an iterate of which no residual is taken. Only amx.h makes
+// a difference.
+enum class Digits { kAll, kSome };
+
 DEQFUSE_INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 // Two ways in which a matrix A can lie in memory.
@@ -70,7 +74,7 @@ DEQFUSE_INLINE void block_product(const RowMajor<T>& m, const T* __restrict z, i
 }
 
 // out = scale * A z + bias + add, for a whole tile. `bias` (d) and `add` (tile) may be null.
-template <class T, int NV, class Matrix>
+template <class T, int NV, Digits = Digits::kAll, class Matrix>
 void product(const Matrix& a, const T* __restrict z, T*, const T* __restrict bias, const T* __restrict add,
              T* __restrict out, int64_t d, T scale = T(1)) {
   constexpr int JR = block_rows(NV), R = NV * kLanes<T>;

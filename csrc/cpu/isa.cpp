@@ -4,27 +4,8 @@
 #include <stdexcept>
 #include <string>
 
-#if defined(__x86_64__) && defined(__linux__)
-#include <cpuid.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
-
 namespace deqfuse {
 namespace {
-
-// AMX with bfloat16, which a process has to ask the kernel for.
-bool may_use_amx() {
-#if defined(__x86_64__) && defined(__linux__)
-  unsigned a, b, c, d;
-  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
-  const bool bf16 = d >> 22 & 1, tile = d >> 24 & 1;
-  constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
-  return bf16 && tile && syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
-#else
-  return false;
-#endif
-}
 
 const KernelTable& choose() {
   const char* variable = std::getenv("DEQFUSE_ISA");

@@ -130,5 +130,6 @@ const KernelTable& kernels_base();
 const KernelTable& kernels_avx2();
 const KernelTable& kernels_avx512();
 const KernelTable& kernels_amx();
+bool may_use_amx();  // the matrix unit, which a process has to ask the kernel for
 
 }  // namespace deqfuse

@@ -10,7 +10,12 @@
 #include <utility>
 
 #include "kernels.h"
+#include <cpuid.h>
 #include <immintrin.h>
+#ifdef __linux__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #ifdef __clang__
 #pragma clang attribute push(__attribute__((target("avx512f,avx512dq,avx512vl,avx512bw,avx2,fma,amx-tile,amx-bf16"))), apply_to = function)
 #else
@@ -32,6 +37,18 @@ const deqfuse::KernelTable& deqfuse::kernels_amx() {
   using namespace amx;
   static const KernelTable table{"amx", kBytes, plan, kKernels<float>, kernels_avx512().f64};
   return table;
+}
+
+bool deqfuse::may_use_amx() {
+#ifdef __linux__
+  unsigned a, b, c, d;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+  const bool bfloat16 = d >> 22 & 1, tiles = d >> 24 & 1;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return bfloat16 && tiles && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
 }
 
 #endif

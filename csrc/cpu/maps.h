@@ -61,10 +61,11 @@ class CellMap {
 
   void admit(const LaneMoves<T, NV>& moves) { move_lanes(moves, d_, next_x_, x_); }
 
-  void operator()(const T* z, T* f) {
-    product<T, NV>(w_.w1, z, work_, w_.b1, nullptr, hidden_, d_);
+  template <Digits kDigits>
+  void evaluate(const T* z, T* f, bool waiting) {
+    product<T, NV, kDigits>(w_.w1, z, work_, w_.b1, nullptr, hidden_, d_);
     group_norm<T, NV>(hidden_, w_.g1, w_.c1, d_, groups_, {false, true});
-    product<T, NV>(w_.w2, hidden_, work_, w_.b2, x_, f, d_);
+    product<T, NV, kDigits>(w_.w2, hidden_, work_, w_.b2, waiting ? next_x_ : x_, f, d_);
     finish(f, w_.skip ? z : nullptr);
   }
 
@@ -189,11 +190,13 @@ class FuseMap {
     if (mask_rows_) move_lanes(moves, d_, next_mask_, mask_);
   }
 
-  void operator()(const T* z, T* f) {
-    product<T, NV>(w_.gate, z, work_, nullptr, constant_, gated_, d_, w_.modalities);
+  template <Digits kDigits>
+  void evaluate(const T* z, T* f, bool waiting) {
+    const T* constant = waiting ? next_constant_ : constant_;
+    product<T, NV, kDigits>(w_.gate, z, work_, nullptr, constant, gated_, d_, w_.modalities);
     for (int64_t o = 0; o < d_ * R; o += W) store(gated_ + o, load(gated_ + o) * load(z + o));
-    product<T, NV>(w_.fuse, gated_, work_, w_.fuse_bias, nullptr, f, d_);
-    finish(f, x_, mask_);
+    product<T, NV, kDigits>(w_.fuse, gated_, work_, w_.fuse_bias, nullptr, f, d_);
+    finish(f, waiting ? next_x_ : x_, waiting ? next_mask_ : mask_);
   }
 
  private:
