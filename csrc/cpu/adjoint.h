@@ -72,7 +72,7 @@ struct GradientParts {
 
 template <class T, int NV>
 struct CellAdjointWeights {
-  CellWeights<T, NV> forward;
+  typename CellMap<T, NV>::Weights forward;
   typename TransposedForm<T, NV>::Matrix w1_transposed, w2_transposed;
 };
 
@@ -98,7 +98,7 @@ class CellAdjoint : public AdjointBase<T, NV> {
   }
 
   void stage(const LaneRows<R>& rows, T* start, bool) {
-    const CellWeights<T, NV>& f = w_.forward;
+    const typename CellMap<T, NV>::Weights& f = w_.forward;
     this->load_rhs(g_rows_, rows, tiles(d_, groups_), d_);
     std::memcpy(start, this->g_, sizeof(T) * d_ * R);
     rows_to_lanes<T, NV>(z_rows_, rows, z_, d_);
@@ -147,7 +147,7 @@ class CellAdjoint : public AdjointBase<T, NV> {
  private:
   // The cotangents de and dy2, both norms of a group while it is in the cache.
   void pull_norms(const T* u) {
-    const CellWeights<T, NV>& f = w_.forward;
+    const typename CellMap<T, NV>::Weights& f = w_.forward;
     const int64_t width = d_ / groups_;
     for (int64_t g = 0, at = 0; g < groups_; ++g, at += width) {
       const int64_t o = at * R;
@@ -175,7 +175,7 @@ class CellAdjoint : public AdjointBase<T, NV> {
 
 template <class T, int NV>
 struct FuseAdjointWeights {
-  FuseWeights<T, NV> forward;
+  typename FuseMap<T, NV>::Weights forward;
   typename TransposedForm<T, NV>::Matrix gate_transposed, fuse_transposed;
 };
 
@@ -202,7 +202,7 @@ class FuseAdjoint : public AdjointBase<T, NV> {
   }
 
   void stage(const LaneRows<R>& rows, T* start, bool) {
-    const FuseWeights<T, NV>& f = w_.forward;
+    const typename FuseMap<T, NV>::Weights& f = w_.forward;
     this->load_rhs(g_rows_, rows, tiles(d_, groups_), d_);
     std::memcpy(start, this->g_, sizeof(T) * d_ * R);
     rows_to_lanes<T, NV>(z_rows_, rows, z_, d_);

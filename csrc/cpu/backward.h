@@ -59,12 +59,6 @@ class AdjointMemory {
     return out;
   }
 
-  void prepare_weights(int threads, ParallelFor parallel) const {
-    run_tasks(straight.tasks() + transposed.tasks(), threads, parallel, [&](int64_t t) {
-      if (t < straight.tasks()) straight.run(t);
-      else transposed.run(t - straight.tasks());
-    });
-  }
 
   // dW = cotangent^T input over all rows, and the vectors' sums over the tiles, in order. The first bias of the fuse
   // step enters `first_bias` times.
@@ -110,7 +104,7 @@ void adjoint_cells(const CellAdjointProblem<T>& p, int threads, ParallelFor para
   using Map = CellAdjoint<T, NV>;
   const int64_t d = p.d;
   const AdjointMemory<T, NV> shared(p, p.modalities, 10, Map::kSums);
-  shared.prepare_weights(threads, parallel);
+  copy_all(shared.straight, shared.transposed, threads, parallel);
   run_tasks(p.modalities * shared.tiles(), threads, parallel, [&](int64_t t) {
     const int64_t i = t / shared.tiles(), begin = t % shared.tiles() * R, first = i * p.rows;
     const int64_t end = begin + R < p.rows ? begin + R : p.rows, map_tiles = Map::tiles(d, p.groups);
@@ -142,7 +136,7 @@ void adjoint_fuse(const FuseAdjointProblem<T>& p, const FuseRows<T>& from, int t
   using Map = FuseAdjoint<T, NV>;
   const int64_t d = p.d;
   const AdjointMemory<T, NV> shared(p, 1, 6, Map::kSums);
-  shared.prepare_weights(threads, parallel);
+  copy_all(shared.straight, shared.transposed, threads, parallel);
   const T* const* q = p.params;
   const FuseAdjointWeights<T, NV> w{{shared.straight.at(0, 0), shared.straight.at(0, 1), q[1], q[3], q[4], q[5],
                                      T(p.modalities), p.relu_last},

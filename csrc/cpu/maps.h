@@ -9,9 +9,9 @@
 namespace deqfuse {
 namespace DEQFUSE_ISA {
 
-template <class T, int NV>
+template <class T, class Matrix>
 struct CellWeights {
-  typename StraightForm<T, NV>::Matrix w1, w2;
+  Matrix w1, w2;
   const T *b1, *b2, *g1, *c1, *g2, *c2, *g3, *c3;
   const T* at_zero;  // W2 relu(GN1(b1)) + b2: what every row's second product is at z = 0
   bool skip;
@@ -19,8 +19,8 @@ struct CellWeights {
 
 // CellWeights::at_zero, by the code of every other row: a tile of one vector, all its lanes alike. `memory`:
 // 2 + work_tiles(d) such tiles.
-template <class T, int NV>
-void cell_at_zero(const CellWeights<T, NV>& w, int64_t d, int64_t groups, T* memory, T* out) {
+template <class T, class Matrix>
+void cell_at_zero(const CellWeights<T, Matrix>& w, int64_t d, int64_t groups, T* memory, T* out) {
   constexpr int W = kLanes<T>;
   T *hidden = memory, *second = memory + d * W, *work = memory + 2 * d * W;
   for (int64_t i = 0; i < d; ++i) store(hidden + i * W, splat(w.b1[i]));
@@ -33,11 +33,12 @@ void cell_at_zero(const CellWeights<T, NV>& w, int64_t d, int64_t groups, T* mem
 template <class T, int NV>
 class CellMap {
  public:
+  using Weights = CellWeights<T, typename StraightForm<T, NV>::Matrix>;
   static constexpr int W = kLanes<T>, R = NV * W;
   static constexpr bool kAnswerIsImage = true;
   static int64_t tiles(int64_t d) { return 3 + work_tiles(d); }
 
-  CellMap(const CellWeights<T, NV>& w, const T* x, const T* z0, int64_t d, int64_t groups, T* memory)
+  CellMap(const Weights& w, const T* x, const T* z0, int64_t d, int64_t groups, T* memory)
       : w_(w), x_rows_(x), z0_(z0), d_(d), groups_(groups), x_(memory), hidden_(memory + d * R), next_x_(memory + 2 * d * R),
         work_(memory + 3 * d * R) {
     std::memset(memory, 0, sizeof(T) * tiles(d) * d * R);
@@ -80,7 +81,7 @@ class CellMap {
     }
   }
 
-  const CellWeights<T, NV> w_;
+  const Weights w_;
   const T *x_rows_, *z0_;
   const int64_t d_, groups_;
   T *x_, *hidden_, *next_x_, *work_;
@@ -135,9 +136,9 @@ struct FuseRows {
   }
 };
 
-template <class T, int NV>
+template <class T, class Matrix>
 struct FuseWeights {
-  typename StraightForm<T, NV>::Matrix gate, fuse;
+  Matrix gate, fuse;
   const T *gate_bias, *fuse_bias, *gamma, *beta;
   T modalities;
   bool relu_last;
@@ -147,12 +148,13 @@ struct FuseWeights {
 template <class T, int NV>
 class FuseMap {
  public:
+  using Weights = FuseWeights<T, typename StraightForm<T, NV>::Matrix>;
   static constexpr int W = kLanes<T>, R = NV * W;
   static constexpr bool kAnswerIsImage = true;
   static int64_t tiles(int64_t d) { return 8 + work_tiles(d); }
 
   // `mask` (null without dropout), `z0` (null for zero): row-major (rows, d).
-  FuseMap(const FuseWeights<T, NV>& w, const FuseRows<T>& from, const T* mask, const T* z0, int64_t d, int64_t groups,
+  FuseMap(const Weights& w, const FuseRows<T>& from, const T* mask, const T* z0, int64_t d, int64_t groups,
           T* memory)
       : w_(w), from_(from), mask_rows_(mask), z0_(z0), d_(d), groups_(groups) {
     std::memset(memory, 0, sizeof(T) * tiles(d) * d * R);
@@ -209,7 +211,7 @@ class FuseMap {
     group_norm<T, NV>(y, w_.gamma, w_.beta, d_, groups_, {!w_.relu_last, w_.relu_last});
   }
 
-  const FuseWeights<T, NV> w_;
+  const Weights w_;
   const FuseRows<T> from_;
   const T *mask_rows_, *z0_;
   const int64_t d_, groups_;

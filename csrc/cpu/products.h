@@ -56,12 +56,12 @@ class Matrices {
     return Form::matrix(weight(block, which), copy(block, which), d_);
   }
 
-  // Copying, in pieces of some output rows.
+  // Making the copies, before the first use: tasks of some output rows each.
   int64_t tasks() const { return size_ > 0 ? 2 * blocks_ * pieces() : 0; }
-  void run(int64_t t) const {
-    const int64_t block = t / pieces() / 2, begin = t % pieces() * step(), end = begin + step() < d_ ? begin + step() : d_;
-    const int which = int(t / pieces() % 2);
-    Form::pack(weight(block, which), copy(block, which), d_, begin, end);
+  void run(int64_t task) const {
+    const int64_t block = task / pieces() / 2, begin = task % pieces() * step();
+    const int which = int(task / pieces() % 2);
+    Form::pack(weight(block, which), copy(block, which), d_, begin, begin + step() < d_ ? begin + step() : d_);
   }
 
  private:
@@ -74,6 +74,14 @@ class Matrices {
   const int64_t blocks_, stride_, d_, size_;
   Scratch<T> copies_;
 };
+
+template <class First, class Second>
+void copy_all(const First& first, const Second& second, int threads, ParallelFor parallel) {
+  run_tasks(first.tasks() + second.tasks(), threads, parallel, [&](int64_t t) {
+    if (t < first.tasks()) first.run(t);
+    else second.run(t - first.tasks());
+  });
+}
 
 }  // namespace DEQFUSE_ISA
 }  // namespace deqfuse

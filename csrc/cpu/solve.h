@@ -19,10 +19,11 @@ void solve_cells(const CellProblem<T>& p, int threads, ParallelFor parallel) {
   const int64_t d = p.d;
   Scratch<T> at_zero(p.modalities * d);
   const Matrices<T, StraightForm<T, NV>> weights(p.params, p.modalities, 10, d);
+  using Matrix = typename StraightForm<T, NV>::Matrix;
   auto cell = [&](int64_t i) {
     const T* const* q = p.params + 10 * i;
     const T* zero = at_zero.get() + i * d;
-    return CellWeights<T, NV>{weights.at(i, 0), weights.at(i, 1), q[1], q[3], q[4], q[5], q[6], q[7], q[8], q[9], zero, p.skip};
+    return CellWeights<T, Matrix>{weights.at(i, 0), weights.at(i, 1), q[1], q[3], q[4], q[5], q[6], q[7], q[8], q[9], zero, p.skip};
   };
   run_tasks(weights.tasks(), threads, parallel, [&](int64_t t) { weights.run(t); });
   if (p.z0 == nullptr)
@@ -52,7 +53,7 @@ void solve_fuse(const FuseProblem<T>& p, const FuseRows<T>& from, int threads, P
   const T* const* q = p.params;
   const Matrices<T, StraightForm<T, NV>> weights(q, 1, 6, d);
   run_tasks(weights.tasks(), threads, parallel, [&](int64_t t) { weights.run(t); });
-  const FuseWeights<T, NV> fuse{weights.at(0, 0), weights.at(0, 1), q[1], q[3], q[4], q[5], T(p.modalities), p.relu_last};
+  const FuseWeights<T, typename StraightForm<T, NV>::Matrix> fuse{weights.at(0, 0), weights.at(0, 1), q[1], q[3], q[4], q[5], T(p.modalities), p.relu_last};
   const Chunks chunks(p.rows, R, 2 * threads);
   run_tasks(chunks.count, threads, parallel, [&](int64_t t) {
     const int64_t begin = t * chunks.rows;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "kernels.h"
+#include "memory.h"
 #include "vec.h"
 #ifdef DEQFUSE_AMX
 #include "amx.h"
@@ -14,21 +15,19 @@ namespace DEQFUSE_ISA {
 struct MatrixUnit {};  // none to hold
 #endif
 
-// Scratch memory, aligned for vectors, freed with the call.
+// Scratch memory, aligned for vectors, given back with the call.
 template <class T>
 class Scratch {
  public:
-  explicit Scratch(int64_t count) : p_(static_cast<T*>(std::aligned_alloc(64, size(count)))) {
-    if (p_ == nullptr) throw std::bad_alloc();
-  }
-  ~Scratch() { std::free(p_); }
+  explicit Scratch(int64_t count) : bytes_(sizeof(T) * size_t(count)), p_(static_cast<T*>(take_memory(bytes_))) {}
+  ~Scratch() { give_memory(p_, bytes_); }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
   T* get() const { return p_; }
 
  private:
-  static size_t size(int64_t count) { return (size_t(count) * sizeof(T) + 64) / 64 * 64; }
-  T* p_;
+  const size_t bytes_;
+  T* const p_;
 };
 
 // Tasks are taken one by one by whoever is free: chunks of rows that iterate longer delay nobody.
