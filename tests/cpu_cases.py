@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import math
 import os
 
 import pytest
@@ -106,12 +107,13 @@ def named(cases) -> dict:
     return {"argvalues": cases, "ids": [label(case) for case in cases]}
 
 
-WARM_UP = 3  # evaluations of a cold start before the first whose residual is taken: csrc/cpu/anderson.h
-
-
-def warms_up(solver: Anderson | Picard, z0: Tensor | None) -> bool:
+def warm_up(solve, solver: Anderson | Picard) -> int:
+    """Evaluations of a cold start before the first whose residual is taken: csrc/cpu/anderson.h."""
     undamped = isinstance(solver, Anderson) and solver.beta == 1
-    return z0 is None and undamped and solver.max_iter > 2 * WARM_UP
+    if solve.keywords.get("z0") is not None or not undamped or solver.max_iter <= 8:
+        return 0
+    steps = min(round(-math.log10(solver.tol)), 4) - (solve.func is functional.solve_fuse)
+    return steps if steps > 1 else 0
 
 
 def as_reference(solve, solver) -> tuple[Tensor, BlockInfo]:
@@ -119,18 +121,19 @@ def as_reference(solve, solver) -> tuple[Tensor, BlockInfo]:
 
 
 def as_compiled(solve, solver) -> tuple[Tensor, BlockInfo]:
-    """What the compiled backend computes, on the reference path: a cold start is f(f(f(0)))."""
-    if not warms_up(solver, solve.keywords.get("z0")):
+    """What the compiled backend computes, on the reference path: a cold start begins with plain steps."""
+    steps = warm_up(solve, solver)
+    if steps == 0:
         return as_reference(solve, solver)
     z = None
-    for _ in range(WARM_UP):
+    for _ in range(steps):
         z = solve(solver=Picard(max_iter=1), backend="reference", z0=z)[0]
-    left = dataclasses.replace(solver, max_iter=solver.max_iter - WARM_UP)
+    left = dataclasses.replace(solver, max_iter=solver.max_iter - steps)
     z, info, _ = solve(solver=left, backend="reference", z0=z)
     trace = info.trace
     if trace is not None:
-        trace = torch.cat([trace.new_full((WARM_UP, *trace.shape[1:]), torch.nan), trace])
-    return z, dataclasses.replace(info, nfe=info.nfe + WARM_UP, trace=trace)
+        trace = torch.cat([trace.new_full((steps, *trace.shape[1:]), torch.nan), trace])
+    return z, dataclasses.replace(info, nfe=info.nfe + steps, trace=trace)
 
 
 def assert_same_solution(

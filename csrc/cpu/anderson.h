@@ -28,9 +28,16 @@ struct SolveOptions {
 // Tiles that the state of a solve takes: z, starts and their images, saved answers; images and residuals.
 constexpr int64_t solver_tiles(int history) { return 4 + 2 * (history > 0 ? history : 1); }
 
-// Evaluations of a row that begins at zero before the first whose residual is taken. That early there is no history
-// worth mixing, and hardly a row ends: they are plain steps, and some digits are enough for them.
-constexpr int kWarmup = 3;
+// Evaluations of a row that begins at zero before the first whose residual is taken: one for each digit asked for, four
+// at most, less the map's head start. That early there is no history worth mixing, and hardly a row ends: they are
+// plain steps, and some digits are enough for them.
+constexpr int kMostWarmup = 4;
+template <class T>
+int warm_up_steps(T tol, int head_start) {
+  int digits = 0;
+  for (T t = tol; t < T(0.3) && digits < kMostWarmup; t *= T(10)) ++digits;
+  return digits > head_start + 1 ? digits - head_start : 0;
+}
 
 // Where the answers of row r go; `z` begins with row `first`. `trace` (steps, rows_total) may be null.
 template <class T>
@@ -52,6 +59,7 @@ struct RowResults {
 //   admit(moves)           moves what it keeps of waiting rows into the lanes where they are solved
 //   evaluate<digits>(z, f, waiting)   f(z), whole tile, of the rows that wait or of those being solved
 //   scale(v, norm)         what the residuals of vector v are divided by, given the norms of f(z)
+//   kHeadStart             by how many evaluations it usually ends before a cell does
 //   kAnswerIsImage         whether f(z) or z itself is the answer of the best iterate z
 template <class T, int NV, class Map>
 class RowSolver {
@@ -70,8 +78,8 @@ class RowSolver {
     residuals_ = images_ + n_ * m_;
     spare_ = residuals_ + n_ * m_;
     // A damped iteration is asked for its damping, and a short one for each of its steps.
-    const bool plain = options.history > 0 && options.beta == T(1) && options.max_iter > 2 * kWarmup;
-    before_ = map.first_is_free() && plain ? kWarmup : 0;
+    const bool plain = options.history > 0 && options.beta == T(1) && options.max_iter > 2 * kMostWarmup;
+    before_ = map.first_is_free() && plain ? warm_up_steps(options.tol, Map::kHeadStart) : 0;
     for (int64_t& row : row_) row = -1;
   }
 
