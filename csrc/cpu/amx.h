@@ -6,9 +6,9 @@
 // An infinity becomes NaN on the way. Where some digits are enough, three products are 16 bits.
 //
 // A register of the unit holds 16 rows of 64 bytes: 16 output rows by 32 terms of the one factor, 16 pairs of terms by
-// 16 columns of the other, 16 x 16 sums. Everything here is laid out in such blocks of 1 KB, a block's three pieces one
-// after the other, the largest first, and padded with zeros. A sum's terms come in the same order whatever the tile's
-// width.
+// 16 columns of the other, 16 x 16 sums. Everything here is laid out in such blocks of 1 KB, padded with zeros: all
+// blocks of the largest pieces, then those of the others, each kind a `plane`. A sum's terms come in the same order
+// whatever the tile's width.
 #pragma once
 
 #include "gemm.h"
@@ -18,9 +18,8 @@ namespace DEQFUSE_ISA {
 
 typedef uint32_t Bits __attribute__((vector_size(64)));
 
-constexpr int64_t kBlock = 512;       // bfloat16 numbers of a piece
-constexpr int64_t kTerms = 32;        // of a sum, in a block
-constexpr int64_t kSpan = 3 * kBlock;  // of a block's pieces
+constexpr int64_t kBlock = 512;  // bfloat16 numbers of a block
+constexpr int64_t kTerms = 32;   // of a sum, in a block
 
 DEQFUSE_INLINE int64_t blocks_of(int64_t n, int64_t size) { return (n + size - 1) / size; }
 
@@ -56,14 +55,14 @@ DEQFUSE_INLINE Pieces split(Vec<float> x) {
 
 // Pairs (a_i, b_i): two terms of 16 columns.
 template <Digits kDigits = Digits::kAll>
-DEQFUSE_INLINE void store_pairs(const Pieces& a, const Pieces& b, uint16_t* to) {
+DEQFUSE_INLINE void store_pairs(const Pieces& a, const Pieces& b, uint16_t* to, int64_t plane) {
   for (int p = 0; p < (kDigits == Digits::kAll ? 3 : 2); ++p) {
     const Bits both = a.of[p] >> 16 | (b.of[p] & (0xffff0000u - Bits{}));
-    __builtin_memcpy(to + p * kBlock, &both, sizeof both);
+    __builtin_memcpy(to + p * plane, &both, sizeof both);
   }
 }
 // Numbers a_0 ... a_15, b_0 ... b_15: 32 terms of one output row.
-DEQFUSE_INLINE void store_terms(const Pieces& a, const Pieces& b, uint16_t* to) {
+DEQFUSE_INLINE void store_terms(const Pieces& a, const Pieces& b, uint16_t* to, int64_t plane) {
   typedef uint16_t Halves __attribute__((vector_size(64)));
   for (int p = 0; p < 3; ++p) {
     const Halves x = (Halves)a.of[p], y = (Halves)b.of[p];
@@ -75,7 +74,7 @@ DEQFUSE_INLINE void store_terms(const Pieces& a, const Pieces& b, uint16_t* to) 
                         33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
     const Halves line = __builtin_shuffle(x, y, odd);
 #endif
-    __builtin_memcpy(to + p * kBlock, &line, sizeof line);
+    __builtin_memcpy(to + p * plane, &line, sizeof line);
   }
 }
 
@@ -91,7 +90,8 @@ DEQFUSE_INLINE Vec<float> load_some(const float* p, int64_t count) {
 struct SplitMatrix {
   const uint16_t* p;
   int64_t d;
-  const uint16_t* rows(int64_t j0) const { return p + j0 / 16 * blocks_of(d, kTerms) * kSpan; }
+  static int64_t plane(int64_t d) { return blocks_of(d, 16) * blocks_of(d, kTerms) * kBlock; }
+  const uint16_t* rows(int64_t j0) const { return p + j0 / 16 * blocks_of(d, kTerms) * kBlock; }
 };
 
 // Its copy, of A or, kTransposed, of A^T, in units of float.
@@ -99,16 +99,16 @@ template <bool kTransposed>
 struct SplitCopy {
   using Matrix = SplitMatrix;
   static constexpr int64_t kStep = 16;
-  static int64_t size(int64_t d) { return blocks_of(d, 16) * blocks_of(d, kTerms) * kSpan / 2; }
+  static int64_t size(int64_t d) { return SplitMatrix::plane(d) * 3 / 2; }
   static SplitMatrix matrix(const float*, const float* copy, int64_t d) {
     return {reinterpret_cast<const uint16_t*>(copy), d};
   }
 
   // Output rows [begin, end) of the copy; begin is a multiple of kStep.
   static void pack(const float* a, float* copy, int64_t d, int64_t begin, int64_t end) {
-    uint16_t* to = reinterpret_cast<uint16_t*>(copy) + begin / 16 * blocks_of(d, kTerms) * kSpan;
+    uint16_t* to = reinterpret_cast<uint16_t*>(copy) + begin / 16 * blocks_of(d, kTerms) * kBlock;
     for (int64_t j0 = begin; j0 < end; j0 += 16)
-      for (int64_t k0 = 0; k0 < d; k0 += kTerms, to += kSpan) {
+      for (int64_t k0 = 0; k0 < d; k0 += kTerms, to += kBlock) {
         Vec<float> m[2][16];
         for (int half = 0; half < 2; ++half) {
           for (int q = 0; q < 16; ++q) {
@@ -117,13 +117,15 @@ struct SplitCopy {
           }
           if (kTransposed) transpose<float>(m[half]);
         }
-        for (int q = 0; q < 16; ++q) store_terms(split(m[0][q]), split(m[1][q]), to + q * kTerms);
+        for (int q = 0; q < 16; ++q) store_terms(split(m[0][q]), split(m[1][q]), to + q * kTerms, SplitMatrix::plane(d));
       }
   }
 };
 
 // The pieces of a tile as second factor: block (k / 32, vector) of terms and lanes. In units of float.
-constexpr int64_t split_tile_size(int64_t d, int64_t lanes) { return (d + kTerms - 1) / kTerms * lanes / 16 * kSpan / 2; }
+template <int NV>
+DEQFUSE_INLINE int64_t tile_plane(int64_t d) { return blocks_of(d, kTerms) * NV * kBlock; }
+DEQFUSE_INLINE int64_t split_tile_size(int64_t d, int64_t lanes) { return tile_plane<1>(d) * lanes / 16 * 3 / 2; }
 template <int NV, Digits kDigits>
 void split_tile(const float* z, uint16_t* to, int64_t d) {
   constexpr int R = NV * 16;
@@ -131,7 +133,8 @@ void split_tile(const float* z, uint16_t* to, int64_t d) {
     for (int v = 0; v < NV; ++v) {
       const Vec<float> zero{}, a = k < d ? load(z + k * R + v * 16) : zero,
                        b = k + 1 < d ? load(z + (k + 1) * R + v * 16) : zero;
-      store_pairs<kDigits>(split(a), split(b), to + (k / kTerms * NV + v) * kSpan + k % kTerms / 2 * kTerms);
+      store_pairs<kDigits>(split(a), split(b), to + (k / kTerms * NV + v) * kBlock + k % kTerms / 2 * kTerms,
+                           tile_plane<NV>(d));
     }
 }
 
@@ -139,17 +142,17 @@ void split_tile(const float* z, uint16_t* to, int64_t d) {
 // along the terms, those of 16 further output rows `down` away; blocks of the second for one range of terms lie side by
 // side, those for the next `next` away. The smallest products come first.
 template <int kDown, int NV, Digits kDigits = Digits::kAll>
-DEQFUSE_INLINE void block_sums(const uint16_t* a, int64_t down, const uint16_t* b, int64_t next, int64_t depth,
-                               float* sums) {
+DEQFUSE_INLINE void block_sums(const uint16_t* a, int64_t a_plane, int64_t down, const uint16_t* b, int64_t b_plane,
+                               int64_t next, int64_t depth, float* sums) {
   static_assert(kDown <= 2 && NV <= 2, "eight registers");
   // What the vectors' stores wrote is in memory: the compiler does not see that these instructions read it.
   __asm__ volatile("" ::: "memory");
 #define DEQFUSE_LOAD_A(piece)                                 \
-  _tile_loadd(4, a + piece * kBlock, 64);                     \
-  if constexpr (kDown == 2) _tile_loadd(5, a + down + piece * kBlock, 64)
+  _tile_loadd(4, a + piece * a_plane, 64);                    \
+  if constexpr (kDown == 2) _tile_loadd(5, a + down + piece * a_plane, 64)
 #define DEQFUSE_LOAD_B(piece)                                 \
-  _tile_loadd(6, b + piece * kBlock, 64);                     \
-  if constexpr (NV == 2) _tile_loadd(7, b + kSpan + piece * kBlock, 64)
+  _tile_loadd(6, b + piece * b_plane, 64);                    \
+  if constexpr (NV == 2) _tile_loadd(7, b + kBlock + piece * b_plane, 64)
 #define DEQFUSE_ADD_PRODUCTS                                  \
   _tile_dpbf16ps(0, 4, 6);                                    \
   if constexpr (NV == 2) _tile_dpbf16ps(1, 4, 7);             \
@@ -159,7 +162,7 @@ DEQFUSE_INLINE void block_sums(const uint16_t* a, int64_t down, const uint16_t* 
   _tile_zero(1);
   _tile_zero(2);
   _tile_zero(3);
-  for (int64_t k = 0; k < depth; ++k, a += kSpan, b += next) {
+  for (int64_t k = 0; k < depth; ++k, a += kBlock, b += next) {
     DEQFUSE_LOAD_B(0);
     if constexpr (kDigits == Digits::kAll) {
       DEQFUSE_LOAD_A(2);
@@ -201,22 +204,26 @@ void product(const SplitMatrix& a, const float* z, float* work, const float* bia
   constexpr int R = NV * 16;
   uint16_t* pieces = reinterpret_cast<uint16_t*>(work);
   split_tile<NV, kDigits>(z, pieces, d);
-  const int64_t depth = blocks_of(d, kTerms), down = depth * kSpan;
-  alignas(64) float sums[32 * R];
-  for (int64_t j0 = 0; j0 < d; j0 += 32) {
-    if (d - j0 > 16) block_sums<2, NV, kDigits>(a.rows(j0), down, pieces, NV * kSpan, depth, sums);
-    else block_sums<1, NV, kDigits>(a.rows(j0), down, pieces, NV * kSpan, depth, sums);
-    const int64_t rows = d - j0 < 32 ? d - j0 : 32;
-    for (int64_t j = 0; j < rows; ++j) {
-      const Vec<float> s = splat(scale), b = splat(bias ? bias[j0 + j] : 0.0f);
-      for (int v = 0; v < NV; ++v) {
-        const int64_t at = (j0 + j) * R + v * 16;
-        Vec<float> r = fma(load(sums + j * R + v * 16), s, b);
-        if (add) r += load(add + at);
-        store(out + at, r);
+  const int64_t depth = blocks_of(d, kTerms), down = depth * kBlock, a_plane = SplitMatrix::plane(d);
+  const int64_t b_plane = tile_plane<NV>(d), next = NV * kBlock;
+  alignas(64) float sums[32 * 32];
+  constexpr int kAcross = NV > 1 ? 2 : 1;
+  for (int64_t j0 = 0; j0 < d; j0 += 32)
+    for (int v0 = 0; v0 < NV; v0 += kAcross) {
+      const uint16_t *first = a.rows(j0), *second = pieces + v0 * kBlock;
+      if (d - j0 > 16) block_sums<2, kAcross, kDigits>(first, a_plane, down, second, b_plane, next, depth, sums);
+      else block_sums<1, kAcross, kDigits>(first, a_plane, down, second, b_plane, next, depth, sums);
+      const int64_t rows = d - j0 < 32 ? d - j0 : 32;
+      for (int64_t j = 0; j < rows; ++j) {
+        const Vec<float> s = splat(scale), b = splat(bias ? bias[j0 + j] : 0.0f);
+        for (int v = 0; v < kAcross; ++v) {
+          const int64_t at = (j0 + j) * R + (v0 + v) * 16;
+          Vec<float> r = fma(load(sums + (j * kAcross + v) * 16), s, b);
+          if (add) r += load(add + at);
+          store(out + at, r);
+        }
       }
     }
-  }
 }
 
 // The rows of a batch as terms of a sum over them: of each what a tile holds of it, lanes without a row as zeros. The
@@ -232,9 +239,10 @@ struct SplitCotangents {
   float* p;
   int64_t rows, d;
 
-  static int64_t size(int64_t rows, int64_t d) { return blocks_of(d, 16) * blocks_of(rows, kTerms) * kSpan / 2; }
-  const uint16_t* at(int64_t j0, int64_t r0) const {
-    return reinterpret_cast<uint16_t*>(p) + (j0 / 16 * blocks_of(rows, kTerms) + r0 / kTerms) * kSpan;
+  static int64_t plane(int64_t rows, int64_t d) { return blocks_of(d, 16) * blocks_of(rows, kTerms) * kBlock; }
+  static int64_t size(int64_t rows, int64_t d) { return plane(rows, d) * 3 / 2; }
+  uint16_t* at(int64_t j0, int64_t r0) const {
+    return reinterpret_cast<uint16_t*>(p) + (j0 / 16 * blocks_of(rows, kTerms) + r0 / kTerms) * kBlock;
   }
 
   void take(const float* tile, const LaneRows<NV * 16>& from) const {
@@ -242,16 +250,16 @@ struct SplitCotangents {
     Vec<float> flag[NV];
     taking<float, NV>(from, flag);
     for (int64_t i = 0; i < d; ++i) {
-      uint16_t* to = const_cast<uint16_t*>(at(i, first)) + i % 16 * kTerms;
       const float* line = tile + i * NV * 16;
-      if (NV == 2) {
-        store_terms(split(lanes_with_rows<NV>(line, 0, flag)), split(lanes_with_rows<NV>(line, NV - 1, flag)), to);
-        continue;
-      }
-      uint16_t halves[kSpan];
-      store_terms(split(lanes_with_rows<NV>(line, 0, flag)), split(Vec<float>{}), halves);
+      for (int v = 0; v + 1 < NV && first + v * 16 < rows; v += 2)
+        store_terms(split(lanes_with_rows<NV>(line, v, flag)), split(lanes_with_rows<NV>(line, v + 1, flag)),
+                    at(i, first + v * 16) + i % 16 * kTerms, plane(rows, d));
+      if (NV > 1) continue;
+      uint16_t *to = at(i, first) + i % 16 * kTerms, halves[3 * kTerms];
+      store_terms(split(lanes_with_rows<NV>(line, 0, flag)), split(Vec<float>{}), halves, kTerms);
       for (int q = 0; q < 3; ++q)
-        std::memcpy(to + q * kBlock + first % kTerms, halves + q * kBlock, first + 16 < rows ? 32 : 64 - first % kTerms * 2);
+        std::memcpy(to + q * plane(rows, d) + first % kTerms, halves + q * kTerms,
+                    first + 16 < rows ? 32 : 64 - first % kTerms * 2);
     }
   }
 };
@@ -262,25 +270,26 @@ struct SplitInputs {
   float* p;
   int64_t rows, d;
 
-  static int64_t size(int64_t rows, int64_t d) { return blocks_of(rows, kTerms) * blocks_of(d, 16) * kSpan / 2; }
-  int64_t next() const { return blocks_of(d, 16) * kSpan; }
-  const uint16_t* at(int64_t r0, int64_t i0) const {
-    return reinterpret_cast<uint16_t*>(p) + r0 / kTerms * next() + i0 / 16 * kSpan;
+  static int64_t plane(int64_t rows, int64_t d) { return blocks_of(rows, kTerms) * blocks_of(d, 16) * kBlock; }
+  static int64_t size(int64_t rows, int64_t d) { return plane(rows, d) * 3 / 2; }
+  int64_t next() const { return blocks_of(d, 16) * kBlock; }
+  uint16_t* at(int64_t r0, int64_t i0) const {
+    return reinterpret_cast<uint16_t*>(p) + r0 / kTerms * next() + i0 / 16 * kBlock;
   }
 
   void take(const float* tile, const LaneRows<NV * 16>& from) const {
     Vec<float> flag[NV];
     taking<float, NV>(from, flag);
     const bool half = NV == 1 && from.row[0] + 16 >= rows && from.row[0] % kTerms == 0;  // the rest is nobody's
-    for (int v = 0; v < (half ? 2 : NV); ++v) {
+    for (int v = 0; v < (half ? 2 : NV) && (v < 2 || from.row[0] + v / 2 * 32 < rows); ++v) {
       const int64_t first = from.row[0] + 16 * v;
       for (int64_t i0 = 0; i0 < d; i0 += 16) {
         Vec<float> m[16];
         for (int q = 0; q < 16; ++q)
           m[q] = i0 + q < d && v < NV ? lanes_with_rows<NV>(tile + (i0 + q) * NV * 16, v, flag) : Vec<float>{};
         transpose<float>(m);
-        uint16_t* to = const_cast<uint16_t*>(at(first, i0)) + first % kTerms / 2 * kTerms;
-        for (int q = 0; q < 16; q += 2) store_pairs(split(m[q]), split(m[q + 1]), to + q / 2 * kTerms);
+        uint16_t* to = at(first, i0) + first % kTerms / 2 * kTerms;
+        for (int q = 0; q < 16; q += 2) store_pairs(split(m[q]), split(m[q + 1]), to + q / 2 * kTerms, plane(rows, d));
       }
     }
   }
@@ -290,7 +299,8 @@ struct SplitInputs {
 // B stay in cache, and partial sums keep the rounding small.
 template <int NV>
 void outer_product(const SplitCotangents<NV>& a, const SplitInputs<NV>& b, int64_t k0, float* out) {
-  const int64_t d = a.d, end = k0 + 64 < d ? k0 + 64 : d, down = blocks_of(a.rows, kTerms) * kSpan;
+  const int64_t d = a.d, end = k0 + 64 < d ? k0 + 64 : d, down = blocks_of(a.rows, kTerms) * kBlock;
+  const int64_t a_plane = a.plane(a.rows, d), b_plane = b.plane(b.rows, d), next = b.next();
   alignas(64) float sums[32 * 32];
   for (int64_t r0 = 0; r0 < a.rows || r0 == 0; r0 += 256) {
     const int64_t depth = blocks_of(a.rows - r0 < 256 ? a.rows - r0 : 256, kTerms);
@@ -298,10 +308,10 @@ void outer_product(const SplitCotangents<NV>& a, const SplitInputs<NV>& b, int64
       for (int64_t k = k0; k < end; k += 32) {
         const bool tall = d - j0 > 16, broad = end - k > 16;
         const uint16_t *x = a.at(j0, r0), *y = b.at(r0, k);
-        if (tall && broad) block_sums<2, 2>(x, down, y, b.next(), depth, sums);
-        else if (tall) block_sums<2, 1>(x, down, y, b.next(), depth, sums);
-        else if (broad) block_sums<1, 2>(x, down, y, b.next(), depth, sums);
-        else block_sums<1, 1>(x, down, y, b.next(), depth, sums);
+        if (tall && broad) block_sums<2, 2>(x, a_plane, down, y, b_plane, next, depth, sums);
+        else if (tall) block_sums<2, 1>(x, a_plane, down, y, b_plane, next, depth, sums);
+        else if (broad) block_sums<1, 2>(x, a_plane, down, y, b_plane, next, depth, sums);
+        else block_sums<1, 1>(x, a_plane, down, y, b_plane, next, depth, sums);
         for (int64_t j = 0; j < 32 && j0 + j < d; ++j) {
           const float* line = sums + j * (broad ? 32 : 16);
           float* o = out + (j0 + j) * d + k;
