@@ -25,7 +25,7 @@ py::dict build_info() {
 py::dict plan(int64_t rows, int64_t dim, int64_t itemsize, int64_t history) {
   if (rows < 0 || dim < 1 || (itemsize != 4 && itemsize != 8) || history < 0 || history > 8)
     throw std::invalid_argument("plan: expected rows >= 0, dim >= 1, itemsize 4 or 8, history 0 to 8");
-  const deqfuse::Plan cut = deqfuse::kernels().plan(rows, itemsize, int(history));
+  const deqfuse::Plan cut = deqfuse::kernels().plan(rows, dim, itemsize, int(history));
   py::dict plan;
   plan["rows_per_tile"] = cut.rows_per_tile;
   plan["tiles"] = (rows + cut.rows_per_tile - 1) / cut.rows_per_tile;
@@ -57,8 +57,8 @@ PYBIND11_MODULE(_C, m) {
   deqfuse::kernels();  // a wrong DEQFUSE_ISA is an ImportError here, not a failure of the first solve
   m.def("build_info", build_info,
         "How the module was built and what it runs on this processor.\n\n"
-        "Keys: compiler; torch_target, the oldest torch that can load it; instruction_set (base, avx2 or\n"
-        "avx512; base is NEON on aarch64); vector_bytes.");
+        "Keys: compiler; torch_target, the oldest torch that can load it; instruction_set (base, avx2,\n"
+        "avx512 or amx; base is NEON on aarch64); vector_bytes.");
   m.def("plan", plan, py::arg("rows"), py::arg("dim"), py::arg("itemsize") = 4, py::arg("history") = 5,
         "How a solve of `rows` rows of `dim` values is cut up.\n\n"
         "Args: itemsize of the compute dtype in bytes; history, Anderson's m, 0 for Picard.\n"

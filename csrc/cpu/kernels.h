@@ -39,7 +39,7 @@ struct FuseProblem {
 // The whole layer: the cells, then the fuse step, whose x and cell_sum are made of them.
 template <class T>
 struct LayerProblem {
-  int64_t rows;
+  int64_t rows, d;
   CellProblem<T> cells;
   FuseProblem<T> fuse;
   const T *weights, *bias;  // x_fuse = sum_i weights_i x_i + bias; (N,), and (1,) or null
@@ -77,7 +77,7 @@ struct FuseAdjointProblem : AdjointCommon<T> {
 // The fuse step's backward, then the cells', which receive its dcell_sum.
 template <class T>
 struct LayerAdjointProblem {
-  int64_t rows;
+  int64_t rows, d;
   CellAdjointProblem<T> cells;
   FuseAdjointProblem<T> fuse;
   const T *weights, *bias;
@@ -121,7 +121,7 @@ struct Plan {
 struct KernelTable {
   const char* name;
   int bytes;
-  Plan (*plan)(int64_t rows, int64_t itemsize, int history);
+  Plan (*plan)(int64_t rows, int64_t d, int64_t itemsize, int history);
   Kernels<float> f32;
   Kernels<double> f64;
 };

@@ -119,6 +119,7 @@ LayerGradients adjoint_layer(Tensor grad_z, std::optional<Tensor> grad_cells, Te
     const auto out = pointers<T>(dparams), to = pointers<T>(dx);
     LayerAdjointProblem<T> p{};
     p.rows = rows;
+    p.d = d;
     p.weights = in[weights];
     p.bias = biased ? in[weights + 1] : nullptr;
     p.g_cells = data<T>(grad_cells);

@@ -119,6 +119,7 @@ SolvedLayer solve_layer(Tensors x, Tensors params, std::optional<Tensor> mask, s
     const auto in = pointers<const T>(params), from = pointers<const T>(x);
     LayerProblem<T> p{};
     p.rows = rows;
+    p.d = d;
     p.weights = in[weights];
     p.bias = biased ? in[weights + 1] : nullptr;
     point_size<T>(p.cells, n, rows, d, groups);

@@ -468,7 +468,7 @@ struct Layer {
       block.trace = out.trace.data() + first;
     };
     LayerProblem<T> problem{};
-    problem.rows = rows, problem.weights = weights.data(), problem.bias = biased ? bias.data() : nullptr;
+    problem.rows = rows, problem.d = s.d, problem.weights = weights.data(), problem.bias = biased ? bias.data() : nullptr;
     common(problem.cells, 0), common(problem.fuse, n * rows);
     problem.cells.skip = problem.fuse.relu_last = s.variant;
     problem.cells.x = from.data(), problem.cells.params = p.data(), problem.fuse.params = p.data() + 10 * n;
@@ -496,7 +496,7 @@ struct Layer {
       block.outcome = out.outcome.data() + first;
     };
     LayerAdjointProblem<T> problem{};
-    problem.rows = rows, problem.weights = weights.data(), problem.bias = biased ? bias.data() : nullptr;
+    problem.rows = rows, problem.d = s.d, problem.weights = weights.data(), problem.bias = biased ? bias.data() : nullptr;
     problem.g_cells = use_cells ? g_cells.data() : nullptr;
     common(problem.cells, 0), common(problem.fuse, n * rows);
     problem.cells.params = p.data(), problem.fuse.params = p.data() + 10 * n;
@@ -616,6 +616,18 @@ void check_table(const KernelTable& table) {
       }
 }
 
+// Tiles of four vectors, which only large problems get.
+void check_large(const KernelTable& table) {
+  for (bool fuse : {false, true}) {
+    now = std::string(table.name) + (fuse ? " fuse" : " cells") + " of 257 rows, d=768";
+    const Inputs in({1, 257, 768, 4, false, false, true, 5, 30}, fuse);
+    const auto out = solve<float>(table, in, 1e-3, 2);
+    check_forward(table, in, 1e-3, out);
+    const auto u = adjoint<float>(table, in, cast<double>(out.z), -1, 1e-3, 1);
+    check(same(u, adjoint<float>(table, in, cast<double>(out.z), -1, 1e-3, 3)), "adjoint depends on the thread count");
+  }
+}
+
 int main() {
   std::vector<const KernelTable*> tables{&kernels_base()};
 #if defined(__x86_64__)
@@ -626,6 +638,7 @@ int main() {
   for (const KernelTable* table : tables) {
     checks = converged = rows_solved = slopes_compared = series_compared = layers_compared = 0;
     check_table(*table);
+    if (table->plan(257, 768, 4, 5).rows_per_tile == 64) check_large(*table);
     std::printf("%s: %lld checks, %lld of %lld rows converged, gradients of %lld cases compared with slopes, "
                 "%lld with series, %lld layers with their blocks\n",
                 table->name, checks, converged, rows_solved, slopes_compared, series_compared, layers_compared);
