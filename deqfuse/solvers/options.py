@@ -98,6 +98,10 @@ RESCUE_STEPS = 8
 class Anderson(SolverOption):
     """Anderson mixing over the last ``m`` residuals (Walker & Ni 2011), per row. The default.
 
+    On the ``cpu`` backend a layer's start from zero begins with plain steps (beta = 1, max_iter
+    above 8): one per digit of ``tol``, at most 4 in cells and 3 in the fuse equation. They count as
+    evaluations; their residuals are not taken, and are NaN in a trace.
+
     Args:
         m: history length; m = 1 is plain (damped) iteration.
         beta: mixing factor, ``z <- sum_i alpha_i (z_i + beta (f(z_i) - z_i))``.

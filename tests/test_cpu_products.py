@@ -1,0 +1,142 @@
+"""What the compiled solves are made of: products as exact as float32, wide tiles, plain first steps,
+memory that is kept."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import resource
+
+import pytest
+import torch
+from cpu_cases import Case, assert_equal, flat_cells
+from torch import Tensor
+
+from deqfuse import Anderson, DEQFusion, Implicit, Picard, functional
+from deqfuse.backends import native
+
+SIZES = [(1, 12, 4), (15, 20, 4), (33, 33, 3), (70, 50, 2), (40, 300, 4), (257, 768, 4)]
+
+
+def error(given: Tensor, exact: Tensor) -> float:
+    return ((given - exact).norm() / exact.norm()).item()
+
+
+@pytest.mark.parametrize(("rows", "dim", "groups"), SIZES)
+def test_an_evaluation_is_as_exact_as_torchs(rows, dim, groups):
+    """Against float64, whatever unit multiplies: no further away than torch in float32."""
+    case = Case(rows, dim, groups, dtype="f32")
+    params, x, z0 = flat_cells(case.layer()), case.draw(2), case.draw(2)
+
+    def step(dtype: torch.dtype, backend: str) -> Tensor:
+        given = [t.detach().to(dtype) for t in params]
+        solve = functools.partial(functional.solve_cells, num_groups=groups, on_failure="ignore")
+        start = z0.to(dtype)
+        return solve(x.to(dtype), given, z0=start, solver=Picard(max_iter=1), backend=backend)[0]
+
+    exact = step(torch.float64, "reference")
+    ours, torchs = (error(step(torch.float32, name), exact) for name in ("cpu", "reference"))
+    assert ours <= max(1.2 * torchs, 2e-7)
+
+
+@pytest.mark.parametrize(("rows", "dim", "groups"), SIZES)
+def test_weight_gradients_are_as_exact_as_torchs(rows, dim, groups):
+    """One VJP at a given equilibrium, without a solve: products over the rows of a batch."""
+    torch.manual_seed(0)
+    layer = DEQFusion(dim, 2, num_groups=groups, on_failure="ignore", adjoint=Implicit(tol=1e-6))
+    xs, g = [torch.randn(rows, dim) for _ in range(2)], torch.randn(rows, dim)
+
+    def gradients(dtype: torch.dtype, backend: str, tol: float) -> Tensor:
+        layer.to(dtype).backend, layer.solver = backend, Anderson(tol=tol, max_iter=60)
+        layer.adjoint = Implicit(tol=tol)
+        z = layer([x.to(dtype) for x in xs])
+        weights = [p for p in layer.parameters() if p.dim() == 2]
+        return torch.cat([t.flatten() for t in torch.autograd.grad(z, weights, g.to(dtype))])
+
+    exact = gradients(torch.float64, "cpu", 1e-11)
+    ours, torchs = (error(gradients(torch.float32, b, 1e-6), exact) for b in ("cpu", "reference"))
+    assert ours <= max(2 * torchs, 1e-5)
+
+
+def test_wide_tiles_keep_rows_apart():
+    """At d = 768 and 257 rows a tile may hold four vectors: the rows alone give the same bits."""
+    case = Case(257, 768, 4, 1, dtype="f32")
+    layer = case.layer(backend="cpu")
+    x, g = case.draw(), case.draw()
+
+    def run(index) -> list[Tensor]:
+        leaf = x[index].clone().requires_grad_()
+        z, info = layer([leaf], return_info=True)
+        return [z.detach(), info.fuse.nfe, *torch.autograd.grad(z, leaf, g[index])]
+
+    together, seen = run(slice(None)), set()
+    for index in (slice(0, 1), slice(60, 67), slice(250, 257), slice(0, 64)):
+        assert_equal(run(index), [t[index] for t in together])
+        seen.add(native.module.plan(len(range(257)[index]), 768)["rows_per_tile"])
+    seen.add(native.module.plan(257, 768)["rows_per_tile"])
+    assert len(seen) >= 2, "tiles of one width only say nothing"
+
+
+# ---- plain first steps ---------------------------------------------------------------------------
+
+
+def constant(dim: int = 12) -> tuple[DEQFusion, list[Tensor]]:
+    """Cells and a combination that do not look at z: solved by any second evaluation."""
+    layer = DEQFusion(dim, 2, num_groups=4, backend="cpu")
+    with torch.no_grad():
+        for part in (*(cell.linear2 for cell in layer.cells), layer.combine.fuse):
+            part.weight.zero_()
+    return layer, [torch.randn(9, dim) for _ in range(2)]
+
+
+@pytest.mark.parametrize(
+    ("solver", "cells", "fuse"),
+    [
+        (Anderson(), 4, 3),
+        (Anderson(tol=1e-9, max_iter=9), 4, 3),
+        (Anderson(tol=1e-3), 3, 2),
+        (Anderson(tol=1e-2), 2, 0),
+        (Anderson(tol=0.1), 0, 0),
+        (Anderson(max_iter=8), 0, 0),
+        (Anderson(beta=0.9), 0, 0),
+        (Picard(), 0, 0),
+    ],
+    ids=repr,
+)
+def test_cold_starts_are_judged_late(solver, cells, fuse):
+    """One plain step for each digit asked for: counted, but no residual is taken of them."""
+    layer, xs = constant()
+    layer.solver = dataclasses.replace(solver, trace=True)
+    z, info = layer(xs, return_info=True)
+    for block, steps in ((info.cells, cells), (info.fuse, fuse)):
+        assert block.trace[:steps].isnan().all()
+        assert block.trace[steps].isfinite().all()
+        if solver.beta == 1:
+            assert (block.nfe == max(steps + 1, 2)).all()
+    layer.solver = solver
+    assert torch.equal(layer(xs), z), "a trace changes no answer"
+
+
+def test_warm_starts_are_judged_at_once():
+    layer, xs = constant()
+    z, zs, _ = layer(xs, return_cells=True, return_info=True)
+    info = layer(xs, z0=(z, zs), return_info=True)[1]
+    assert (info.cells.nfe == 1).all()
+    assert (info.fuse.nfe == 1).all()
+
+
+# ---- memory that is kept -------------------------------------------------------------------------
+
+
+def test_what_is_kept_between_calls_is_bounded():
+    """Steps of ever new sizes: of what they work in, 128 MB outlive them."""
+
+    def resident() -> int:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * resource.getpagesize()
+
+    layer = DEQFusion(128, 1, backend="cpu", on_failure="ignore")
+    before = resident()
+    for rows in range(10_000, 60_000, 10_000):  # their weights' gradients alone need 460 MB
+        layer([torch.randn(rows, 128)]).square().mean().backward()
+    assert resident() - before < 250e6
