@@ -16,6 +16,9 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
+
+#if defined(__linux__) && (defined(__clang__) || __GNUC__ >= 11)
+
 #ifdef __clang__
 #pragma clang attribute push(__attribute__((target("avx512f,avx512dq,avx512vl,avx512bw,avx2,fma,amx-tile,amx-bf16"))), apply_to = function)
 #else
@@ -40,15 +43,17 @@ const deqfuse::KernelTable& deqfuse::kernels_amx() {
 }
 
 bool deqfuse::may_use_amx() {
-#ifdef __linux__
   unsigned a, b, c, d;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
   const bool bfloat16 = d >> 22 & 1, tiles = d >> 24 & 1;
   constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
   return bfloat16 && tiles && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
-#else
-  return false;
-#endif
 }
 
+#else  // a compiler or a system that does not know the unit
+
+const deqfuse::KernelTable& deqfuse::kernels_amx() { return kernels_avx512(); }
+bool deqfuse::may_use_amx() { return false; }
+
+#endif
 #endif
