@@ -68,6 +68,10 @@ def may_spill(entry: dict) -> int:
     multiprocessor; a limit on registers makes it more. Whole solves spill nothing.
     """
     kind, target, dtype = entry["kind"], entry["target"], entry["dtype"]
+    if kind == "step" and entry["dim"] // entry["groups"] > 256:
+        if target == "sm_100":
+            return 56
+        return 64 if dtype == "float64" and target != "gfx942" else 0
     if target == "gfx942":
         if kind == "solve":  # five residuals and a weight of 64 columns: over 256 registers
             return 128 if entry["m"] == 5 else 0
@@ -107,7 +111,7 @@ def assert_sound(table: list[dict], kinds: Iterable[str], targets: Iterable[str]
 def assert_documented(table: list[dict]) -> None:
     """Each kernel's line in the docs, as far as it is compiled here, is what it takes."""
     if importlib.metadata.version("triton") != TRITON:
-        return  # another compiler, other numbers; what must hold of them is asserted above
+        pytest.skip("another compiler, other numbers; what must hold of them is asserted before")
     page = documented(TABLE.read_text())
     for key, row in cells(table).items():
         assert {target: page[key].get(target) for target in row} == row, key
@@ -128,13 +132,15 @@ def test_steps_compile_and_fit_elsewhere() -> None:
 
 
 def test_whole_solves_are_offered_where_their_weights_fit() -> None:
-    for kind, dim, offered in (("solve", 50, True), ("solve", 128, False)):
-        table = compiled("--kind", kind, "--dim", str(dim), "--targets", "gfx942")
-        assert bool(table) is offered
-        assert_documented(table)
+    fit, none = (
+        compiled("--kind", "solve", "--dim", dim, "--targets", "gfx942") for dim in ("50", "128")
+    )
+    assert_sound(fit, ["solve"], ["gfx942"])
+    assert not none
     for shared, widest in ((SMALL_DEVICES, 64), (SHARED["sm_80"], 128)):
         assert tiles.fits_solve(widest, 4, torch.float32, 5, shared)
         assert not tiles.fits_solve(widest + 1, 1, torch.float32, 5, shared)
+    assert_documented(fit)
 
 
 @pytest.mark.slow
@@ -144,7 +150,7 @@ def test_the_full_grid_compiles_and_fits(kind: str) -> None:
     table = compiled("--set", "full", "--kind", kind)
     assert_sound(table, [kind], SHARED)
     if importlib.metadata.version("triton") != TRITON:
-        return
+        pytest.skip("another compiler, other numbers; what must hold of them is asserted before")
     names = {name.strip("_").removesuffix("_kernel") for name in KERNELS[kind]}
     page = documented(TABLE.read_text())
     assert {key: row for key, row in page.items() if key[0] in names} == cells(table)

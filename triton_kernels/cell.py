@@ -38,7 +38,7 @@ VECTORS = 8  # biases and affine parameters of one cell
 
 
 def pack_cells(flat_params: Sequence[Tensor]) -> Tensor:
-    """``N * 10`` tensors, cell after cell, as one buffer: one launch, whatever N."""
+    """``N * 10`` tensors, cell after cell, as one buffer: one launch for N up to 12."""
     return torch.cat([p.reshape(-1) for p in flat_params])
 
 

@@ -185,12 +185,14 @@ SMALL = [
     for kind, dim, groups, precision in (
         ("step", 128, 4, "tf32"),
         ("step", 300, 4, "ieee"),
+        ("step", 1024, 1, "tf32"),
         ("solve", 50, 2, "ieee"),
         ("solve", 128, 4, "tf32"),
         ("anderson", 512, 4, "ieee"),
     )
     for released in (False, True)
-] + [Problem("step", 1024, 1, precision="tf32"), Problem("step", 1024, 1, "float64")]
+]
+SMALL += [Problem("step", 1024, 1, "float64")]
 FULL = [
     *(
         Problem("step", d, g, precision=p, released=r)

@@ -104,7 +104,7 @@ def product_tile(cols: Columns, dtype: torch.dtype, vjp: bool) -> Tile:
     words = width * (2 if double else 1)
     # Ragged groups are loaded one number at a time, whose addresses take registers.
     rows = 32 if width <= 128 and cols.width == cols.padded and not double else 16
-    if words > 512:
+    if words > 512:  # the VJP's values of more rows would not fit a block's registers
         rows = 8 if words <= 1024 else 4
     # The weights' blocks in flight stay below 100 KB of shared memory. tl.dot takes blocks of at
     # least 16; of 1, products do without it.
