@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 from dataclasses import replace
 
@@ -185,8 +184,8 @@ def test_products_whose_blocks_are_single_columns(monkeypatch):
     """As in float64 above 512 channels a group, where it takes long: among the slow ones."""
     for module in (cell, cell_vjp, fuse, fuse_vjp):
         name = "fuse_vjp_tile" if module is fuse_vjp else "step_tile"
-        inner = functools.partial(lambda f, *a, **k: replace(f(*a, **k), inner=1), vars(tiles)[name])
-        monkeypatch.setattr(module, name, inner)
+        cut = getattr(tiles, name)
+        monkeypatch.setattr(module, name, lambda *a, cut=cut, **k: replace(cut(*a, **k), inner=1))
     assert tiles.step_tile(520, 1, torch.float64).inner == 1
     case = Case(rows=5, dim=12, groups=1)
     run_cell(case)
