@@ -163,7 +163,7 @@ def fuse_vjp_tile(dim: int, num_groups: int, dtype: torch.dtype, stored: torch.d
 def amd_options(options: dict[str, Any]) -> dict[str, Any]:
     """Launch options on AMD, whose blocks have 64 KB of shared memory; registers' limit is ptxas's.
 
-    A third stage of wide groups' blocks would not fit, nor 16 rows of 4 KB: ``tl.dot`` takes 8 there.
+    A third stage of wide groups' blocks would not fit, nor 16 rows of 4 KB; ``tl.dot`` takes 8.
     """
     options = {name: value for name, value in options.items() if name != "maxnreg"}
     if "C2" in options and options["C2"] * options["T"].primitive_bitwidth // 8 >= 4096:
