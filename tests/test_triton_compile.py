@@ -68,6 +68,10 @@ def may_spill(entry: dict) -> int:
     multiprocessor; a limit on registers makes it more. Whole solves spill nothing.
     """
     kind, target, dtype = entry["kind"], entry["target"], entry["dtype"]
+    if kind == "step" and entry["dim"] // entry["groups"] > 256:
+        if target == "sm_100":
+            return 56
+        return 64 if dtype == "float64" and target != "gfx942" else 0
     if target == "gfx942":
         if kind == "solve":  # five residuals and a weight of 64 columns: over 256 registers
             return 128 if entry["m"] == 5 else 0
@@ -104,10 +108,14 @@ def assert_sound(table: list[dict], kinds: Iterable[str], targets: Iterable[str]
         assert entry["spilled"] <= may_spill(entry), entry
 
 
+def only_this_compiler() -> None:
+    if importlib.metadata.version("triton") != TRITON:
+        pytest.skip(f"not triton {TRITON}: other numbers; what must hold is asserted before")
+
+
 def assert_documented(table: list[dict]) -> None:
     """Each kernel's line in the docs, as far as it is compiled here, is what it takes."""
-    if importlib.metadata.version("triton") != TRITON:
-        return  # another compiler, other numbers; what must hold of them is asserted above
+    only_this_compiler()
     page = documented(TABLE.read_text())
     for key, row in cells(table).items():
         assert {target: page[key].get(target) for target in row} == row, key
@@ -128,13 +136,17 @@ def test_steps_compile_and_fit_elsewhere() -> None:
 
 
 def test_whole_solves_are_offered_where_their_weights_fit() -> None:
-    for kind, dim, offered in (("solve", 50, True), ("solve", 128, False)):
-        table = compiled("--kind", kind, "--dim", str(dim), "--targets", "gfx942")
-        assert bool(table) is offered
-        assert_documented(table)
+    fit, none = (
+        compiled("--kind", "solve", "--dim", dim, "--targets", "gfx942") for dim in ("50", "128")
+    )
+    assert {e["kernel"] for e in fit} == KERNELS["solve"]
+    assert not none
     for shared, widest in ((SMALL_DEVICES, 64), (SHARED["sm_80"], 128)):
         assert tiles.fits_solve(widest, 4, torch.float32, 5, shared)
         assert not tiles.fits_solve(widest + 1, 1, torch.float32, 5, shared)
+    only_this_compiler()  # 3.6 spills more on AMD
+    assert_sound(fit, ["solve"], ["gfx942"])
+    assert_documented(fit)
 
 
 @pytest.mark.slow
@@ -143,8 +155,7 @@ def test_the_full_grid_compiles_and_fits(kind: str) -> None:
     """On every target; minutes on the first run, whose binaries Triton caches."""
     table = compiled("--set", "full", "--kind", kind)
     assert_sound(table, [kind], SHARED)
-    if importlib.metadata.version("triton") != TRITON:
-        return
+    only_this_compiler()
     names = {name.strip("_").removesuffix("_kernel") for name in KERNELS[kind]}
     page = documented(TABLE.read_text())
     assert {key: row for key, row in page.items() if key[0] in names} == cells(table)

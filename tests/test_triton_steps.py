@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from test_triton_cases import (
 from deqfuse.backends import maps
 from deqfuse.backends.linearization import CellLinearization, FuseLinearization
 from deqfuse.backends.reference import compute_dtype
-from deqfuse.triton_kernels import cell, cell_vjp, fuse, fuse_vjp
+from deqfuse.triton_kernels import cell, cell_vjp, fuse, fuse_vjp, tiles
 from deqfuse.triton_kernels.launch import counted
 
 pytestmark = [pytest.mark.triton, pytest.mark.usefixtures("poison")]
@@ -26,6 +27,16 @@ pytestmark = [pytest.mark.triton, pytest.mark.usefixtures("poison")]
 # (d, groups): padded groups, padded group counts, one group, one launch and several.
 WHOLE = ((4, 2), (12, 3), (20, 5), (50, 2), (64, 1), (96, 4), (128, 4))
 WIDE = ((300, 4), (192, 3), (160, 10))
+# Groups wider than a tile of several; above 512 columns tiles are other ones (tiles.product_tile).
+HUGE = [
+    *(Case(rows=5, dim=d, groups=1, dtype="f32") for d in (512, 600, 1000, 1024)),
+    Case(rows=9, dim=768, groups=1, dtype="f32", variant="released", mask=True),
+    *(Case(rows=9, dim=1000, groups=2, dtype=t, n=1) for t in ("f32", "f64")),
+    *(Case(rows=5, dim=300, groups=1, dtype=t) for t in ("bf16", "f16")),
+    Case(rows=5, dim=1024, groups=1, dtype="bf16", n=1),
+    Case(rows=9, dim=512, groups=1, dtype="f64"),
+    *(Case(rows=r, dim=d, groups=1, dtype="f64", n=1) for r, d in ((5, 1000), (3, 1024))),
+]
 CELLS = [
     *(Case(rows=5, dim=d, groups=g, dtype=t) for (d, g), t in itertools.product(WHOLE, ("f64",))),
     *(Case(variant=v, dtype=t) for v in ("paper", "released") for t in ("f32", "bf16", "f16")),
@@ -34,6 +45,7 @@ CELLS = [
         Case(rows=5, dim=d, groups=g, variant=v, dtype=t)
         for (d, g), v, t in ((WIDE[0], "released", "f32"), (WIDE[1], "paper", "f64"))
     ),
+    Case(rows=9, dim=520, groups=1, dtype="f32", n=1),
 ]
 MORE = [
     Case(rows=r, dim=d, groups=g, variant=v, dtype=t)
@@ -103,6 +115,7 @@ FUSES = [
     *(Case(rows=r, n=n) for r, n in ((1, 1), (16, 1), (33, 3))),
     Case(rows=5, dim=300, groups=4, dtype="f32", mask=True),
     Case(rows=5, dim=192, groups=3, variant="released-mmimdb"),
+    Case(rows=9, dim=520, groups=1, dtype="f32", mask=True),
 ]
 
 
@@ -158,13 +171,27 @@ def test_purify_combine_vjp(case):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", MORE, ids=str)
+@pytest.mark.parametrize("case", [*MORE, *HUGE], ids=str)
 def test_the_full_grid(case):
     run_cell(case)
     run_cell_vjp(case)
-    if case.variant == "paper":
+    if case.variant == "paper" or case.mask:
         run_fuse(case)
         run_fuse_vjp(case)
+
+
+def test_products_whose_blocks_are_single_columns(monkeypatch):
+    """As in float64 above 512 channels a group, where it takes long: among the slow ones."""
+    for module in (cell, cell_vjp, fuse, fuse_vjp):
+        name = "fuse_vjp_tile" if module is fuse_vjp else "step_tile"
+        cut = getattr(tiles, name)
+        monkeypatch.setattr(module, name, lambda *a, cut=cut, **k: replace(cut(*a, **k), inner=1))
+    assert tiles.step_tile(520, 1, torch.float64).inner == 1
+    case = Case(rows=5, dim=12, groups=1)
+    run_cell(case)
+    run_cell_vjp(case)
+    run_fuse(case)
+    run_fuse_vjp(case)
 
 
 # ---- rows on their own ---------------------------------------------------------------------------

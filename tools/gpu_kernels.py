@@ -24,10 +24,11 @@ from deqfuse.backends.problem import compute_dtype
 ROWS, MODALITIES, TOL = 21, 2, 1e-4  # rows: a whole tile and a ragged one
 EXACT = Anderson(tol=1e-11, max_iter=200)
 CUTS = ("resident", "streamed", "steps")
-# By dtype: features and groups for a whole solve (float32), whole-row steps and wide steps.
+# By dtype: features and groups for whole solves (float64: whole-row steps), and for wide steps.
 FORWARD = {
-    torch.float32: ((32, 4), (50, 2), (100, 20)),
+    torch.float32: ((32, 4), (50, 2), (128, 4), (100, 20)),
     torch.bfloat16: ((32, 4), (100, 20)),
+    torch.float16: ((32, 4),),
     torch.float64: ((32, 4), (100, 20)),
 }
 # Features that the CUDA adjoint cuts in these ways on every architecture from sm_80 on.
@@ -136,7 +137,7 @@ def runs(device: str) -> Iterator[tuple[str, Callable[[], float], float]]:
     tight = Implicit(tol=1e-11, max_iter=200)
     # Rounding to TF32 turns the sign of a relu now and then: emulated, 1.3e-2 at d = 300.
     backward = 1000 * TOL if _tf32() else 100 * TOL
-    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+    for dtype in FORWARD:
         if dtype is torch.float64 and _tf32():
             continue  # the same again; a second solve of a kind would be captured as a graph
         sizes = [(dim, groups, "") for dim, groups in FORWARD[dtype]]
@@ -147,7 +148,7 @@ def runs(device: str) -> Iterator[tuple[str, Callable[[], float], float]]:
             if not cut:
                 solve = functools.partial(forward, cuda, given, Anderson(tol=TOL, max_iter=12))
                 yield f"forward {name}", functools.partial(error, solve, truth), 10 * TOL
-            if dtype is torch.bfloat16:
+            if dtype.itemsize == 2:
                 continue  # the backward computes in float32
             z = [t.to(device, dtype) for t in truth]
             exact = adjoint(reference, given.exact(), truth, tight)

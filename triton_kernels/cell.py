@@ -20,6 +20,7 @@ from torch import Tensor
 
 from deqfuse.triton_kernels.launch import launch
 from deqfuse.triton_kernels.rowmath import (
+    WIDE,
     any_active,
     constants,
     group_norm,
@@ -37,7 +38,7 @@ VECTORS = 8  # biases and affine parameters of one cell
 
 
 def pack_cells(flat_params: Sequence[Tensor]) -> Tensor:
-    """``N * 10`` tensors, cell after cell, as one buffer: one launch, whatever N."""
+    """``N * 10`` tensors, cell after cell, as one buffer: one launch for N up to 12."""
     return torch.cat([p.reshape(-1) for p in flat_params])
 
 
@@ -53,7 +54,10 @@ def second_weight(p_ptr, D: tl.constexpr):
 
 @triton.jit
 def cell_vectors(p_ptr, cols, real, D: tl.constexpr, T: tl.constexpr):
-    """b1, b2, then gamma and beta of the three norms, (1, columns) each."""
+    """b1, b2, then gamma and beta of the three norms, (1, columns) each.
+
+    They are loaded before a product, or in WIDE tiles, which need the registers there, after it.
+    """
     rest = p_ptr + 2 * D * D + 2 * D
     out = (
         load_vector(p_ptr + D * D, cols, real, T),
@@ -97,9 +101,12 @@ def _residual_cell_kernel(
     out_ptr += first * D
     p_ptr += modality * (2 * D * D + 8 * D)
     cols, real = tile_columns(tl.program_id(1) * GT, D, C, GT, C2)
-    vectors = cell_vectors(p_ptr, cols, real, D, T)
+    if GT * C2 <= WIDE:
+        vectors = cell_vectors(p_ptr, cols, real, D, T)
     if FIRST == 1:
         y = product(z_ptr, r, real_row, p_ptr, cols, real, True, D, BM, GT * C2, BK, T, PREC)
+        if GT * C2 > WIDE:
+            vectors = cell_vectors(p_ptr, cols, real, D, T)
         h = relu(group_norm(y + vectors[0], vectors[2], vectors[3], real, C, GT, C2, BM))
         store_tile(h_ptr, r, real_row, cols, real, h, D)
     if FIRST != LAST:
@@ -107,6 +114,8 @@ def _residual_cell_kernel(
     if LAST == 2:
         w2_ptr = second_weight(p_ptr, D)
         y = product(h_ptr, r, real_row, w2_ptr, cols, real, True, D, BM, GT * C2, BK, T, PREC)
+        if GT * C2 > WIDE:
+            vectors = cell_vectors(p_ptr, cols, real, D, T)
         y += vectors[1] + load_tile(x_ptr, r, real_row, cols, real, D, T)
         y = group_norm(y, vectors[4], vectors[5], real, C, GT, C2, BM)
         if SKIP:

@@ -11,6 +11,7 @@ from torch import Tensor
 from deqfuse.triton_kernels.cell import VECTORS, cell_vectors, second_weight
 from deqfuse.triton_kernels.launch import launch
 from deqfuse.triton_kernels.rowmath import (
+    WIDE,
     constants,
     load_groups,
     load_tile,
@@ -69,11 +70,14 @@ def _residual_cell_vjp_kernel(
     w2_ptr = second_weight(p_ptr, D)
     group = tl.program_id(1) * GT
     cols, real = tile_columns(group, D, C, GT, C2)
-    vectors = cell_vectors(p_ptr, cols, real, D, T)
+    if GT * C2 <= WIDE:
+        vectors = cell_vectors(p_ptr, cols, real, D, T)
     if sums_ptr is not None:
         sums_ptr += (modality * tl.num_programs(0) + tl.program_id(0)) * (8 * D)
     if FIRST == 1:
         y = product(z_ptr, r, real_row, p_ptr, cols, real, True, D, BM, GT * C2, BK, T, PREC)
+        if GT * C2 > WIDE:
+            vectors = cell_vectors(p_ptr, cols, real, D, T)
         x_hat, rstd = normalize(y + vectors[0], real, C, GT, C2, BM)
         h = relu(x_hat * vectors[2] + vectors[3])
         store_tile(h_ptr, r, real_row, cols, real, h, D)
@@ -83,6 +87,8 @@ def _residual_cell_vjp_kernel(
         tl.debug_barrier()
     if (FIRST <= 2) & (LAST >= 2):
         y = product(h_ptr, r, real_row, w2_ptr, cols, real, True, D, BM, GT * C2, BK, T, PREC)
+        if GT * C2 > WIDE:
+            vectors = cell_vectors(p_ptr, cols, real, D, T)
         y += vectors[1] + load_tile(x_ptr, r, real_row, cols, real, D, T)
         x_hat2, rstd2 = normalize(y, real, C, GT, C2, BM)
         e = x_hat2 * vectors[4] + vectors[5]
@@ -106,6 +112,8 @@ def _residual_cell_vjp_kernel(
         tl.debug_barrier()
     if (FIRST <= 3) & (LAST >= 3):
         t = product(dx_ptr, r, real_row, w2_ptr, cols, real, False, D, BM, GT * C2, BK, T, PREC)
+        if GT * C2 > WIDE:
+            vectors = cell_vectors(p_ptr, cols, real, D, T)
         h = load_tile(h_ptr, r, real_row, cols, real, D, T)
         dn1 = tl.where(h > 0, t, 0.0)
         x_hat1 = load_tile(x_hat_ptr, r, real_row, cols, real, D, T)

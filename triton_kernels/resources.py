@@ -78,6 +78,8 @@ def compile_launch(call: Launch, target: str) -> Resources:
     """Compile a launch for ``target`` and read what it takes from the binary."""
     kernel = call.kernel
     options = dict(call.options)
+    if TARGETS[target].backend == "hip":
+        options = tiles.amd_options(options)
     given = dict(zip((p.name for p in kernel.params), call.args, strict=False))
     signature, constants, attributes = {}, {}, {}
     for i, parameter in enumerate(kernel.params):
@@ -90,8 +92,6 @@ def compile_launch(call: Launch, target: str) -> Resources:
         signature[parameter.name] = _type_of(value, parameter.annotation_type)
         if is_aligned(value, parameter):
             attributes[(i,)] = [["tt.divisibility", 16]]
-    if TARGETS[target].backend == "hip":
-        options = tiles.amd_options(options)
     source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
     compiled = triton.compile(source, target=TARGETS[target], options=options)
     registers, spilled = _usage(compiled)
@@ -179,17 +179,20 @@ class Problem:
 
 
 GROUPS = {32: 4, 50: 2, 64: 4, 128: 4, 256: 4, 300: 4, 500: 4, 512: 4, 768: 4, 1000: 4, 1024: 4}
+HUGE = ((512, 1), (768, 1), (1000, 1), (1000, 2), (1024, 1), (1024, 2))  # groups wider than 256
 SMALL = [
     Problem(kind, dim, groups, precision=precision, released=released)
     for kind, dim, groups, precision in (
         ("step", 128, 4, "tf32"),
         ("step", 300, 4, "ieee"),
+        ("step", 1024, 1, "tf32"),
         ("solve", 50, 2, "ieee"),
         ("solve", 128, 4, "tf32"),
         ("anderson", 512, 4, "ieee"),
     )
     for released in (False, True)
 ]
+SMALL += [Problem("step", 1024, 1, "float64")]
 FULL = [
     *(
         Problem("step", d, g, precision=p, released=r)
@@ -217,6 +220,19 @@ FULL = [
         for t in ("float32", "float64")
         for m in range(1, 9)
         for r in (False, True)
+    ),
+    *(
+        Problem("step", d, g, precision=p, released=r)
+        for d, g in HUGE
+        for p in ("tf32", "ieee")
+        for r in (False, True)
+    ),
+    *(Problem("step", d, g, "float64") for d, g in HUGE),
+    *(
+        Problem("step", d, 1, t, p)
+        for d in (512, 1024)
+        for t in ("bfloat16", "float16")
+        for p in ("tf32", "ieee")
     ),
 ]
 

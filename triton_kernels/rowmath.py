@@ -16,6 +16,7 @@ import triton.language as tl
 from deqfuse.triton_kernels.tiles import TF32_TOL, Tile
 
 EPS = tl.constexpr(1e-5)  # GroupNorm's
+WIDE = tl.constexpr(512)  # columns; tiles of more have 512 threads, of 128 registers at most
 
 TYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
 
@@ -60,6 +61,9 @@ def tile_columns(first_group, D: tl.constexpr, C: tl.constexpr, GT: tl.constexpr
     if (C == C2) & (D % (GT * C) == 0):
         cols = first_group * C + j
         real = tl.full((GT * C2,), 1, tl.int1)  # known when compiling: no mask is kept
+    elif (C2 > WIDE) & (GT == 1):  # the compiler sees neighbours in memory: fewer addresses
+        cols = first_group * C + j
+        real = j < C
     else:
         k = j % C2
         cols = (first_group + j // C2) * C + k
@@ -173,7 +177,10 @@ def product(
         a = load_tile(a_ptr, r, real_row, k, inside, D, T)
         at = k[:, None] + cols[None, :] * D if TRANSPOSE else k[:, None] * D + cols[None, :]
         w = tl.load(w_ptr + at, mask=inside[:, None] & real[None, :], other=0.0).to(T)
-        total = tl.dot(a, w, total, input_precision=PREC, out_dtype=T)
+        if BK == 1:  # without shared memory, where tl.dot's least block, 16, does not fit
+            total += a * w
+        else:
+            total = tl.dot(a, w, total, input_precision=PREC, out_dtype=T)
     return total
 
 

@@ -15,9 +15,10 @@ import torch
 
 FUSED_WIDTH = 128  # widest tile, in columns, that holds all features of a row and two weights
 MAX_HISTORY = 5  # residuals that the whole-solve kernel keeps in registers
-MAX_GROUP = 256  # channels of a group, which one tile must hold: what is compiled and tabled
+MAX_GROUP = 1024  # channels of a group, which one tile must hold
 MAX_STEP_HISTORY = 8  # and that the Anderson step combines
 SHARED_BYTES = 166_912  # shared memory of a block on sm_80
+REGISTERS = 65_536  # of a block on NVIDIA GPUs
 TF32_TOL = 1e-4  # what solves with TF32 products reach; docs/kernels-gpu.md
 
 
@@ -100,11 +101,15 @@ def product_tile(cols: Columns, dtype: torch.dtype, vjp: bool) -> Tile:
     groups = min(power_of_two(cols.groups), max((64 if double else 128) // cols.padded, 1))
     groups = max(groups, -(-16 // cols.padded))
     width = groups * cols.padded
+    words = width * (2 if double else 1)
     # Ragged groups are loaded one number at a time, whose addresses take registers.
     rows = 32 if width <= 128 and cols.width == cols.padded and not double else 16
-    # The weights' blocks in flight stay below 100 KB of shared memory.
-    inner = 32 if width * (2 if double else 1) <= 256 else 16
-    stages = 3 if width * (2 if double else 1) <= 512 else 2
+    if words > 512:  # the VJP's values of more rows would not fit a block's registers
+        rows = 8 if words <= 1024 else 4
+    # The weights' blocks in flight stay below 100 KB of shared memory. tl.dot takes blocks of at
+    # least 16; of 1, products do without it.
+    inner = 32 if words <= 256 else 16 if words <= 1024 else 1
+    stages = 3 if words <= 512 else 2
     light = rows * width <= (1024 if vjp or double else 2048)
     warps = 4 if light else 8 if width <= 512 else 16
     return Tile(rows, groups, cols.padded, inner, warps, stages)
@@ -150,14 +155,19 @@ def fuse_vjp_tile(dim: int, num_groups: int, dtype: torch.dtype, stored: torch.d
     if dtype == torch.float64 or fits_whole(dim, num_groups):
         return tile
     ragged = cols.width != cols.padded
-    many = stored.itemsize < dtype.itemsize or (ragged and tile.columns > 128)
-    return dataclasses.replace(tile, registers=255 if many else 128)
+    many = stored.itemsize < dtype.itemsize or tile.columns > (128 if ragged else 256)
+    most = REGISTERS // (32 * tile.warps)
+    return dataclasses.replace(tile, registers=min(255 if many else 128, most))
 
 
 def amd_options(options: dict[str, Any]) -> dict[str, Any]:
-    """Launch options on AMD: the limit on registers is ptxas's, and with a third stage the weights'
-    blocks of wide groups would not fit 64 KB."""
+    """Launch options on AMD, whose blocks have 64 KB of shared memory; registers' limit is ptxas's.
+
+    A third stage of wide groups' blocks would not fit, nor 16 rows of 4 KB; ``tl.dot`` takes 8.
+    """
     options = {name: value for name, value in options.items() if name != "maxnreg"}
+    if "C2" in options and options["C2"] * options["T"].primitive_bitwidth // 8 >= 4096:
+        options["BK"] = min(options["BK"], 8)
     return options | {"num_stages": min(options["num_stages"], 2)}
 
 
