@@ -108,7 +108,7 @@ def named(cases) -> dict:
 
 
 def warm_up(solve, solver: Anderson | Picard) -> int:
-    """Evaluations of a cold start before the first whose residual is taken: csrc/cpu/anderson.h."""
+    """Evaluations of a cold start before the first that is judged: csrc/cpu/anderson.h."""
     undamped = isinstance(solver, Anderson) and solver.beta == 1
     if solve.keywords.get("z0") is not None or not undamped or solver.max_iter <= 8:
         return 0
@@ -125,14 +125,14 @@ def as_compiled(solve, solver) -> tuple[Tensor, BlockInfo]:
     steps = warm_up(solve, solver)
     if steps == 0:
         return as_reference(solve, solver)
-    z = None
+    z, traces = None, []
     for _ in range(steps):
-        z = solve(solver=Picard(max_iter=1), backend="reference", z0=z)[0]
+        one = Picard(max_iter=1, trace=True)
+        z, info, _ = solve(solver=one, backend="reference", z0=z)
+        traces.append(info.trace)
     left = dataclasses.replace(solver, max_iter=solver.max_iter - steps)
     z, info, _ = solve(solver=left, backend="reference", z0=z)
-    trace = info.trace
-    if trace is not None:
-        trace = torch.cat([trace.new_full((steps, *trace.shape[1:]), torch.nan), trace])
+    trace = None if info.trace is None else torch.cat([*traces, info.trace])
     return z, dataclasses.replace(info, nfe=info.nfe + steps, trace=trace)
 
 

@@ -28,7 +28,7 @@ struct SolveOptions {
 // Tiles that the state of a solve takes: z, starts and their images, saved answers; images and residuals.
 constexpr int64_t solver_tiles(int history) { return 4 + 2 * (history > 0 ? history : 1); }
 
-// Evaluations of a row that begins at zero before the first whose residual is taken: one for each digit asked for, four
+// Evaluations of a row that begins at zero before the first that is judged: one for each digit asked for, four
 // at most, less the map's head start. That early there is no history worth mixing, and hardly a row ends: they are
 // plain steps, and some digits are enough for them.
 constexpr int kMostWarmup = 4;
@@ -156,10 +156,29 @@ class RowSolver {
 
   // From f(0) to the iterate that is evaluated next.
   void warm_up(bool waiting) {
-    for (int k = 1; k < before_; ++k) {
+    if (out_.trace) std::memset(spare_, 0, sizeof(T) * n_);  // the zero that f(0) is of
+    for (int k = 1;; ++k) {
+      if (out_.trace) trace_start(k);
+      if (k == before_) return;
       map_.template evaluate<Digits::kSome>(start_, spare_, waiting);
       std::swap(start_, spare_);
     }
+  }
+
+  // For the record only: the residual of `spare_`, whose image is `start_`.
+  void trace_start(int k) {
+    alignas(64) T residual[R];
+    for (int v = 0; v < NV; ++v) {
+      Vec<T> gg{}, ff{};
+      for (int64_t o = v * W; o < n_; o += R) {
+        const Vec<T> f = load(start_ + o), g = f - load(spare_ + o);
+        gg = fma(g, g, gg);
+        ff = fma(f, f, ff);
+      }
+      store(residual + v * W, square_root<T>(gg) / map_.scale(v, square_root<T>(ff)));
+    }
+    for (int l = 0; l < staged_end_; ++l)
+      out_.trace[(k - 1) * out_.trace_stride + first_staged_ + l] = residual[l];
   }
 
   // The newest images, of all rows or only of those just taken: counts them, and writes the answers of rows that end.

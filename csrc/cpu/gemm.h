@@ -14,7 +14,7 @@ namespace DEQFUSE_ISA {
 // file (32 registers, 16 on AVX2). With AVX-512 eight rows of one vector are faster than sixteen: fewer streams.
 constexpr int block_rows(int nv) { return kBytes == 64 ? 8 : (kBytes == 16 ? 16 : 8) / nv; }
 
-// How exact a product must be: as float32 is, or enough for an iterate of which no residual is taken. Only amx.h makes
+// How exact a product must be: as float32 is, or enough for an iterate at which no row ends. Only amx.h makes
 // a difference.
 enum class Digits { kAll, kSome };
 

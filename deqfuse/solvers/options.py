@@ -100,7 +100,7 @@ class Anderson(SolverOption):
 
     On the ``cpu`` backend a layer's start from zero begins with plain steps (beta = 1, max_iter
     above 8): one per digit of ``tol``, at most 4 in cells and 3 in the fuse equation. They count as
-    evaluations; their residuals are not taken, and are NaN in a trace.
+    evaluations, but no row ends there.
 
     Args:
         m: history length; m = 1 is plain (damped) iteration.
