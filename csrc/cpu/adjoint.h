@@ -84,7 +84,7 @@ class CellAdjoint : public AdjointBase<T, NV> {
 
  public:
   static constexpr int kSums = 8, kHeadStart = 0;
-  static int64_t tiles(int64_t d, int64_t groups) { return 10 + work_tiles(d) + (3 * groups + d - 1) / d; }
+  static int64_t tiles(int64_t d, int64_t groups) { return 10 + work_tiles<NV>(d) + (3 * groups + d - 1) / d; }
 
   CellAdjoint(const CellAdjointWeights<T, NV>& w, const T* z, const T* x, const T* g, int64_t d, int64_t groups, T* memory)
       : w_(w), z_rows_(z), x_rows_(x), g_rows_(g), d_(d), groups_(groups) {
@@ -94,7 +94,7 @@ class CellAdjoint : public AdjointBase<T, NV> {
       memory += d * R;
     }
     work_ = memory;
-    rstd_ = memory + work_tiles(d) * d * R;
+    rstd_ = memory + work_tiles<NV>(d) * d * R;
   }
 
   void stage(const LaneRows<R>& rows, T* start, bool) {
@@ -187,7 +187,7 @@ class FuseAdjoint : public AdjointBase<T, NV> {
 
  public:
   static constexpr int kSums = 4, kHeadStart = 1;
-  static int64_t tiles(int64_t d, int64_t groups) { return 11 + work_tiles(d) + (groups + d - 1) / d; }
+  static int64_t tiles(int64_t d, int64_t groups) { return 11 + work_tiles<NV>(d) + (groups + d - 1) / d; }
 
   FuseAdjoint(const FuseAdjointWeights<T, NV>& w, const T* z, const FuseRows<T>& from, const T* mask, const T* g, int64_t d,
               int64_t groups, T* memory)
@@ -198,7 +198,7 @@ class FuseAdjoint : public AdjointBase<T, NV> {
       memory += d * R;
     }
     work_ = memory;
-    rstd_ = memory + work_tiles(d) * d * R;
+    rstd_ = memory + work_tiles<NV>(d) * d * R;
   }
 
   void stage(const LaneRows<R>& rows, T* start, bool) {

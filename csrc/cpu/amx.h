@@ -86,46 +86,53 @@ DEQFUSE_INLINE Vec<float> load_some(const float* p, int64_t count) {
   return v;
 }
 
-// A (d, d) matrix as first factor: block (j / 16, k / 32) of output rows and terms.
+// Output rows [begin, end) of A or, kTransposed, of A^T into blocks (j / 16, k / 32) of rows and terms; begin is a
+// multiple of 16, and its block comes first.
+template <bool kTransposed>
+void split_rows(const float* a, int64_t d, int64_t begin, int64_t end, uint16_t* to, int64_t plane) {
+  for (int64_t j0 = begin; j0 < end; j0 += 16)
+    for (int64_t k0 = 0; k0 < d; k0 += kTerms, to += kBlock) {
+      Vec<float> m[2][16];
+      for (int half = 0; half < 2; ++half) {
+        for (int q = 0; q < 16; ++q) {
+          const int64_t at = (kTransposed ? k0 + 16 * half : j0) + q, along = kTransposed ? j0 : k0 + 16 * half;
+          m[half][q] = at < d ? load_some(a + at * d + along, d - along) : Vec<float>{};
+        }
+        if (kTransposed) transpose<float>(m[half]);
+      }
+      for (int q = 0; q < 16; ++q) store_terms(split(m[0][q]), split(m[1][q]), to + q * kTerms, plane);
+    }
+}
+
+// A (d, d) matrix as first factor: its pieces, or null where they are made for each product.
+template <bool kTransposed>
 struct SplitMatrix {
-  const uint16_t* p;
-  int64_t d;
-  static int64_t plane(int64_t d) { return blocks_of(d, 16) * blocks_of(d, kTerms) * kBlock; }
-  const uint16_t* rows(int64_t j0) const { return p + j0 / 16 * blocks_of(d, kTerms) * kBlock; }
+  const float* a;
+  const uint16_t* pieces;
 };
 
-// Its copy, of A or, kTransposed, of A^T, in units of float.
+// Its copy, of A or, kTransposed, of A^T, in units of float. None for few products: each then reads the matrix itself,
+// of which the pieces are half as much again to read.
 template <bool kTransposed>
 struct SplitCopy {
-  using Matrix = SplitMatrix;
+  using Matrix = SplitMatrix<kTransposed>;
   static constexpr int64_t kStep = 16;
-  static int64_t size(int64_t d) { return SplitMatrix::plane(d) * 3 / 2; }
-  static SplitMatrix matrix(const float*, const float* copy, int64_t d) {
-    return {reinterpret_cast<const uint16_t*>(copy), d};
+  static int64_t plane(int64_t d) { return blocks_of(d, 16) * blocks_of(d, kTerms) * kBlock; }
+  static int64_t size(int64_t d, int64_t products) { return products <= (d < 512 ? 1 : 5) ? 0 : plane(d) * 3 / 2; }
+  static Matrix matrix(const float* a, const float* copy, int64_t) {
+    return {a, reinterpret_cast<const uint16_t*>(copy)};
   }
 
   // Output rows [begin, end) of the copy; begin is a multiple of kStep.
   static void pack(const float* a, float* copy, int64_t d, int64_t begin, int64_t end) {
     uint16_t* to = reinterpret_cast<uint16_t*>(copy) + begin / 16 * blocks_of(d, kTerms) * kBlock;
-    for (int64_t j0 = begin; j0 < end; j0 += 16)
-      for (int64_t k0 = 0; k0 < d; k0 += kTerms, to += kBlock) {
-        Vec<float> m[2][16];
-        for (int half = 0; half < 2; ++half) {
-          for (int q = 0; q < 16; ++q) {
-            const int64_t at = (kTransposed ? k0 + 16 * half : j0) + q, along = kTransposed ? j0 : k0 + 16 * half;
-            m[half][q] = at < d ? load_some(a + at * d + along, d - along) : Vec<float>{};
-          }
-          if (kTransposed) transpose<float>(m[half]);
-        }
-        for (int q = 0; q < 16; ++q) store_terms(split(m[0][q]), split(m[1][q]), to + q * kTerms, SplitMatrix::plane(d));
-      }
+    split_rows<kTransposed>(a, d, begin, end, to, plane(d));
   }
 };
 
-// The pieces of a tile as second factor: block (k / 32, vector) of terms and lanes. In units of float.
+// The pieces of a tile as second factor: block (k / 32, vector) of terms and lanes.
 template <int NV>
 DEQFUSE_INLINE int64_t tile_plane(int64_t d) { return blocks_of(d, kTerms) * NV * kBlock; }
-DEQFUSE_INLINE int64_t split_tile_size(int64_t d, int64_t lanes) { return tile_plane<1>(d) * lanes / 16 * 3 / 2; }
 template <int NV, Digits kDigits>
 void split_tile(const float* z, uint16_t* to, int64_t d) {
   constexpr int R = NV * 16;
@@ -196,24 +203,33 @@ DEQFUSE_INLINE void block_sums(const uint16_t* a, int64_t a_plane, int64_t down,
 #undef DEQFUSE_ADD_PRODUCTS
 }
 
-// out = scale * A z + bias + add, for a whole tile. `bias` (d) and `add` (tile) may be null; `work`:
-// split_tile_size(d, R).
-template <class T, int NV, Digits kDigits = Digits::kAll>
-void product(const SplitMatrix& a, const float* z, float* work, const float* bias, const float* add, float* out,
-             int64_t d, float scale = 1) {
-  constexpr int R = NV * 16;
-  uint16_t* pieces = reinterpret_cast<uint16_t*>(work);
+// Floats that product() works in: a tile's pieces, and those of 32 rows of the matrix.
+template <int NV>
+DEQFUSE_INLINE int64_t work_size(int64_t d) {
+  return (tile_plane<NV>(d) + tile_plane<2>(d)) * 3 / 2;
+}
+
+// out = scale * A z + bias + add, for a whole tile. `bias` (d) and `add` (tile) may be null; `work`: work_size<NV>(d).
+template <class T, int NV, Digits kDigits = Digits::kAll, bool kTransposed>
+void product(const SplitMatrix<kTransposed>& m, const float* z, float* work, const float* bias, const float* add,
+             float* out, int64_t d, float scale = 1) {
+  constexpr int R = NV * 16, kAcross = NV > 1 ? 2 : 1;
+  const int64_t depth = blocks_of(d, kTerms), down = depth * kBlock, next = NV * kBlock, b_plane = tile_plane<NV>(d);
+  const int64_t a_plane = m.pieces ? SplitCopy<kTransposed>::plane(d) : 2 * down;
+  uint16_t *pieces = reinterpret_cast<uint16_t*>(work), *made = pieces + 3 * b_plane;
   split_tile<NV, kDigits>(z, pieces, d);
-  const int64_t depth = blocks_of(d, kTerms), down = depth * kBlock, a_plane = SplitMatrix::plane(d);
-  const int64_t b_plane = tile_plane<NV>(d), next = NV * kBlock;
   alignas(64) float sums[32 * 32];
-  constexpr int kAcross = NV > 1 ? 2 : 1;
-  for (int64_t j0 = 0; j0 < d; j0 += 32)
+  for (int64_t j0 = 0; j0 < d; j0 += 32) {
+    const int64_t rows = d - j0 < 32 ? d - j0 : 32;
+    const uint16_t* first = m.pieces + j0 / 16 * down;
+    if (m.pieces == nullptr) {
+      split_rows<kTransposed>(m.a, d, j0, j0 + rows, made, a_plane);
+      first = made;
+    }
     for (int v0 = 0; v0 < NV; v0 += kAcross) {
-      const uint16_t *first = a.rows(j0), *second = pieces + v0 * kBlock;
-      if (d - j0 > 16) block_sums<2, kAcross, kDigits>(first, a_plane, down, second, b_plane, next, depth, sums);
+      const uint16_t* second = pieces + v0 * kBlock;
+      if (rows > 16) block_sums<2, kAcross, kDigits>(first, a_plane, down, second, b_plane, next, depth, sums);
       else block_sums<1, kAcross, kDigits>(first, a_plane, down, second, b_plane, next, depth, sums);
-      const int64_t rows = d - j0 < 32 ? d - j0 : 32;
       for (int64_t j = 0; j < rows; ++j) {
         const Vec<float> s = splat(scale), b = splat(bias ? bias[j0 + j] : 0.0f);
         for (int v = 0; v < kAcross; ++v) {
@@ -224,6 +240,7 @@ void product(const SplitMatrix& a, const float* z, float* work, const float* bia
         }
       }
     }
+  }
 }
 
 // The rows of a batch as terms of a sum over them: of each what a tile holds of it, lanes without a row as zeros. The
@@ -247,6 +264,7 @@ struct SplitCotangents {
 
   void take(const float* tile, const LaneRows<NV * 16>& from) const {
     const int64_t first = from.row[0];
+    const bool last = first % kTerms == 0 && first + 16 >= rows;  // nobody fills the other half
     Vec<float> flag[NV];
     taking<float, NV>(from, flag);
     for (int64_t i = 0; i < d; ++i) {
@@ -258,8 +276,8 @@ struct SplitCotangents {
       uint16_t *to = at(i, first) + i % 16 * kTerms, halves[3 * kTerms];
       store_terms(split(lanes_with_rows<NV>(line, 0, flag)), split(Vec<float>{}), halves, kTerms);
       for (int q = 0; q < 3; ++q)
-        std::memcpy(to + q * plane(rows, d) + first % kTerms, halves + q * kTerms,
-                    first + 16 < rows ? 32 : 64 - first % kTerms * 2);
+        if (last) std::memcpy(to + q * plane(rows, d), halves + q * kTerms, 64);
+        else std::memcpy(to + q * plane(rows, d) + first % kTerms, halves + q * kTerms, 32);
     }
   }
 };
@@ -312,10 +330,13 @@ void outer_product(const SplitCotangents<NV>& a, const SplitInputs<NV>& b, int64
         else if (tall) block_sums<2, 1>(x, a_plane, down, y, b_plane, next, depth, sums);
         else if (broad) block_sums<1, 2>(x, a_plane, down, y, b_plane, next, depth, sums);
         else block_sums<1, 1>(x, a_plane, down, y, b_plane, next, depth, sums);
-        for (int64_t j = 0; j < 32 && j0 + j < d; ++j) {
-          const float* line = sums + j * (broad ? 32 : 16);
-          float* o = out + (j0 + j) * d + k;
-          for (int64_t c = 0; c < 32 && k + c < end; ++c) o[c] = r0 == 0 ? line[c] : o[c] + line[c];
+        const int64_t rows = d - j0 < 32 ? d - j0 : 32, columns = end - k < 32 ? end - k : 32;
+        for (int64_t j = 0; j < rows; ++j) {
+          const float* __restrict line = sums + j * (broad ? 32 : 16);
+          float* __restrict to = out + (j0 + j) * d + k;
+          if (r0 == 0) std::memcpy(to, line, sizeof(float) * columns);
+          else
+            for (int64_t c = 0; c < columns; ++c) to[c] += line[c];
         }
       }
   }

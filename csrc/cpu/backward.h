@@ -40,14 +40,15 @@ class AdjointMemory {
 
   template <class P>
   AdjointMemory(const P& p, int64_t blocks, int params, int sums)
-      : straight(p.params, blocks, params, p.d), transposed(p.params, blocks, params, p.d), d_(p.d), rows_(p.rows),
-        blocks_(blocks), params_(params), kinds_(sums), tiles_((p.rows + R - 1) / R), out_(p.dparams),
-        factors_(out_ ? 2 * blocks * (a_size() + b_size()) : 0), sums_(out_ ? blocks * tiles_ * sums * p.d : 0) {}
+      : tiles((p.rows + R - 1) / R), straight(p.params, blocks, params, p.d, tiles),
+        transposed(p.params, blocks, params, p.d, 5 * tiles), d_(p.d), rows_(p.rows), blocks_(blocks),
+        params_(params), kinds_(sums), out_(p.dparams),
+        factors_(out_ ? 2 * blocks * (a_size() + b_size()) : 0), sums_(out_ ? blocks * tiles * sums * p.d : 0) {}
 
+  const int64_t tiles;
   const Matrices<T, StraightForm<T, NV>> straight;
   const Matrices<T, TransposedForm<T, NV>> transposed;
 
-  int64_t tiles() const { return tiles_; }
   GradientParts<T, NV> parts(int64_t block, int64_t tile) const {
     GradientParts<T, NV> out;
     for (int which = 0; which < 2; ++which) {
@@ -55,10 +56,9 @@ class AdjointMemory {
       out.cotangent[which] = {p, rows_, d_};
       out.input[which] = {p + a_size(), rows_, d_};
     }
-    out.sums = sums_.get() + (block * tiles_ + tile) * kinds_ * d_;
+    out.sums = sums_.get() + (block * tiles + tile) * kinds_ * d_;
     return out;
   }
-
 
   // dW = cotangent^T input over all rows, and the vectors' sums over the tiles, in order. The first bias of the fuse
   // step enters `first_bias` times.
@@ -78,7 +78,7 @@ class AdjointMemory {
       for (int kind = 0; kind < kinds_; ++kind) {
         T* sum = out[kind < 2 ? 2 * kind + 1 : kind + 2];
         for (int64_t i = 0; i < d_; ++i) sum[i] = 0;
-        for (int64_t tile = 0; tile < tiles_; ++tile)
+        for (int64_t tile = 0; tile < tiles; ++tile)
           for (int64_t i = 0; i < d_; ++i) sum[i] += part.sums[(tile * kinds_ + kind) * d_ + i];
         if (kind == 0)
           for (int64_t i = 0; i < d_; ++i) sum[i] *= first_bias;
@@ -92,7 +92,6 @@ class AdjointMemory {
 
   const int64_t d_, rows_, blocks_;
   const int params_, kinds_;
-  const int64_t tiles_;
   T* const* out_;
   Scratch<T> factors_, sums_;
 };
@@ -105,8 +104,8 @@ void adjoint_cells(const CellAdjointProblem<T>& p, int threads, ParallelFor para
   const int64_t d = p.d;
   const AdjointMemory<T, NV> shared(p, p.modalities, 10, Map::kSums);
   copy_all(shared.straight, shared.transposed, threads, parallel);
-  run_tasks(p.modalities * shared.tiles(), threads, parallel, [&](int64_t t) {
-    const int64_t i = t / shared.tiles(), begin = t % shared.tiles() * R, first = i * p.rows;
+  run_tasks(p.modalities * shared.tiles, threads, parallel, [&](int64_t t) {
+    const int64_t i = t / shared.tiles, begin = t % shared.tiles * R, first = i * p.rows;
     const int64_t end = begin + R < p.rows ? begin + R : p.rows, map_tiles = Map::tiles(d, p.groups);
     const T* const* q = p.params + 10 * i;
     const CellAdjointWeights<T, NV> w{{shared.straight.at(i, 0), shared.straight.at(i, 1), q[1], q[3], q[4], q[5], q[6],
@@ -118,7 +117,7 @@ void adjoint_cells(const CellAdjointProblem<T>& p, int threads, ParallelFor para
     const RowResults<T> out{u, begin, p.residual + first, p.nfe + first, p.outcome + first, nullptr, 0};
     solve_tile<T, NV>(p, map, begin, end, out, of_map + map_tiles * d * R);
     GradientParts<T, NV> parts;
-    if (p.dparams) parts = shared.parts(i, t % shared.tiles());
+    if (p.dparams) parts = shared.parts(i, t % shared.tiles);
     map.finish(u, lane_rows<R>(begin, int(end - begin)), p.dx[i], p.dparams ? &parts : nullptr);
     after(i, begin, end);
   });
@@ -141,7 +140,7 @@ void adjoint_fuse(const FuseAdjointProblem<T>& p, const FuseRows<T>& from, int t
   const FuseAdjointWeights<T, NV> w{{shared.straight.at(0, 0), shared.straight.at(0, 1), q[1], q[3], q[4], q[5],
                                      T(p.modalities), p.relu_last},
                                     shared.transposed.at(0, 0), shared.transposed.at(0, 1)};
-  run_tasks(shared.tiles(), threads, parallel, [&](int64_t t) {
+  run_tasks(shared.tiles, threads, parallel, [&](int64_t t) {
     const int64_t begin = t * R, end = begin + R < p.rows ? begin + R : p.rows, map_tiles = Map::tiles(d, p.groups);
     Scratch<T> memory((1 + map_tiles + RowSolver<T, NV, Map>::tiles(p.history)) * d * R);
     T *u = memory.get(), *of_map = u + d * R;

@@ -100,7 +100,7 @@ template <class T>
 struct Straight {
   using Matrix = RowMajor<T>;
   static constexpr int64_t kStep = 1;
-  static int64_t size(int64_t) { return 0; }
+  static int64_t size(int64_t, int64_t) { return 0; }
   static void pack(const T*, T*, int64_t, int64_t, int64_t) {}
   static RowMajor<T> matrix(const T* a, const T*, int64_t) { return {a}; }
 };
@@ -112,7 +112,7 @@ struct Transposed {
   using Matrix = Blocked<T>;
   static constexpr int64_t kStep = JR;
   static bool in_place(int64_t d) { return d <= 128 && d % JR == 0; }
-  static int64_t size(int64_t d) { return in_place(d) ? 0 : round_up(d, JR) * d; }
+  static int64_t size(int64_t d, int64_t) { return in_place(d) ? 0 : round_up(d, JR) * d; }
 
   // Output rows [begin, end) of the copy; begin is a multiple of JR.
   static void pack(const T* __restrict a, T* __restrict copy, int64_t d, int64_t begin, int64_t end) {

@@ -18,7 +18,7 @@ struct CellWeights {
 };
 
 // CellWeights::at_zero, by the code of every other row: a tile of one vector, all its lanes alike. `memory`:
-// 2 + work_tiles(d) such tiles.
+// 2 + work_tiles<1>(d) such tiles.
 template <class T, class Matrix>
 void cell_at_zero(const CellWeights<T, Matrix>& w, int64_t d, int64_t groups, T* memory, T* out) {
   constexpr int W = kLanes<T>;
@@ -37,12 +37,12 @@ class CellMap {
   static constexpr int W = kLanes<T>, R = NV * W;
   static constexpr int kHeadStart = 0;
   static constexpr bool kAnswerIsImage = true;
-  static int64_t tiles(int64_t d) { return 3 + work_tiles(d); }
+  static int64_t tiles(int64_t d) { return 3 + work_tiles<NV>(d); }
 
   CellMap(const Weights& w, const T* x, const T* z0, int64_t d, int64_t groups, T* memory)
       : w_(w), x_rows_(x), z0_(z0), d_(d), groups_(groups), x_(memory), hidden_(memory + d * R), next_x_(memory + 2 * d * R),
         work_(memory + 3 * d * R) {
-    std::memset(memory, 0, sizeof(T) * tiles(d) * d * R);
+    std::memset(memory, 0, sizeof(T) * 3 * d * R);
   }
 
   bool first_is_free() const { return z0_ == nullptr; }
@@ -153,13 +153,13 @@ class FuseMap {
   static constexpr int W = kLanes<T>, R = NV * W;
   static constexpr int kHeadStart = 1;
   static constexpr bool kAnswerIsImage = true;
-  static int64_t tiles(int64_t d) { return 8 + work_tiles(d); }
+  static int64_t tiles(int64_t d) { return 8 + work_tiles<NV>(d); }
 
   // `mask` (null without dropout), `z0` (null for zero): row-major (rows, d).
   FuseMap(const Weights& w, const FuseRows<T>& from, const T* mask, const T* z0, int64_t d, int64_t groups,
           T* memory)
       : w_(w), from_(from), mask_rows_(mask), z0_(z0), d_(d), groups_(groups) {
-    std::memset(memory, 0, sizeof(T) * tiles(d) * d * R);
+    std::memset(memory, 0, sizeof(T) * 8 * d * R);
     T** slots[] = {&x_, &constant_, &mask_, &gated_, &bias_, &next_x_, &next_constant_, &next_mask_, &work_};
     for (T** slot : slots) {
       *slot = memory;

@@ -1,7 +1,7 @@
 // Which products an instruction set has: those of gemm.h, or, where it has a matrix unit, for float32, those of amx.h.
 //
 //   StraightForm, TransposedForm   how product() wants A and A^T: a copy, where that is not how torch holds A
-//   work_tiles(d)                  tiles of d * R values that product() works in
+//   work_tiles<NV>(d)                tiles of d * R values that product() works in
 //   Cotangents, Inputs             where the factors of a product over the rows of a batch are kept
 //   outer_product()                that product, kGradientColumns at a time
 #pragma once
@@ -27,7 +27,8 @@ template <class T, int NV>
 using Inputs = SplitInputs<NV>;
 template <class T, int NV>
 constexpr int64_t kGradientColumns = 64;
-inline int64_t work_tiles(int64_t d) { return blocks_of(split_tile_size(d, 16), 16 * d); }
+template <int NV>
+int64_t work_tiles(int64_t d) { return blocks_of(work_size<NV>(d), NV * 16 * d); }
 
 #else
 
@@ -41,16 +42,18 @@ template <class T, int NV>
 using Inputs = Panels<T, NV, NV * kLanes<T>>;
 template <class T, int NV>
 constexpr int64_t kGradientColumns = NV * kLanes<T>;
-inline int64_t work_tiles(int64_t) { return 0; }
+template <int NV>
+int64_t work_tiles(int64_t) { return 0; }
 
 #endif
 
-// The matrices of `blocks` blocks, two each, in a form. params: as in kernels.h, `stride` per block.
+// The matrices of `blocks` blocks, two each, in a form, for about so many products with each. params: as in kernels.h, `stride` per block.
 template <class T, class Form>
 class Matrices {
  public:
-  Matrices(const T* const* params, int64_t blocks, int64_t stride, int64_t d)
-      : params_(params), blocks_(blocks), stride_(stride), d_(d), size_(Form::size(d)), copies_(2 * blocks * size_) {}
+  Matrices(const T* const* params, int64_t blocks, int64_t stride, int64_t d, int64_t products)
+      : params_(params), blocks_(blocks), stride_(stride), d_(d), size_(Form::size(d, products)),
+        copies_(2 * blocks * size_) {}
 
   typename Form::Matrix at(int64_t block, int which) const {
     return Form::matrix(weight(block, which), copy(block, which), d_);
@@ -68,7 +71,9 @@ class Matrices {
   static int64_t step() { return round_up(64, Form::kStep); }
   int64_t pieces() const { return (d_ + step() - 1) / step(); }
   const T* weight(int64_t block, int which) const { return params_[block * stride_ + 2 * which]; }
-  T* copy(int64_t block, int which) const { return copies_.get() + (2 * block + which) * size_; }
+  T* copy(int64_t block, int which) const {
+    return size_ > 0 ? copies_.get() + (2 * block + which) * size_ : nullptr;
+  }
 
   const T* const* params_;
   const int64_t blocks_, stride_, d_, size_;
