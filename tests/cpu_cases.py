@@ -121,7 +121,7 @@ def as_reference(solve, solver) -> tuple[Tensor, BlockInfo]:
 
 
 def as_compiled(solve, solver) -> tuple[Tensor, BlockInfo]:
-    """What the compiled backend computes, on the reference path: a cold start begins with plain steps."""
+    """What the compiled backend computes, on the reference path: cold starts begin plainly."""
     steps = warm_up(solve, solver)
     if steps == 0:
         return as_reference(solve, solver)

@@ -1,5 +1,5 @@
-"""What the compiled solves are made of: products as exact as float32, wide tiles, plain first steps,
-memory that is kept."""
+"""What the compiled solves are made of: products as exact as float32, wide tiles, plain first
+steps, memory that is kept."""
 
 from __future__ import annotations
 

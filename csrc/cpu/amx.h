@@ -132,14 +132,16 @@ struct SplitCopy {
 
 // The pieces of a tile as second factor: block (k / 32, vector) of terms and lanes.
 template <int NV>
-DEQFUSE_INLINE int64_t tile_plane(int64_t d) { return blocks_of(d, kTerms) * NV * kBlock; }
+DEQFUSE_INLINE int64_t tile_plane(int64_t d) {
+  return blocks_of(d, kTerms) * NV * kBlock;
+}
 template <int NV, Digits kDigits>
 void split_tile(const float* z, uint16_t* to, int64_t d) {
   constexpr int R = NV * 16;
   for (int64_t k = 0; k < blocks_of(d, kTerms) * kTerms; k += 2)
     for (int v = 0; v < NV; ++v) {
       const Vec<float> zero{}, a = k < d ? load(z + k * R + v * 16) : zero,
-                       b = k + 1 < d ? load(z + (k + 1) * R + v * 16) : zero;
+                               b = k + 1 < d ? load(z + (k + 1) * R + v * 16) : zero;
       store_pairs<kDigits>(split(a), split(b), to + (k / kTerms * NV + v) * kBlock + k % kTerms / 2 * kTerms,
                            tile_plane<NV>(d));
     }
@@ -154,16 +156,16 @@ DEQFUSE_INLINE void block_sums(const uint16_t* a, int64_t a_plane, int64_t down,
   static_assert(kDown <= 2 && NV <= 2, "eight registers");
   // What the vectors' stores wrote is in memory: the compiler does not see that these instructions read it.
   __asm__ volatile("" ::: "memory");
-#define DEQFUSE_LOAD_A(piece)                                 \
-  _tile_loadd(4, a + piece * a_plane, 64);                    \
+#define DEQFUSE_LOAD_A(piece)              \
+  _tile_loadd(4, a + piece * a_plane, 64); \
   if constexpr (kDown == 2) _tile_loadd(5, a + down + piece * a_plane, 64)
-#define DEQFUSE_LOAD_B(piece)                                 \
-  _tile_loadd(6, b + piece * b_plane, 64);                    \
+#define DEQFUSE_LOAD_B(piece)              \
+  _tile_loadd(6, b + piece * b_plane, 64); \
   if constexpr (NV == 2) _tile_loadd(7, b + kBlock + piece * b_plane, 64)
-#define DEQFUSE_ADD_PRODUCTS                                  \
-  _tile_dpbf16ps(0, 4, 6);                                    \
-  if constexpr (NV == 2) _tile_dpbf16ps(1, 4, 7);             \
-  if constexpr (kDown == 2) _tile_dpbf16ps(2, 5, 6);          \
+#define DEQFUSE_ADD_PRODUCTS                         \
+  _tile_dpbf16ps(0, 4, 6);                           \
+  if constexpr (NV == 2) _tile_dpbf16ps(1, 4, 7);    \
+  if constexpr (kDown == 2) _tile_dpbf16ps(2, 5, 6); \
   if constexpr (kDown == 2 && NV == 2) _tile_dpbf16ps(3, 5, 7)
   _tile_zero(0);
   _tile_zero(1);
@@ -221,15 +223,14 @@ void product(const SplitMatrix<kTransposed>& m, const float* z, float* work, con
   alignas(64) float sums[32 * 32];
   for (int64_t j0 = 0; j0 < d; j0 += 32) {
     const int64_t rows = d - j0 < 32 ? d - j0 : 32;
-    const uint16_t* first = m.pieces + j0 / 16 * down;
-    if (m.pieces == nullptr) {
-      split_rows<kTransposed>(m.a, d, j0, j0 + rows, made, a_plane);
-      first = made;
-    }
+    if (m.pieces == nullptr) split_rows<kTransposed>(m.a, d, j0, j0 + rows, made, a_plane);
+    const uint16_t* first = m.pieces ? m.pieces + j0 / 16 * down : made;
     for (int v0 = 0; v0 < NV; v0 += kAcross) {
       const uint16_t* second = pieces + v0 * kBlock;
-      if (rows > 16) block_sums<2, kAcross, kDigits>(first, a_plane, down, second, b_plane, next, depth, sums);
-      else block_sums<1, kAcross, kDigits>(first, a_plane, down, second, b_plane, next, depth, sums);
+      if (rows > 16)
+        block_sums<2, kAcross, kDigits>(first, a_plane, down, second, b_plane, next, depth, sums);
+      else
+        block_sums<1, kAcross, kDigits>(first, a_plane, down, second, b_plane, next, depth, sums);
       for (int64_t j = 0; j < rows; ++j) {
         const Vec<float> s = splat(scale), b = splat(bias ? bias[j0 + j] : 0.0f);
         for (int v = 0; v < kAcross; ++v) {
@@ -276,8 +277,10 @@ struct SplitCotangents {
       uint16_t *to = at(i, first) + i % 16 * kTerms, halves[3 * kTerms];
       store_terms(split(lanes_with_rows<NV>(line, 0, flag)), split(Vec<float>{}), halves, kTerms);
       for (int q = 0; q < 3; ++q)
-        if (last) std::memcpy(to + q * plane(rows, d), halves + q * kTerms, 64);
-        else std::memcpy(to + q * plane(rows, d) + first % kTerms, halves + q * kTerms, 32);
+        if (last)
+          std::memcpy(to + q * plane(rows, d), halves + q * kTerms, 64);
+        else
+          std::memcpy(to + q * plane(rows, d) + first % kTerms, halves + q * kTerms, 32);
     }
   }
 };
@@ -326,15 +329,20 @@ void outer_product(const SplitCotangents<NV>& a, const SplitInputs<NV>& b, int64
       for (int64_t k = k0; k < end; k += 32) {
         const bool tall = d - j0 > 16, broad = end - k > 16;
         const uint16_t *x = a.at(j0, r0), *y = b.at(r0, k);
-        if (tall && broad) block_sums<2, 2>(x, a_plane, down, y, b_plane, next, depth, sums);
-        else if (tall) block_sums<2, 1>(x, a_plane, down, y, b_plane, next, depth, sums);
-        else if (broad) block_sums<1, 2>(x, a_plane, down, y, b_plane, next, depth, sums);
-        else block_sums<1, 1>(x, a_plane, down, y, b_plane, next, depth, sums);
+        if (tall && broad)
+          block_sums<2, 2>(x, a_plane, down, y, b_plane, next, depth, sums);
+        else if (tall)
+          block_sums<2, 1>(x, a_plane, down, y, b_plane, next, depth, sums);
+        else if (broad)
+          block_sums<1, 2>(x, a_plane, down, y, b_plane, next, depth, sums);
+        else
+          block_sums<1, 1>(x, a_plane, down, y, b_plane, next, depth, sums);
         const int64_t rows = d - j0 < 32 ? d - j0 : 32, columns = end - k < 32 ? end - k : 32;
         for (int64_t j = 0; j < rows; ++j) {
           const float* __restrict line = sums + j * (broad ? 32 : 16);
           float* __restrict to = out + (j0 + j) * d + k;
-          if (r0 == 0) std::memcpy(to, line, sizeof(float) * columns);
+          if (r0 == 0)
+            std::memcpy(to, line, sizeof(float) * columns);
           else
             for (int64_t c = 0; c < columns; ++c) to[c] += line[c];
         }

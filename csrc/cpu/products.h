@@ -28,7 +28,9 @@ using Inputs = SplitInputs<NV>;
 template <class T, int NV>
 constexpr int64_t kGradientColumns = 64;
 template <int NV>
-int64_t work_tiles(int64_t d) { return blocks_of(work_size<NV>(d), NV * 16 * d); }
+int64_t work_tiles(int64_t d) {
+  return blocks_of(work_size<NV>(d), NV * 16 * d);
+}
 
 #else
 
@@ -39,20 +41,27 @@ using TransposedForm = Transposed<T, block_rows(NV)>;
 template <class T, int NV>
 using Cotangents = Panels<T, NV, block_rows(NV)>;
 template <class T, int NV>
-using Inputs = Panels<T, NV, NV * kLanes<T>>;
+using Inputs = Panels<T, NV, NV * kLanes<T> >;
 template <class T, int NV>
-constexpr int64_t kGradientColumns = NV * kLanes<T>;
+constexpr int64_t kGradientColumns = NV* kLanes<T>;
 template <int NV>
-int64_t work_tiles(int64_t) { return 0; }
+int64_t work_tiles(int64_t) {
+  return 0;
+}
 
 #endif
 
-// The matrices of `blocks` blocks, two each, in a form, for about so many products with each. params: as in kernels.h, `stride` per block.
+// The matrices of `blocks` blocks, two each, in a form, for about so many products with each. params: as in kernels.h,
+// `stride` per block.
 template <class T, class Form>
 class Matrices {
  public:
   Matrices(const T* const* params, int64_t blocks, int64_t stride, int64_t d, int64_t products)
-      : params_(params), blocks_(blocks), stride_(stride), d_(d), size_(Form::size(d, products)),
+      : params_(params),
+        blocks_(blocks),
+        stride_(stride),
+        d_(d),
+        size_(Form::size(d, products)),
         copies_(2 * blocks * size_) {}
 
   typename Form::Matrix at(int64_t block, int which) const {
@@ -71,9 +80,7 @@ class Matrices {
   static int64_t step() { return round_up(64, Form::kStep); }
   int64_t pieces() const { return (d_ + step() - 1) / step(); }
   const T* weight(int64_t block, int which) const { return params_[block * stride_ + 2 * which]; }
-  T* copy(int64_t block, int which) const {
-    return size_ > 0 ? copies_.get() + (2 * block + which) * size_ : nullptr;
-  }
+  T* copy(int64_t block, int which) const { return size_ > 0 ? copies_.get() + (2 * block + which) * size_ : nullptr; }
 
   const T* const* params_;
   const int64_t blocks_, stride_, d_, size_;
@@ -83,8 +90,10 @@ class Matrices {
 template <class First, class Second>
 void copy_all(const First& first, const Second& second, int threads, ParallelFor parallel) {
   run_tasks(first.tasks() + second.tasks(), threads, parallel, [&](int64_t t) {
-    if (t < first.tasks()) first.run(t);
-    else second.run(t - first.tasks());
+    if (t < first.tasks())
+      first.run(t);
+    else
+      second.run(t - first.tasks());
   });
 }
 
