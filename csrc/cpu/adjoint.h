@@ -83,7 +83,7 @@ class CellAdjoint : public AdjointBase<T, NV> {
   using Base::W;
 
  public:
-  static constexpr int kSums = 8, kHeadStart = 0;
+  static constexpr int kSums = 8;
   static int64_t tiles(int64_t d, int64_t groups) { return 10 + work_tiles<NV>(d) + (3 * groups + d - 1) / d; }
 
   CellAdjoint(const CellAdjointWeights<T, NV>& w, const T* z, const T* x, const T* g, int64_t d, int64_t groups, T* memory)
@@ -186,7 +186,7 @@ class FuseAdjoint : public AdjointBase<T, NV> {
   using Base::W;
 
  public:
-  static constexpr int kSums = 4, kHeadStart = 1;
+  static constexpr int kSums = 4;
   static int64_t tiles(int64_t d, int64_t groups) { return 11 + work_tiles<NV>(d) + (groups + d - 1) / d; }
 
   FuseAdjoint(const FuseAdjointWeights<T, NV>& w, const T* z, const FuseRows<T>& from, const T* mask, const T* g, int64_t d,

@@ -28,16 +28,10 @@ struct SolveOptions {
 // Tiles that the state of a solve takes: z, starts and their images, saved answers; images and residuals.
 constexpr int64_t solver_tiles(int history) { return 4 + 2 * (history > 0 ? history : 1); }
 
-// Evaluations of a row that begins at zero before the first that is judged: one for each digit asked for, four
-// at most, less the map's head start. That early there is no history worth mixing, and hardly a row ends: they are
-// plain steps, and some digits are enough for them.
-constexpr int kMostWarmup = 4;
-template <class T>
-int warm_up_steps(T tol, int head_start) {
-  int digits = 0;
-  for (T t = tol; t < T(0.3) && digits < kMostWarmup; t *= T(10)) ++digits;
-  return digits > head_start + 1 ? digits - head_start : 0;
-}
+// Rows that begin at zero take plain steps until the next is expected to solve them, if the residual goes on falling as
+// it did from the step before to the last; up to so many evaluations. That early there is no history worth mixing, and
+// since no row ends there, some digits are enough.
+constexpr int kWarmup = 4;
 
 // Where the answers of row r go; `z` begins with row `first`. `trace` (steps, rows_total) may be null.
 template <class T>
@@ -59,7 +53,6 @@ struct RowResults {
 //   admit(moves)           moves what it keeps of waiting rows into the lanes where they are solved
 //   evaluate<digits>(z, f, waiting)   f(z), whole tile, of the rows that wait or of those being solved
 //   scale(v, norm)         what the residuals of vector v are divided by, given the norms of f(z)
-//   kHeadStart             by how many evaluations it usually ends before a cell does
 //   kAnswerIsImage         whether f(z) or z itself is the answer of the best iterate z
 template <class T, int NV, class Map>
 class RowSolver {
@@ -78,8 +71,7 @@ class RowSolver {
     residuals_ = images_ + n_ * m_;
     spare_ = residuals_ + n_ * m_;
     // A damped iteration is asked for its damping, and a short one for each of its steps.
-    const bool plain = options.history > 0 && options.beta == T(1) && options.max_iter > 2 * kMostWarmup;
-    before_ = map.first_is_free() && plain ? warm_up_steps(options.tol, Map::kHeadStart) : 0;
+    warm_ = map.first_is_free() && options.history > 0 && options.beta == T(1) && options.max_iter > 2 * kWarmup;
     for (int64_t& row : row_) row = -1;
   }
 
@@ -102,7 +94,7 @@ class RowSolver {
 
  private:
   // Whether rows begin with an evaluation that needs no product and counts as their first.
-  bool judged_start() const { return map_.first_is_free() && before_ == 0; }
+  bool judged_start() const { return map_.first_is_free() && !warm_; }
 
   // Idle lanes take the next rows. With a judged start it is as if `slot` held their first evaluation, and those that
   // end there make way for others.
@@ -117,6 +109,7 @@ class RowSolver {
         taken.row[l] = -1;
         if (row_[l] >= 0 || staged_ == staged_end_) continue;
         moves.add(staged_, l);
+        before_[l] = steps_of_start_[staged_];
         row_[l] = taken.row[l] = first_staged_ + staged_++;
         count_[l] = best_at_[l] = 0;
         best_[l] = std::numeric_limits<T>::infinity();
@@ -144,7 +137,7 @@ class RowSolver {
     staged_end_ = end_ - next_ < R ? int(end_ - next_) : R;
     next_ += staged_end_;
     map_.stage(lane_rows<R>(first_staged_, staged_end_), start_, in_place);
-    if (before_ > 0) return warm_up(!in_place);
+    if (!map_.first_is_free()) return;
     Vec<T> square[NV] = {};
     for (int64_t o = 0; o < n_; o += R)
       for (int v = 0; v < NV; ++v) {
@@ -152,33 +145,51 @@ class RowSolver {
         square[v] = fma(s, s, square[v]);
       }
     for (int v = 0; v < NV; ++v) store(square_of_start_ + v * W, square[v]);
+    if (warm_) warm_up(!in_place);
   }
 
-  // From f(0) to the iterate that is evaluated next.
+  // From f(0) to the iterate that is evaluated next. A row that is ready keeps it while others go on.
   void warm_up(bool waiting) {
-    if (out_.trace) std::memset(spare_, 0, sizeof(T) * n_);  // the zero that f(0) is of
-    for (int k = 1;; ++k) {
-      if (out_.trace) trace_start(k);
-      if (k == before_) return;
+    alignas(64) T residual[R], before[R], ready[R];
+    for (int v = 0; v < NV; ++v) {
+      const Vec<T> norm = square_root<T>(load(square_of_start_ + v * W));
+      store(before + v * W, norm / map_.scale(v, norm));
+    }
+    for (int l = 0; l < R; ++l) {
+      ready[l] = l < staged_end_ ? T(0) : T(1);
+      steps_of_start_[l] = 1;
+      if (l < staged_end_) record(l, before[l]);
+    }
+    for (int left = staged_end_, k = 1; k < kWarmup && left > 0; ++k) {
       map_.template evaluate<Digits::kSome>(start_, spare_, waiting);
+      for (int v = 0; v < NV; ++v) {
+        Vec<T> gg{}, ff{};
+        const Vec<T> keep = load(ready + v * W), zero{};
+        for (int64_t o = v * W; o < n_; o += R) {
+          const Vec<T> z = load(start_ + o), f = load(spare_ + o), g = f - z;
+          gg = fma(g, g, gg);
+          ff = fma(f, f, ff);
+          store(spare_ + o, keep > zero ? z : f);
+        }
+        store(residual + v * W, square_root<T>(gg) / map_.scale(v, square_root<T>(ff)));
+      }
       std::swap(start_, spare_);
+      for (int l = 0; l < staged_end_; ++l) {
+        if (ready[l] > T(0)) continue;
+        ++steps_of_start_[l];
+        record(l, residual[l]);
+        const T next = residual[l] * (residual[l] / before[l]);
+        before[l] = residual[l];
+        if (next > T(1.5) * opt_.tol) continue;  // a NaN is ready, too
+        ready[l] = T(1);
+        --left;
+      }
     }
   }
 
-  // For the record only: the residual of `spare_`, whose image is `start_`.
-  void trace_start(int k) {
-    alignas(64) T residual[R];
-    for (int v = 0; v < NV; ++v) {
-      Vec<T> gg{}, ff{};
-      for (int64_t o = v * W; o < n_; o += R) {
-        const Vec<T> f = load(start_ + o), g = f - load(spare_ + o);
-        gg = fma(g, g, gg);
-        ff = fma(f, f, ff);
-      }
-      store(residual + v * W, square_root<T>(gg) / map_.scale(v, square_root<T>(ff)));
-    }
-    for (int l = 0; l < staged_end_; ++l)
-      out_.trace[(k - 1) * out_.trace_stride + first_staged_ + l] = residual[l];
+  // In the trace, of waiting lane l.
+  void record(int l, T residual) {
+    if (out_.trace) out_.trace[(steps_of_start_[l] - 1) * out_.trace_stride + first_staged_ + l] = residual;
   }
 
   // The newest images, of all rows or only of those just taken: counts them, and writes the answers of rows that end.
@@ -193,7 +204,7 @@ class RowSolver {
 
   bool ended(int l, int slot, T residual) {
     const int k = ++count_[l];
-    if (out_.trace) out_.trace[(before_ + k - 1) * out_.trace_stride + row_[l]] = residual;
+    if (out_.trace) out_.trace[(before_[l] + k - 1) * out_.trace_stride + row_[l]] = residual;
     if (residual < best_[l]) {
       best_[l] = residual;
       best_at_[l] = k;
@@ -201,7 +212,7 @@ class RowSolver {
     }
     const int age = best_at_[l] > 0 ? k - best_at_[l] : 0;
     Outcome outcome;
-    if (row_ends(residual, opt_.tol, k, opt_.max_iter - before_, best_at_[l], outcome)) return finish(l, slot, age, outcome);
+    if (row_ends(residual, opt_.tol, k, opt_.max_iter - before_[l], best_at_[l], outcome)) return finish(l, slot, age, outcome);
     if (!best_saved_[l] && age == m_ - 1) save_best(l, slot, age);  // the next step overwrites it
     return false;
   }
@@ -232,7 +243,7 @@ class RowSolver {
     // Without any finite residual the current image is the answer: NaN, not the start.
     else answer_[l] = best_saved_[l] ? Answer{saved_, nullptr} : answer(slot, age);
     out_.residual[row_[l]] = best_[l];
-    out_.nfe[row_[l]] = before_ + count_[l];
+    out_.nfe[row_[l]] = before_[l] + count_[l];
     out_.outcome[row_[l]] = int8_t(outcome);
     return true;
   }
@@ -287,7 +298,7 @@ class RowSolver {
   const SolveOptions<T> opt_;
   const RowResults<T> out_;
   const int m_;
-  int before_;  // evaluations of a row that `count_` leaves out
+  bool warm_;
   T *z_, *start_, *spare_, *saved_, *images_, *residuals_;
   Gram<T, NV> gram_ = {};
   Vec<T> ff_[NV] = {};
@@ -296,6 +307,7 @@ class RowSolver {
   int64_t first_staged_ = 0;
   int staged_ = 0, staged_end_ = 0;  // waiting lanes whose rows have not been taken
   int count_[R] = {}, best_at_[R] = {}, active_ = 0;
+  int before_[R] = {}, steps_of_start_[R] = {};  // evaluations that `count_` leaves out; of waiting rows
   alignas(64) T square_of_start_[R];
   Answer answer_[R];
   bool best_saved_[R], ended_[R];

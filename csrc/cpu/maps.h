@@ -35,7 +35,6 @@ class CellMap {
  public:
   using Weights = CellWeights<T, typename StraightForm<T, NV>::Matrix>;
   static constexpr int W = kLanes<T>, R = NV * W;
-  static constexpr int kHeadStart = 0;
   static constexpr bool kAnswerIsImage = true;
   static int64_t tiles(int64_t d) { return 3 + work_tiles<NV>(d); }
 
@@ -151,7 +150,6 @@ class FuseMap {
  public:
   using Weights = FuseWeights<T, typename StraightForm<T, NV>::Matrix>;
   static constexpr int W = kLanes<T>, R = NV * W;
-  static constexpr int kHeadStart = 1;
   static constexpr bool kAnswerIsImage = true;
   static int64_t tiles(int64_t d) { return 8 + work_tiles<NV>(d); }
 
