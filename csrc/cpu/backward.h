@@ -45,6 +45,14 @@ class AdjointMemory {
         params_(params), kinds_(sums), out_(p.dparams),
         factors_(out_ ? 2 * blocks * (a_size() + b_size()) : 0), sums_(out_ ? blocks * tiles * sums * p.d : 0) {}
 
+  template <class P>
+  static int64_t bytes(const P& p, int64_t blocks) {
+    const int64_t tiles = (p.rows + R - 1) / R;
+    const int64_t copies = StraightForm<T, NV>::size(p.d, tiles) + TransposedForm<T, NV>::size(p.d, 5 * tiles);
+    const int64_t factors = Cotangents<T, NV>::size(p.rows, p.d) + Inputs<T, NV>::size(p.rows, p.d);
+    return 2 * blocks * int64_t(sizeof(T)) * (copies + (p.dparams ? factors : 0));
+  }
+
   const int64_t tiles;
   const Matrices<T, StraightForm<T, NV>> straight;
   const Matrices<T, TransposedForm<T, NV>> transposed;
@@ -96,9 +104,9 @@ class AdjointMemory {
   Scratch<T> factors_, sums_;
 };
 
-// after(i, begin, end): what is left to do for these rows of modality i once dx is there.
+// Some modalities at once. after(i, begin, end): what is left to do for these rows of modality i once dx is there.
 template <class T, int NV, class After>
-void adjoint_cells(const CellAdjointProblem<T>& p, int threads, ParallelFor parallel, After after) {
+void adjoint_some_cells(const CellAdjointProblem<T>& p, int threads, ParallelFor parallel, After after) {
   constexpr int R = NV * kLanes<T>;
   using Map = CellAdjoint<T, NV>;
   const int64_t d = p.d;
@@ -122,6 +130,29 @@ void adjoint_cells(const CellAdjointProblem<T>& p, int threads, ParallelFor para
     after(i, begin, end);
   });
   shared.parameter_gradients(T(1), threads, parallel);
+}
+
+// All modalities: as many at once as need 16 MB for their weights and the factors of their gradients, or one.
+template <class T, int NV, class After>
+void adjoint_cells(const CellAdjointProblem<T>& p, int threads, ParallelFor parallel, After after) {
+  const int64_t n = p.modalities, size = p.rows * p.d;
+  const int64_t bytes = AdjointMemory<T, NV>::bytes(p, 1), limit = int64_t(16) << 20;
+  const int64_t most = bytes > 0 && limit / bytes < n ? (limit > bytes ? limit / bytes : 1) : n;
+  for (int64_t first = 0; first < n; first += most) {
+    CellAdjointProblem<T> part = p;
+    part.modalities = n - first < most ? n - first : most;
+    part.z += first * size;
+    part.params += 10 * first;
+    part.dparams += p.dparams ? 10 * first : 0;
+    part.residual += first * p.rows;
+    part.nfe += first * p.rows;
+    part.outcome += first * p.rows;
+    part.x += first;
+    part.g += first;
+    part.dx += first;
+    adjoint_some_cells<T, NV>(part, threads, parallel,
+                              [&](int64_t i, int64_t begin, int64_t end) { after(first + i, begin, end); });
+  }
 }
 
 template <class T, int NV>
