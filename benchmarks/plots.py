@@ -100,9 +100,9 @@ def roofline(run: Run) -> Figure:
     left, right = peak / bandwidth / 4, 1.6 * max([x for x, _, _ in points] + [peak / bandwidth])
     ridge = peak / bandwidth
     axis.plot([left, ridge, right], [left * bandwidth, peak, peak], color=INK, linewidth=1.2)
-    label = f"matmul peak {peak:.0f} GF/s"
+    label = f"float32 matmul peak {peak:.0f} GF/s"
     axis.annotate(
-        label, (right, peak), xytext=(0, 4), textcoords="offset points", ha="right", fontsize=8
+        label, (right, peak), xytext=(0, -12), textcoords="offset points", ha="right", fontsize=8
     )
     axis.annotate(
         f"{bandwidth:.0f} GB/s", (left, left * bandwidth), xytext=(8, 0),
@@ -118,7 +118,9 @@ def roofline(run: Run) -> Figure:
         )  # fmt: skip
     axis.set_xscale("log")
     axis.set_yscale("log")
-    axis.set_ylim(min([10.0, *(0.7 * y for _, y, _ in points)]), 1.5 * peak)
+    axis.set_ylim(
+        min([10.0, *(0.7 * y for _, y, _ in points)]), 1.5 * max([peak, *(y for _, y, _ in points)])
+    )
     _plain(axis, "x")
     _plain(axis, "y")
     _style(

@@ -119,7 +119,8 @@ def as_reference(solve, solver) -> tuple[Tensor, BlockInfo]:
 def as_compiled(solve, solver) -> tuple[Tensor, BlockInfo]:
     """What the compiled backend computes, on the reference path: cold starts begin plainly.
 
-    Row by row, until the next evaluation is expected to solve it, and four evaluations at most.
+    Row by row, until the next evaluation is expected to solve it, while each halves the residual,
+    and four evaluations at most.
     """
     if not warms_up(solve, solver):
         return as_reference(solve, solver)
@@ -132,7 +133,8 @@ def as_compiled(solve, solver) -> tuple[Tensor, BlockInfo]:
         z = torch.where(ready[..., None], z, image)
         steps += ~ready
         residuals.append(torch.where(ready, torch.nan, info.residual))
-        ready = ready | ~(residuals[-1] ** 2 / residuals[-2] > 1.5 * solver.tol)
+        rate = residuals[-1] / residuals[-2]
+        ready = ready | ~((rate < 0.5) & (rate * residuals[-1] > 1.5 * solver.tol))
     found = None
     for k in steps.unique().tolist():
         left = dataclasses.replace(solver, max_iter=solver.max_iter - k)

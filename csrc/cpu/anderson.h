@@ -29,8 +29,8 @@ struct SolveOptions {
 constexpr int64_t solver_tiles(int history) { return 4 + 2 * (history > 0 ? history : 1); }
 
 // Rows that begin at zero take plain steps until the next is expected to solve them, if the residual goes on falling as
-// it did from the step before to the last; up to so many evaluations. That early there is no history worth mixing, and
-// since no row ends there, some digits are enough.
+// it did from the step before to the last; while each step at least halves it, and up to so many evaluations. That
+// early there is no history worth mixing, and since no row ends there, some digits are enough.
 constexpr int kWarmup = 4;
 
 // Where the answers of row r go; `z` begins with row `first`. `trace` (steps, rows_total) may be null.
@@ -178,9 +178,9 @@ class RowSolver {
         if (ready[l] > T(0)) continue;
         ++steps_of_start_[l];
         record(l, residual[l]);
-        const T next = residual[l] * (residual[l] / before[l]);
+        const T rate = residual[l] / before[l];
         before[l] = residual[l];
-        if (next > T(1.5) * opt_.tol) continue;  // a NaN is ready, too
+        if (rate < T(0.5) && rate * residual[l] > T(1.5) * opt_.tol) continue;  // a NaN is ready, too
         ready[l] = T(1);
         --left;
       }
