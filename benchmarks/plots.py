@@ -101,9 +101,7 @@ def roofline(run: Run) -> Figure:
     ridge = peak / bandwidth
     axis.plot([left, ridge, right], [left * bandwidth, peak, peak], color=INK, linewidth=1.2)
     label = f"float32 matmul peak {peak:.0f} GF/s"
-    axis.annotate(
-        label, (right, peak), xytext=(0, -12), textcoords="offset points", ha="right", fontsize=8
-    )
+    axis.annotate(label, (ridge, peak), xytext=(0, 5), textcoords="offset points", fontsize=8)
     axis.annotate(
         f"{bandwidth:.0f} GB/s", (left, left * bandwidth), xytext=(8, 0),
         textcoords="offset points", fontsize=8, va="center",
