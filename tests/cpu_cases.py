@@ -126,14 +126,14 @@ def as_compiled(solve, solver) -> tuple[Tensor, BlockInfo]:
         return as_reference(solve, solver)
     one = Picard(max_iter=1)
     z, info, _ = solve(solver=one, backend="reference")
-    steps, ready = torch.ones_like(info.nfe), torch.zeros_like(info.outcome, dtype=torch.bool)
+    steps, ready = torch.ones_like(info.nfe), ~(info.residual > solver.tol)
     residuals = [info.residual]
     for _ in range(3):
         image, info, _ = solve(solver=one, backend="reference", z0=z)
-        z = torch.where(ready[..., None], z, image)
         steps += ~ready
         residuals.append(torch.where(ready, torch.nan, info.residual))
         rate = residuals[-1] / residuals[-2]
+        z = torch.where((ready | ~(rate < 1))[..., None], z, image)
         ready = ready | ~((rate < 0.5) & (rate * residuals[-1] > 1.5 * solver.tol))
     found = None
     for k in steps.unique().tolist():

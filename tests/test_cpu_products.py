@@ -3,9 +3,12 @@ steps, memory that is kept."""
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import functools
+import platform
 import resource
+from pathlib import Path
 
 import pytest
 import torch
@@ -55,7 +58,7 @@ def test_weight_gradients_are_as_exact_as_torchs(rows, dim, groups):
 
     exact = gradients(torch.float64, "cpu", 1e-11)
     ours, torchs = (error(gradients(torch.float32, b, 1e-6), exact) for b in ("cpu", "reference"))
-    assert ours <= max(2 * torchs, 1e-5)
+    assert ours <= max(3 * torchs, 1e-6)
 
 
 def test_wide_tiles_keep_rows_apart():
@@ -74,6 +77,10 @@ def test_wide_tiles_keep_rows_apart():
         assert_equal(run(index), [t[index] for t in together])
         seen.add(native.module.plan(len(range(257)[index]), 768)["rows_per_tile"])
     seen.add(native.module.plan(257, 768)["rows_per_tile"])
+    if native.module.build_info()["instruction_set"] == "amx":
+        sizes = [(256, 768), (255, 768), (256, 767), (64, 20), (63, 20)]
+        plans = [native.module.plan(*size)["rows_per_tile"] for size in sizes]
+        assert plans == [64, 32, 32, 32, 16]
     assert len(seen) >= 2, "tiles of one width only say nothing"
 
 
@@ -135,18 +142,31 @@ def test_warm_starts_are_judged_at_once():
     assert (info.fuse.nfe == 1).all()
 
 
+@pytest.mark.parametrize(("dim", "groups"), [(16, 8), (32, 16), (64, 32)])
+def test_rows_whose_plain_steps_lead_away(dim, groups):
+    """Groups of two features: some rows' J^T expands, and a plain step makes them worse."""
+    torch.manual_seed(0)
+    layer = DEQFusion(dim, 3, num_groups=groups, backend="cpu", on_failure="ignore")
+    xs = [torch.randn(4096, dim, requires_grad=True) for _ in range(3)]
+    z = layer(xs)
+    grads = torch.autograd.grad(z, [*xs, *layer.parameters()], torch.randn_like(z))
+    assert all(g.isfinite().all() for g in grads)
+
+
 # ---- memory that is kept -------------------------------------------------------------------------
 
 
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="measured by glibc's malloc_trim")
 def test_what_is_kept_between_calls_is_bounded():
     """Steps of ever new sizes: of what they work in, 128 MB outlive them."""
 
     def resident() -> int:
-        with open("/proc/self/statm") as file:
-            return int(file.read().split()[1]) * resource.getpagesize()
+        ctypes.CDLL(None).malloc_trim(0)  # what malloc itself holds back
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return pages * resource.getpagesize()
 
     layer = DEQFusion(128, 1, backend="cpu", on_failure="ignore")
     before = resident()
     for rows in range(10_000, 60_000, 10_000):  # their weights' gradients alone need 460 MB
         layer([torch.randn(rows, 128)]).square().mean().backward()
-    assert resident() - before < 250e6
+    assert resident() - before < 160e6

@@ -36,6 +36,7 @@ class MatrixUnit {
       shape.bytes_per_row[t] = 64;
       shape.rows[t] = 16;
     }
+    __asm__ volatile("" ::"r"(&shape) : "memory");  // compilers have believed that 8 of these bytes are read
     _tile_loadconfig(&shape);
   }
   ~MatrixUnit() { _tile_release(); }

@@ -155,12 +155,15 @@ class RowSolver {
       const Vec<T> norm = square_root<T>(load(square_of_start_ + v * W));
       store(before + v * W, norm / map_.scale(v, norm));
     }
+    int left = 0;
     for (int l = 0; l < R; ++l) {
-      ready[l] = l < staged_end_ ? T(0) : T(1);
+      const bool goes_on = l < staged_end_ && before[l] > opt_.tol;
+      ready[l] = goes_on ? T(0) : T(1);
+      left += goes_on;
       steps_of_start_[l] = 1;
       if (l < staged_end_) record(l, before[l]);
     }
-    for (int left = staged_end_, k = 1; k < kWarmup && left > 0; ++k) {
+    for (int k = 1; k < kWarmup && left > 0; ++k) {
       map_.template evaluate<Digits::kSome>(start_, spare_, waiting);
       for (int v = 0; v < NV; ++v) {
         Vec<T> gg{}, ff{};
@@ -180,9 +183,11 @@ class RowSolver {
         record(l, residual[l]);
         const T rate = residual[l] / before[l];
         before[l] = residual[l];
-        if (rate < T(0.5) && rate * residual[l] > T(1.5) * opt_.tol) continue;  // a NaN is ready, too
+        if (rate < T(0.5) && rate * residual[l] > T(1.5) * opt_.tol) continue;
         ready[l] = T(1);
         --left;
+        if (rate < T(1)) continue;
+        for (int64_t o = l; o < n_; o += R) start_[o] = spare_[o];  // a step away from the solution, or NaN: not taken
       }
     }
   }

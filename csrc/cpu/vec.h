@@ -1,6 +1,6 @@
 // Vector types that GCC and Clang map onto the registers of the instruction set being compiled for.
 // A kernel file is compiled once per instruction set, each time in its own namespace (isa.h).
-// The only intrinsics of the project are the fused multiply-adds below.
+// The only intrinsics here are the fused multiply-adds below; amx.h has those of the matrix unit.
 #pragma once
 
 #include <cstddef>
