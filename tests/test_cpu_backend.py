@@ -69,8 +69,9 @@ def test_solves_agree_on_the_full_grid(dtype):
             for solve in case.blocks(mask=case.n == 2).values():
                 if dtype == "f64":
                     assert_same_solution(solve, TIGHT, steps=2)
-                else:
-                    assert_same_solution(solve, LOOSE, steps=2, share=0.98)
+                else:  # 16 bits round the start that the reference gets after the plain steps
+                    steps = 4 if dtype == "f32" else None
+                    assert_same_solution(solve, LOOSE, steps=steps, share=0.98)
 
 
 OPTIONS = [

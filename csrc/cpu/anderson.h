@@ -70,8 +70,10 @@ class RowSolver {
     images_ = saved_ + n_;
     residuals_ = images_ + n_ * m_;
     spare_ = residuals_ + n_ * m_;
-    // A damped iteration is asked for its damping, and a short one for each of its steps.
-    warm_ = map.first_is_free() && options.history > 0 && options.beta == T(1) && options.max_iter > 2 * kWarmup;
+    // A damped iteration is asked for its damping, a short one for each of its steps, and of a long one, to a tight
+    // tolerance, the first steps are a small part.
+    const bool plain = options.history > 0 && options.beta == T(1) && options.max_iter > 2 * kWarmup;
+    warm_ = map.first_is_free() && plain && options.tol >= T(1e-6);
     for (int64_t& row : row_) row = -1;
   }
 

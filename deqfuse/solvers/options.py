@@ -99,8 +99,8 @@ class Anderson(SolverOption):
     """Anderson mixing over the last ``m`` residuals (Walker & Ni 2011), per row. The default.
 
     On the ``cpu`` backend a layer's start from zero begins with plain steps (beta = 1, max_iter
-    above 8), until a row's next evaluation is expected to solve it, while each halves the residual,
-    four evaluations at most. They count, but no row ends there.
+    above 8, tol 1e-6 or looser), until a row's next evaluation is expected to solve it, while each
+    halves the residual, four evaluations at most. They count, but no row ends there.
 
     Args:
         m: history length; m = 1 is plain (damped) iteration.
