@@ -105,6 +105,8 @@ def assert_sound(table: list[dict], kinds: Iterable[str], targets: Iterable[str]
             assert entry["shared"] <= SMALL_DEVICES, entry
         # CDNA3 has as many accumulation registers again.
         assert 0 < entry["registers"] <= (512 if entry["target"] == "gfx942" else 255), entry
+        if entry["target"] != "gfx942":  # all threads of a block, or it does not launch
+            assert entry["registers"] * 32 * entry["warps"] <= tiles.REGISTERS, entry
         assert entry["spilled"] <= may_spill(entry), entry
 
 
