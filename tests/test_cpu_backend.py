@@ -238,7 +238,7 @@ print(json.dumps(native.module.build_info()))
 """
 
 
-@pytest.mark.parametrize("name", ["base", "avx2", "avx512", "amx"])
+@pytest.mark.parametrize("name", ["base", "avx2", "avx512", "vnni", "amx"])
 def test_instruction_sets_agree(name, tmp_path: Path):
     problems, answers = [], []
     for dtype, tol in (("f64", 1e-12), ("f32", 1e-5)):
@@ -268,7 +268,7 @@ def test_instruction_sets_agree(name, tmp_path: Path):
 def test_build_info_and_plan():
     info = native.module.build_info()
     assert set(info) == {"compiler", "torch_target", "instruction_set", "vector_bytes"}
-    widths = {"base": 16, "avx2": 32, "avx512": 64, "amx": 64}
+    widths = {"base": 16, "avx2": 32, "avx512": 64, "vnni": 64, "amx": 64}
     assert info["vector_bytes"] == widths[info["instruction_set"]]
     for rows, dim, itemsize in itertools.product((0, 1, 63, 64, 1000), (12, 500), (4, 8)):
         plan = native.module.plan(rows, dim, itemsize, 5)

@@ -79,14 +79,6 @@ DEQFUSE_INLINE void store_terms(const Pieces& a, const Pieces& b, uint16_t* to, 
   }
 }
 
-// 16 numbers from memory, zeros behind the first `count`.
-DEQFUSE_INLINE Vec<float> load_some(const float* p, int64_t count) {
-  if (count >= 16) return load_unaligned(p);
-  Vec<float> v{};
-  if (count > 0) std::memcpy(&v, p, sizeof(float) * size_t(count));
-  return v;
-}
-
 // Output rows [begin, end) of A or, kTransposed, of A^T into blocks (j / 16, k / 32) of rows and terms; begin is a
 // multiple of 16, and its block comes first.
 template <bool kTransposed>
@@ -118,14 +110,15 @@ template <bool kTransposed>
 struct SplitCopy {
   using Matrix = SplitMatrix<kTransposed>;
   static constexpr int64_t kStep = 16;
+  int64_t d;
+  bool copied;
+  SplitCopy(int64_t features, Uses uses) : d(features), copied(uses.exact + uses.some > (features < 512 ? 1 : 5)) {}
   static int64_t plane(int64_t d) { return blocks_of(d, 16) * blocks_of(d, kTerms) * kBlock; }
-  static int64_t size(int64_t d, int64_t products) { return products <= (d < 512 ? 1 : 5) ? 0 : plane(d) * 3 / 2; }
-  static Matrix matrix(const float* a, const float* copy, int64_t) {
-    return {a, reinterpret_cast<const uint16_t*>(copy)};
-  }
+  int64_t size() const { return copied ? plane(d) * 3 / 2 : 0; }
+  Matrix matrix(const float* a, const float* copy) const { return {a, reinterpret_cast<const uint16_t*>(copy)}; }
 
   // Output rows [begin, end) of the copy; begin is a multiple of kStep.
-  static void pack(const float* a, float* copy, int64_t d, int64_t begin, int64_t end) {
+  void pack(const float* a, float* copy, int64_t begin, int64_t end) const {
     uint16_t* to = reinterpret_cast<uint16_t*>(copy) + begin / 16 * blocks_of(d, kTerms) * kBlock;
     split_rows<kTransposed>(a, d, begin, end, to, plane(d));
   }

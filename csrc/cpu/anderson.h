@@ -33,6 +33,19 @@ constexpr int64_t solver_tiles(int history) { return 4 + 2 * (history > 0 ? hist
 // early there is no history worth mixing, and since no row ends there, some digits are enough.
 constexpr int kWarmup = 4;
 
+// Whether they do. A damped iteration is asked for its damping, a short one for each of its steps, and of a long one, to
+// a tight tolerance, the first steps are a small part.
+template <class T>
+bool begins_plainly(const SolveOptions<T>& o) {
+  return o.history > 0 && o.beta == T(1) && o.max_iter > 2 * kWarmup && o.tol >= T(1e-6);
+}
+
+// What a solve of so many tiles asks of each of its matrices.
+template <class T>
+Uses uses(const SolveOptions<T>& o, bool first_is_free, int64_t tiles) {
+  return first_is_free && begins_plainly(o) ? Uses{2 * tiles, (kWarmup - 1) * tiles} : Uses{5 * tiles, 0};
+}
+
 // Where the answers of row r go; `z` begins with row `first`. `trace` (steps, rows_total) may be null.
 template <class T>
 struct RowResults {
@@ -70,10 +83,7 @@ class RowSolver {
     images_ = saved_ + n_;
     residuals_ = images_ + n_ * m_;
     spare_ = residuals_ + n_ * m_;
-    // A damped iteration is asked for its damping, a short one for each of its steps, and of a long one, to a tight
-    // tolerance, the first steps are a small part.
-    const bool plain = options.history > 0 && options.beta == T(1) && options.max_iter > 2 * kWarmup;
-    warm_ = map.first_is_free() && plain && options.tol >= T(1e-6);
+    warm_ = map.first_is_free() && begins_plainly(options);
     for (int64_t& row : row_) row = -1;
   }
 

@@ -40,15 +40,16 @@ class AdjointMemory {
 
   template <class P>
   AdjointMemory(const P& p, int64_t blocks, int params, int sums)
-      : tiles((p.rows + R - 1) / R), straight(p.params, blocks, params, p.d, tiles),
-        transposed(p.params, blocks, params, p.d, 5 * tiles), d_(p.d), rows_(p.rows), blocks_(blocks),
+      : tiles(tiles_of(p)), straight(p.params, blocks, params, p.d, linearising(p)),
+        transposed(p.params, blocks, params, p.d, solving(p)), d_(p.d), rows_(p.rows), blocks_(blocks),
         params_(params), kinds_(sums), out_(p.dparams),
         factors_(out_ ? 2 * blocks * (a_size() + b_size()) : 0), sums_(out_ ? blocks * tiles * sums * p.d : 0) {}
 
   template <class P>
   static int64_t bytes(const P& p, int64_t blocks) {
-    const int64_t tiles = (p.rows + R - 1) / R;
-    const int64_t copies = StraightForm<T, NV>::size(p.d, tiles) + TransposedForm<T, NV>::size(p.d, 5 * tiles);
+    const StraightForm<T, NV> straight(p.d, linearising(p));
+    const TransposedForm<T, NV> transposed(p.d, solving(p));
+    const int64_t copies = straight.size() + transposed.size();
     const int64_t factors = Cotangents<T, NV>::size(p.rows, p.d) + Inputs<T, NV>::size(p.rows, p.d);
     return 2 * blocks * int64_t(sizeof(T)) * (copies + (p.dparams ? factors : 0));
   }
@@ -95,6 +96,19 @@ class AdjointMemory {
   }
 
  private:
+  template <class P>
+  static int64_t tiles_of(const P& p) {
+    return (p.rows + R - 1) / R;
+  }
+  template <class P>
+  static Uses linearising(const P& p) {
+    return {tiles_of(p), 0};
+  }
+  template <class P>
+  static Uses solving(const P& p) {
+    return p.mode < 0 ? uses(options<T>(p), true, tiles_of(p)) : Uses{(p.mode + 1) * tiles_of(p), 0};
+  }
+
   int64_t a_size() const { return Cotangents<T, NV>::size(rows_, d_); }
   int64_t b_size() const { return Inputs<T, NV>::size(rows_, d_); }
 

@@ -58,7 +58,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", build_info,
         "How the module was built and what it runs on this processor.\n\n"
         "Keys: compiler; torch_target, the oldest torch that can load it; instruction_set (base, avx2,\n"
-        "avx512 or amx; base is NEON on aarch64); vector_bytes.");
+        "avx512, vnni or amx; base is NEON on aarch64); vector_bytes.");
   m.def("plan", plan, py::arg("rows"), py::arg("dim"), py::arg("itemsize") = 4, py::arg("history") = 5,
         "How a solve of `rows` rows of `dim` values is cut up.\n\n"
         "Args: itemsize of the compute dtype in bytes; history, Anderson's m, 0 for Picard.\n"

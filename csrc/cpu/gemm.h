@@ -12,11 +12,16 @@ namespace DEQFUSE_ISA {
 
 // Output rows per block: enough accumulators to hide the latency of a multiply-add (8), few enough for the register
 // file (32 registers, 16 on AVX2). With AVX-512 eight rows of one vector are faster than sixteen: fewer streams.
-constexpr int block_rows(int nv) { return kBytes == 64 ? 8 : (kBytes == 16 ? 16 : 8) / nv; }
+constexpr int block_rows(int nv) { return kBytes == 64 ? (nv > 2 ? 6 : 8) : (kBytes == 16 ? 16 : 8) / nv; }
 
 // How exact a product must be: as float32 is, or enough for an iterate at which no row ends. Only amx.h makes
 // a difference.
 enum class Digits { kAll, kSome };
+
+// About how many products with a tile a matrix takes part in: exact ones, and those where some digits are enough.
+struct Uses {
+  int64_t exact, some;
+};
 
 DEQFUSE_INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
@@ -25,6 +30,7 @@ DEQFUSE_INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / t
 template <class T>
 struct RowMajor {
   const T* a;
+  int64_t rows;
 };
 // In blocks of block_rows output rows: element (j, k) at a[(j / JR) * block + k * step + j % JR].
 template <class T>
@@ -50,17 +56,18 @@ DEQFUSE_INLINE void accumulate(const T* __restrict a, ptrdiff_t a_stride, const 
   }
 }
 
-// One block of A z: output rows j0 .. j0 + JR - 1, in the same order of sums for both kinds of matrix.
+// One block of A z: output rows j0 .. j0 + JR - 1 of `depth` terms, in the same order of sums for both kinds of matrix.
 template <class T, int NV, int JR>
-DEQFUSE_INLINE void block_product(const Blocked<T>& m, const T* z, int64_t j0, int64_t d, Vec<T> (&acc)[JR][NV]) {
-  accumulate<T, NV, JR>(m.a + j0 / JR * m.block, m.step, z, NV * kLanes<T>, d, acc);
+DEQFUSE_INLINE void block_product(const Blocked<T>& m, const T* z, int64_t j0, int64_t depth, Vec<T> (&acc)[JR][NV]) {
+  accumulate<T, NV, JR>(m.a + j0 / JR * m.block, m.step, z, NV * kLanes<T>, depth, acc);
 }
 template <class T, int NV, int JR>
-DEQFUSE_INLINE void block_product(const RowMajor<T>& m, const T* __restrict z, int64_t j0, int64_t d,
+DEQFUSE_INLINE void block_product(const RowMajor<T>& m, const T* __restrict z, int64_t j0, int64_t depth,
                                   Vec<T> (&acc)[JR][NV]) {
   const T* row[JR];
-  for (int j = 0; j < JR; ++j) row[j] = m.a + (j0 + j < d ? j0 + j : d - 1) * d;  // a short block repeats its end
-  for (int64_t k = 0; k < d; ++k, z += NV * kLanes<T>) {
+  for (int j = 0; j < JR; ++j)
+    row[j] = m.a + (j0 + j < m.rows ? j0 + j : m.rows - 1) * depth;  // a short block repeats its end
+  for (int64_t k = 0; k < depth; ++k, z += NV * kLanes<T>) {
     Vec<T> zv[NV];
 #pragma GCC unroll 4
     for (int v = 0; v < NV; ++v) zv[v] = load(z + v * kLanes<T>);
@@ -73,25 +80,32 @@ DEQFUSE_INLINE void block_product(const RowMajor<T>& m, const T* __restrict z, i
   }
 }
 
+// out = term(j, v, bias) [+ add] for one block: j counts its rows, v vectors.
+template <class T, int NV, int JR, class Term>
+DEQFUSE_INLINE void store_block(int64_t j0, int64_t d, const T* __restrict bias, const T* __restrict add,
+                                T* __restrict out, Term term) {
+  const int rows = d - j0 < JR ? int(d - j0) : JR;
+  for (int j = 0; j < JR; ++j) {
+    if (j >= rows) break;
+    const Vec<T> b = splat(bias ? bias[j0 + j] : T(0));
+    for (int v = 0; v < NV; ++v) {
+      const int64_t at = ((j0 + j) * NV + v) * kLanes<T>;
+      Vec<T> r = term(j, v, b);
+      if (add) r += load(add + at);
+      store(out + at, r);
+    }
+  }
+}
+
 // out = scale * A z + bias + add, for a whole tile. `bias` (d) and `add` (tile) may be null.
 template <class T, int NV, Digits = Digits::kAll, class Matrix>
 void product(const Matrix& a, const T* __restrict z, T*, const T* __restrict bias, const T* __restrict add,
              T* __restrict out, int64_t d, T scale = T(1)) {
-  constexpr int JR = block_rows(NV), R = NV * kLanes<T>;
+  constexpr int JR = block_rows(NV);
   for (int64_t j0 = 0; j0 < d; j0 += JR) {
     Vec<T> acc[JR][NV] = {};
     block_product<T, NV, JR>(a, z, j0, d, acc);
-    const int rows = d - j0 < JR ? int(d - j0) : JR;
-    for (int j = 0; j < JR; ++j) {
-      if (j >= rows) break;
-      const Vec<T> b = splat(bias ? bias[j0 + j] : T(0)), s = splat(scale);
-      for (int v = 0; v < NV; ++v) {
-        const int64_t at = (j0 + j) * R + v * kLanes<T>;
-        Vec<T> r = fma(acc[j][v], s, b);
-        if (add) r += load(add + at);
-        store(out + at, r);
-      }
-    }
+    store_block<T, NV, JR>(j0, d, bias, add, out, [&](int j, int v, Vec<T> b) { return fma(acc[j][v], splat(scale), b); });
   }
 }
 
@@ -100,9 +114,11 @@ template <class T>
 struct Straight {
   using Matrix = RowMajor<T>;
   static constexpr int64_t kStep = 1;
-  static int64_t size(int64_t, int64_t) { return 0; }
-  static void pack(const T*, T*, int64_t, int64_t, int64_t) {}
-  static RowMajor<T> matrix(const T* a, const T*, int64_t) { return {a}; }
+  int64_t d;
+  explicit Straight(int64_t features, Uses = {}) : d(features) {}
+  int64_t size() const { return 0; }
+  void pack(const T*, T*, int64_t, int64_t) const {}
+  RowMajor<T> matrix(const T* a, const T*) const { return {a, d}; }
 };
 
 // A transposed. A small matrix is walked where it lies: a block of A^T is JR neighbours in each row of A. In a large
@@ -111,11 +127,14 @@ template <class T, int JR>
 struct Transposed {
   using Matrix = Blocked<T>;
   static constexpr int64_t kStep = JR;
-  static bool in_place(int64_t d) { return d <= 128 && d % JR == 0; }
-  static int64_t size(int64_t d, int64_t) { return in_place(d) ? 0 : round_up(d, JR) * d; }
+  int64_t d;
+  explicit Transposed(int64_t features, Uses = {}) : d(features) {}
+  bool in_place() const { return d <= 128 && d % JR == 0; }
+  int64_t size() const { return in_place() ? 0 : round_up(d, JR) * d; }
 
   // Output rows [begin, end) of the copy; begin is a multiple of JR.
-  static void pack(const T* __restrict a, T* __restrict copy, int64_t d, int64_t begin, int64_t end) {
+  void pack(const T* __restrict a, T* __restrict copy, int64_t begin, int64_t end) const {
+    if (in_place()) return;
     for (int64_t k = 0; k < d; ++k)
       for (int64_t j0 = begin; j0 < end; j0 += JR) {
         T block[JR] = {};
@@ -124,8 +143,8 @@ struct Transposed {
         std::memcpy(copy + j0 * d + k * JR, block, sizeof block);
       }
   }
-  static Blocked<T> matrix(const T* a, const T* copy, int64_t d) {
-    return in_place(d) ? Blocked<T>{a, JR, d} : Blocked<T>{copy, JR * d, JR};
+  Blocked<T> matrix(const T* a, const T* copy) const {
+    return in_place() ? Blocked<T>{a, JR, d} : Blocked<T>{copy, JR * d, JR};
   }
 };
 
@@ -153,11 +172,15 @@ struct Panels {
   }
 };
 
+// Vectors and rows of a block of the product below.
+constexpr int panel_vectors(int nv) { return nv > 2 ? 3 : nv; }
+constexpr int panel_rows(int nv) { return nv > 2 ? 8 : block_rows(nv); }
+
 // out = A^T B over all rows, columns [k0, k0 + R) of the (d, d) result. Rows are taken 256 at a time: their panels stay
 // in cache, and partial sums keep the rounding small.
-template <class T, int NV>
-void outer_product(const Panels<T, NV, block_rows(NV)>& a, const Panels<T, NV, NV * kLanes<T>>& b, int64_t k0, T* out) {
-  constexpr int JR = block_rows(NV), W = kLanes<T>, R = NV * W;
+template <class T, int kTile, int JR, int R>
+void outer_product(const Panels<T, kTile, JR>& a, const Panels<T, kTile, R>& b, int64_t k0, T* out) {
+  constexpr int W = kLanes<T>, NV = R / W;
   const int64_t d = a.d, columns = d - k0 < R ? d - k0 : R;
   for (int64_t r0 = 0; r0 < a.rows || r0 == 0; r0 += 256) {
     const int64_t depth = a.rows - r0 < 256 ? a.rows - r0 : 256;

@@ -129,6 +129,7 @@ struct KernelTable {
 const KernelTable& kernels_base();
 const KernelTable& kernels_avx2();
 const KernelTable& kernels_avx512();
+const KernelTable& kernels_vnni();
 const KernelTable& kernels_amx();
 bool may_use_amx();  // the matrix unit, which a process has to ask the kernel for
 

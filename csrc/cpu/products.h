@@ -1,4 +1,5 @@
-// Which products an instruction set has: those of gemm.h, or, where it has a matrix unit, for float32, those of amx.h.
+// Which products an instruction set has: those of gemm.h, or for float32 where it has a matrix unit those of amx.h, and
+// where it multiplies 16-bit integers those of vnni.h.
 //
 //   StraightForm, TransposedForm   how product() wants A and A^T: a copy, where that is not how torch holds A
 //   work_tiles<NV>(d)                tiles of d * R values that product() works in
@@ -8,8 +9,10 @@
 
 #include "gemm.h"
 #include "tasks.h"
-#ifdef DEQFUSE_AMX
+#if defined(DEQFUSE_AMX)
 #include "amx.h"
+#elif defined(DEQFUSE_VNNI)
+#include "vnni.h"
 #endif
 
 namespace deqfuse {
@@ -34,38 +37,50 @@ int64_t work_tiles(int64_t d) {
 
 #else
 
+#ifdef DEQFUSE_VNNI
+template <class T, int NV>
+using StraightForm = WithPairs<Straight<T>, false>;
+template <class T, int NV>
+using TransposedForm = WithPairs<Transposed<T, block_rows(NV)>, true>;
+#else
 template <class T, int NV>
 using StraightForm = Straight<T>;
 template <class T, int NV>
 using TransposedForm = Transposed<T, block_rows(NV)>;
+#endif
 template <class T, int NV>
-using Cotangents = Panels<T, NV, block_rows(NV)>;
+using Cotangents = Panels<T, NV, panel_rows(NV)>;
 template <class T, int NV>
-using Inputs = Panels<T, NV, NV * kLanes<T> >;
+constexpr int64_t kGradientColumns = panel_vectors(NV) * kLanes<T>;
 template <class T, int NV>
-constexpr int64_t kGradientColumns = NV* kLanes<T>;
+using Inputs = Panels<T, NV, kGradientColumns<T, NV>>;
 template <int NV>
 int64_t work_tiles(int64_t) {
+#ifdef DEQFUSE_VNNI
+  return 1;
+#else
   return 0;
+#endif
 }
 
 #endif
 
-// The matrices of `blocks` blocks, two each, in a form, for about so many products with each. params: as in kernels.h,
+// The matrices of `blocks` blocks, two each, in a form, for so many products with each. params: as in kernels.h,
 // `stride` per block.
 template <class T, class Form>
 class Matrices {
  public:
-  Matrices(const T* const* params, int64_t blocks, int64_t stride, int64_t d, int64_t products)
+  Matrices(const T* const* params, int64_t blocks, int64_t stride, int64_t d, Uses uses)
       : params_(params),
         blocks_(blocks),
         stride_(stride),
         d_(d),
-        size_(Form::size(d, products)),
+        form_(d, uses),
+        size_(form_.size()),
         copies_(2 * blocks * size_) {}
 
   typename Form::Matrix at(int64_t block, int which) const {
-    return Form::matrix(weight(block, which), copy(block, which), d_);
+    return form_.matrix(weight(block, which), copy(block, which));
   }
 
   // Making the copies, before the first use: tasks of some output rows each.
@@ -73,7 +88,7 @@ class Matrices {
   void run(int64_t task) const {
     const int64_t block = task / pieces() / 2, begin = task % pieces() * step();
     const int which = int(task / pieces() % 2);
-    Form::pack(weight(block, which), copy(block, which), d_, begin, begin + step() < d_ ? begin + step() : d_);
+    form_.pack(weight(block, which), copy(block, which), begin, begin + step() < d_ ? begin + step() : d_);
   }
 
  private:
@@ -83,7 +98,9 @@ class Matrices {
   T* copy(int64_t block, int which) const { return size_ > 0 ? copies_.get() + (2 * block + which) * size_ : nullptr; }
 
   const T* const* params_;
-  const int64_t blocks_, stride_, d_, size_;
+  const int64_t blocks_, stride_, d_;
+  const Form form_;
+  const int64_t size_;
   Scratch<T> copies_;
 };
 

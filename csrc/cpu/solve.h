@@ -18,7 +18,8 @@ void solve_cells(const CellProblem<T>& p, int threads, ParallelFor parallel) {
   constexpr int R = NV * kLanes<T>;
   const int64_t d = p.d;
   Scratch<T> at_zero(p.modalities * d);
-  const Matrices<T, StraightForm<T, NV>> weights(p.params, p.modalities, 10, d, 5 * ((p.rows + R - 1) / R));
+  const Matrices<T, StraightForm<T, NV>> weights(p.params, p.modalities, 10, d,
+                                                 uses(options<T>(p), p.z0 == nullptr, (p.rows + R - 1) / R));
   using Matrix = typename StraightForm<T, NV>::Matrix;
   auto cell = [&](int64_t i) {
     const T* const* q = p.params + 10 * i;
@@ -51,7 +52,8 @@ void solve_fuse(const FuseProblem<T>& p, const FuseRows<T>& from, int threads, P
   constexpr int R = NV * kLanes<T>;
   const int64_t d = p.d;
   const T* const* q = p.params;
-  const Matrices<T, StraightForm<T, NV>> weights(q, 1, 6, d, 5 * ((p.rows + R - 1) / R));
+  const Matrices<T, StraightForm<T, NV>> weights(q, 1, 6, d,
+                                                 uses(options<T>(p), p.z0 == nullptr, (p.rows + R - 1) / R));
   run_tasks(weights.tasks(), threads, parallel, [&](int64_t t) { weights.run(t); });
   const FuseWeights<T, typename StraightForm<T, NV>::Matrix> fuse{weights.at(0, 0), weights.at(0, 1), q[1], q[3], q[4], q[5], T(p.modalities), p.relu_last};
   const Chunks chunks(p.rows, R, 2 * threads);

@@ -1,6 +1,6 @@
 // Vector types that GCC and Clang map onto the registers of the instruction set being compiled for.
 // A kernel file is compiled once per instruction set, each time in its own namespace (isa.h).
-// The only intrinsics here are the fused multiply-adds below; amx.h has those of the matrix unit.
+// The only intrinsics here are the multiply-adds below; amx.h has those of the matrix unit.
 #pragma once
 
 #include <cstddef>
@@ -35,6 +35,11 @@ struct VecTraits<double> {
   typedef double V __attribute__((vector_size(kBytes)));
   typedef int64_t M __attribute__((vector_size(kBytes)));
 };
+template <>
+struct VecTraits<int32_t> {
+  typedef int32_t V __attribute__((vector_size(kBytes)));
+  typedef int32_t M __attribute__((vector_size(kBytes)));
+};
 
 template <class T>
 using Vec = typename VecTraits<T>::V;
@@ -56,6 +61,14 @@ template <class T>
 DEQFUSE_INLINE Vec<T> load_unaligned(const T* p) {
   Vec<T> v;
   __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+// A vector of such, zeros behind the first `count`.
+template <class T>
+DEQFUSE_INLINE Vec<T> load_some(const T* p, int64_t count) {
+  if (count >= kLanes<T>) return load_unaligned(p);
+  Vec<T> v{};
+  if (count > 0) __builtin_memcpy(&v, p, sizeof(T) * size_t(count));
   return v;
 }
 template <class T>
@@ -87,6 +100,13 @@ DEQFUSE_INLINE Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) {
   return a * b + c;
 #endif
 }
+
+#ifdef DEQFUSE_VNNI
+// Each lane two 16-bit numbers: a_0 b_0 + a_1 b_1 + c in 32 bits.
+DEQFUSE_INLINE Vec<int32_t> fma(Vec<int32_t> a, Vec<int32_t> b, Vec<int32_t> c) {
+  return (Vec<int32_t>)_mm512_dpwssd_epi32((__m512i)c, (__m512i)a, (__m512i)b);
+}
+#endif
 
 // max(x, 0) that keeps NaN: a poisoned row must come back poisoned.
 template <class V>

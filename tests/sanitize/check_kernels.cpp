@@ -633,6 +633,7 @@ int main() {
 #if defined(__x86_64__)
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) tables.push_back(&kernels_avx2());
   if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq")) tables.push_back(&kernels_avx512());
+  if (__builtin_cpu_supports("avx512vnni")) tables.push_back(&kernels_vnni());
   if (may_use_amx()) tables.push_back(&kernels_amx());
 #endif
   for (const KernelTable* table : tables) {
