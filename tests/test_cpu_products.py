@@ -156,14 +156,17 @@ def test_plain_first_steps_follow_the_map(rows, dim, groups):
 
 @pytest.mark.parametrize("shape", ["equal", "single"])
 def test_plain_first_steps_of_lopsided_weights(shape):
-    """Rows of weights that are all alike, or all in one place: sums of the largest size."""
+    """Rows of weights that are all alike, or all in one place: sums of the largest size.
+
+    Alike weights are all rounded alike, by up to sqrt(64) / 65400 of the sum, 2.4 here.
+    """
     layer, xs = shrinking(1.0)
     with torch.no_grad():
         for cell in layer.cells:
             cell.norm1.bias.fill_(3.0)  # the second product's input is positive, its sums large
             alike = torch.full((64, 64), 0.1 / 8) if shape == "equal" else 0.1 * torch.eye(64)
             cell.linear2.weight.copy_(alike * (torch.rand(64, 1) + 0.5))
-    layer.solver, found = Anderson(tol=1e-5), {}
+    layer.solver, found = Anderson(tol=1e-3), {}
     for layer.backend in ("cpu", "reference"):
         found[layer.backend], info = layer(xs, return_info=True)
         assert info.converged.all()
