@@ -9,7 +9,7 @@ are refused with an error: the rule does not give them.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -185,7 +185,8 @@ class SolveCells(torch.autograd.Function):
     """``ops.solve_cells`` in eager mode: the same rule, the parameters as arguments of their own.
 
     The registered rule packs and unpacks the parameter list at every call, and a separate
-    ``setup_context`` inspects the signature: either costs as much as a small solve.
+    ``setup_context`` inspects the signature: either costs as much as a small solve. Statistics
+    leave as a list, which torch hands on as it is: as outputs of the node they cost 10 us.
     """
 
     @staticmethod
@@ -193,9 +194,9 @@ class SolveCells(torch.autograd.Function):
         ctx: Any, x: Tensor, z0: Tensor | None, options: tuple[Any, ...], *params: Tensor
     ) -> Any:
         inputs = (x, list(params), z0, *options)
-        output = ops.run_solve_cells(*inputs)
-        cells_setup(ctx, inputs, output)
-        return output
+        z, *statistics = ops.run_solve_cells(*inputs)
+        cells_setup(ctx, inputs, (z,))
+        return z, statistics
 
     @staticmethod
     def backward(ctx: Any, grad_z: Tensor, *_: Any) -> tuple[Any, ...]:
@@ -217,9 +218,9 @@ class SolveFuse(torch.autograd.Function):
         *params: Tensor,
     ) -> Any:
         inputs = (x_fuse, cell_sum, list(params), mask, z0, *options)
-        output = ops.run_solve_fuse(*inputs)
-        fuse_setup(ctx, inputs, output)
-        return output
+        z, *statistics = ops.run_solve_fuse(*inputs)
+        fuse_setup(ctx, inputs, (z,))
+        return z, statistics
 
     @staticmethod
     def backward(ctx: Any, grad_z: Tensor, *_: Any) -> tuple[Any, ...]:
@@ -243,9 +244,9 @@ class SolveLayer(torch.autograd.Function):
     ) -> Any:
         x, params = list(tensors[:num_modalities]), list(tensors[num_modalities:])
         inputs = (x, params, mask, z0_fuse, z0_cells, *options)
-        output = ops.run_solve_layer(*inputs)
-        layer_setup(ctx, inputs, output)
-        return output
+        z, states, *statistics = ops.run_solve_layer(*inputs)
+        layer_setup(ctx, inputs, (z, states))
+        return z, states, statistics
 
     @staticmethod
     def backward(
@@ -254,6 +255,38 @@ class SolveLayer(torch.autograd.Function):
         want_params = any(ctx.needs_input_grad[5 + ctx.num_modalities :])
         dx, dparams = _layer_gradient(ctx, _eager, grad_z, grad_states, want_params)
         return None, None, None, None, None, *dx, *dparams
+
+
+def solve_cells(x: Tensor, params: Sequence[Tensor], z0: Tensor | None, *options: Any) -> Any:
+    """``ops.solve_cells`` in eager mode, with gradients."""
+    z, statistics = SolveCells.apply(x, z0, options, *params)
+    return z, *statistics
+
+
+def solve_fuse(
+    x_fuse: Tensor,
+    cell_sum: Tensor,
+    params: Sequence[Tensor],
+    mask: Tensor | None,
+    z0: Tensor | None,
+    *options: Any,
+) -> Any:
+    """``ops.solve_fuse`` in eager mode, with gradients."""
+    z, statistics = SolveFuse.apply(x_fuse, cell_sum, mask, z0, options, *params)
+    return z, *statistics
+
+
+def solve_layer(
+    x: Sequence[Tensor],
+    params: Sequence[Tensor],
+    mask: Tensor | None,
+    z0_fuse: Tensor | None,
+    z0_cells: Tensor | None,
+    *options: Any,
+) -> Any:
+    """``ops.solve_layer`` in eager mode, with gradients."""
+    z, states, statistics = SolveLayer.apply(len(x), mask, z0_fuse, z0_cells, options, *x, *params)
+    return z, states, *statistics
 
 
 # ---- any callable --------------------------------------------------------------------------------

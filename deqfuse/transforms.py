@@ -8,7 +8,7 @@ gradients, differ from call to call, it is a loop. Forward mode is refused: the 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -183,3 +183,27 @@ class SolveLayer(_Followed):
         n, mask, z0_fuse, z0_cells, options, *tensors = inputs
         x, params = list(tensors[:n]), list(tensors[n:])
         rule.layer_setup(ctx, (x, params, mask, z0_fuse, z0_cells, *options), output)
+
+
+def solve_cells(x: Tensor, params: Sequence[Tensor], z0: Any, *options: Any) -> Any:
+    """``ops.solve_cells`` under a transform."""
+    return SolveCells.apply(x, z0, options, *params)
+
+
+def solve_fuse(
+    x_fuse: Tensor, cell_sum: Tensor, params: Sequence[Tensor], mask: Any, z0: Any, *options: Any
+) -> Any:
+    """``ops.solve_fuse`` under a transform."""
+    return SolveFuse.apply(x_fuse, cell_sum, mask, z0, options, *params)
+
+
+def solve_layer(
+    x: Sequence[Tensor],
+    params: Sequence[Tensor],
+    mask: Any,
+    z0_fuse: Any,
+    z0_cells: Any,
+    *options: Any,
+) -> Any:
+    """``ops.solve_layer`` under a transform."""
+    return SolveLayer.apply(len(x), mask, z0_fuse, z0_cells, options, *x, *params)

@@ -49,6 +49,31 @@ inline Tensors empty_like(const Tensors& tensors, Place place = {}) {
   return out;
 }
 
+// 16 bits are computed in float32.
+inline ScalarType compute_dtype(const Tensor& t) {
+  const ScalarType stored = t.scalar_type();
+  return stored == ScalarType::Half || stored == ScalarType::BFloat16 ? ScalarType::Float : stored;
+}
+// Makes it contiguous and of the compute dtype, as it nearly always is. Asked here: in Python a layer's tensors take 10 us.
+inline void prepare(Tensor& t, ScalarType dtype) {
+  if (t.scalar_type() != dtype || !t.is_contiguous()) t = torch::stable::contiguous(torch::stable::to(t, dtype));
+}
+inline void prepare(std::optional<Tensor>& t, ScalarType dtype) {
+  if (t.has_value()) prepare(*t, dtype);
+}
+inline void prepare(Tensors& tensors, ScalarType dtype) {
+  for (Tensor& t : tensors) prepare(t, dtype);
+}
+// A gradient in the dtype of what it belongs to.
+inline Tensor like(Tensor grad, const Tensor& of) {
+  prepare(grad, of.scalar_type());
+  return grad;
+}
+inline Tensors like(Tensors grads, const Tensors& of) {
+  for (size_t i = 0; i < grads.size(); ++i) prepare(grads[i], of[i].scalar_type());
+  return grads;
+}
+
 template <class T>
 T* data(const Tensor& t) {
   return static_cast<T*>(t.data_ptr());

@@ -44,7 +44,7 @@ def unavailable() -> tuple[str, str] | None:
     missing = _missing() if torch.compiler.is_compiling() else _missing_once()
     if missing is not None:
         return missing
-    if not torch.cuda.is_available():
+    if torch.version.cuda is None or not torch.cuda.is_available():  # the latter takes a while
         built = "sees no GPU" if torch.version.cuda else "is built without CUDA"
         return f"torch {torch.__version__} {built}", "a CUDA build of torch and an NVIDIA GPU"
     return None

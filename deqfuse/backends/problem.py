@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -11,8 +10,7 @@ from torch import Tensor
 from deqfuse.solvers.options import GradientOption, SolverOption
 
 
-@dataclass(frozen=True)
-class Problem:
+class Problem(NamedTuple):
     """What a backend needs to know to accept or refuse a call."""
 
     device: torch.device
