@@ -186,17 +186,19 @@ def _x_fuse(layer: DEQFusion, x: Tensor) -> Tensor:
 
 def _cell_parameters(layer: DEQFusion) -> list[Tensor]:
     flat: list[Tensor] = []
-    for name, cell in layer._modules["cells"]._modules.items():  # type: ignore[union-attr]
+    cells: Any = layer._modules["cells"]
+    for name, cell in cells._modules.items():
         try:
-            flat += cell.flat()  # type: ignore[operator]
+            flat += cell.flat()
         except (TypeError, ValueError) as error:
             raise type(error)(f"cells.{name}.{error}") from None
     return flat
 
 
 def _fuse_parameters(layer: DEQFusion) -> list[Tensor]:
+    combine: Any = layer._modules["combine"]
     try:
-        return layer._modules["combine"].flat()  # type: ignore[union-attr, operator]
+        return combine.flat()
     except (TypeError, ValueError) as error:
         raise type(error)(f"combine.{error}") from None
 
