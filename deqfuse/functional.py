@@ -244,7 +244,7 @@ def solve_layer(
         raise
     if not traced:
         statistics = ops.unwrapped(solved.outcome), ops.unwrapped(solved.residual)
-        reporting.report_layer(*statistics, solver, on_failure)
+        reporting.report_layer(*statistics, solver, on_failure, solved.all_converged)
     return solved, name
 
 

@@ -106,7 +106,7 @@ FuseGradients adjoint_fuse(Tensor g, Tensor z, Tensor x, Tensor cell_sum, Tensor
           statistics.residual, statistics.nfe, statistics.outcome};
 }
 
-using LayerGradients = std::tuple<Tensors, Tensors, Tensor, Tensor, Tensor>;
+using LayerGradients = std::tuple<Tensors, Tensors, Tensor, Tensor, Tensor, bool>;
 
 // `grad_z` (B, d) for the fused output, `grad_cells` (N, B, d) for the cells where anything used them; `states` and
 // `params` as in solve_layer.
@@ -164,7 +164,7 @@ LayerGradients adjoint_layer(Tensor grad_z, std::optional<Tensor> grad_cells, Te
     table.adjoint_layer(p, threads(), parallel);
   });
   return {like(std::move(dx), x_given), like(std::move(dparams), params_given), statistics.residual, statistics.nfe,
-          statistics.outcome};
+          statistics.outcome, statistics.all_converged()};
 }
 
 }  // namespace

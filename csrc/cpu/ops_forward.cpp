@@ -5,7 +5,7 @@ namespace deqfuse {
 namespace {
 
 using Solved = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
-using SolvedLayer = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using SolvedLayer = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, bool>;
 
 // (steps, *rows), NaN where a row had stopped.
 Tensor empty_trace(Shape rows, int64_t steps, ScalarType dtype) {
@@ -157,7 +157,7 @@ SolvedLayer solve_layer(Tensors x, Tensors params, std::optional<Tensor> mask, s
     p.cells.trace_stride = p.fuse.trace_stride = (n + 1) * rows;
     table.solve_layer(p, threads(), parallel);
   });
-  return {z, states, statistics.residual, statistics.nfe, statistics.outcome, trace};
+  return {z, states, statistics.residual, statistics.nfe, statistics.outcome, trace, statistics.all_converged()};
 }
 
 // The state of a solve lives in tensors that Python allocates; returns whether any row is active.

@@ -8,7 +8,7 @@ from torch import Tensor
 from deqfuse.backends import layer, native, reference
 from deqfuse.backends.arguments import adjoint_numbers, prepare, prepare_all
 from deqfuse.backends.maps import Variant
-from deqfuse.backends.problem import Problem, Solved, SolvedLayer, Statistics
+from deqfuse.backends.problem import LayerStatistics, Problem, Solved, SolvedLayer, Statistics
 from deqfuse.outcome import Outcome
 from deqfuse.solvers.newton_krylov import Map
 from deqfuse.solvers.options import (
@@ -209,13 +209,13 @@ def adjoint_layer(
     variant: Variant,
     adjoint: GradientOption,
     want_params: bool,
-) -> tuple[list[Tensor], list[Tensor], Statistics]:
+) -> tuple[list[Tensor], list[Tensor], LayerStatistics]:
     """Gradients through the whole layer in one call: dx, the parameters', the statistics."""
     dx, grads, *statistics = native.adjoint_layer(
         grad_z, grad_cells, states, x, flat_params, want_params, mask,
         num_groups, variant != "paper", variant == "released-mmimdb", *adjoint_numbers(adjoint),
     )  # fmt: skip
-    return dx, grads, Statistics(*statistics)
+    return dx, grads, LayerStatistics(*statistics)
 
 
 def _forward(solver: SolverOption) -> tuple[float, int, int, float, float]:

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from deqfuse.triton_kernels.tiles import Knobs
 
 MIN_CAPABILITY = (8, 0)
+GPU = "a CUDA build of torch and an NVIDIA GPU"
 
 adjoint_cells = cuda_adjoint.adjoint_cells
 adjoint_fuse = cuda_adjoint.adjoint_fuse
@@ -44,9 +45,8 @@ def unavailable() -> tuple[str, str] | None:
     missing = _missing() if torch.compiler.is_compiling() else _missing_once()
     if missing is not None:
         return missing
-    if torch.version.cuda is None or not torch.cuda.is_available():  # the latter takes a while
-        built = "sees no GPU" if torch.version.cuda else "is built without CUDA"
-        return f"torch {torch.__version__} {built}", "a CUDA build of torch and an NVIDIA GPU"
+    if not torch.cuda.is_available():
+        return f"torch {torch.__version__} sees no GPU", GPU
     return None
 
 
@@ -61,6 +61,8 @@ def _missing() -> tuple[str, str] | None:
         )
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed", "pip install 'deqfuse[triton]'"
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA", GPU
     return None
 
 

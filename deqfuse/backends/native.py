@@ -29,7 +29,7 @@ _SCHEMAS = {
     "cpu_solve_layer": (
         "(Tensor[] x, Tensor[] params, Tensor? mask, Tensor? z0_fuse, Tensor? z0_cells, "
         f"int num_groups, bool skip, bool relu_last, {_SOLVE}, int steps) "
-        "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+        "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, bool)"
     ),
     "cpu_adjoint_cells": (
         "(Tensor grad_z, Tensor z, Tensor x, Tensor[] params, bool want_params, "
@@ -44,7 +44,7 @@ _SCHEMAS = {
     "cpu_adjoint_layer": (
         "(Tensor grad_z, Tensor? grad_cells, Tensor states, Tensor[] x, Tensor[] params, "
         "bool want_params, Tensor? mask, int num_groups, bool skip, bool relu_last, "
-        f"int mode, {_SOLVE}) -> (Tensor[], Tensor[], Tensor, Tensor, Tensor)"
+        f"int mode, {_SOLVE}) -> (Tensor[], Tensor[], Tensor, Tensor, Tensor, bool)"
     ),
     "cpu_anderson_step": (
         "(Tensor fz, Tensor(a!) z, Tensor(b!) best, Tensor(c!) images, Tensor(d!) residuals, "
@@ -84,9 +84,9 @@ def _fake_solve_block(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     return empty_solved(x, rest[-1], compute_dtype(x.dtype))
 
 
-def _fake_solve_layer(x: Sequence[Tensor], *rest: Any) -> tuple[Tensor, ...]:
+def _fake_solve_layer(x: Sequence[Tensor], *rest: Any) -> tuple[Any, ...]:
     states, *statistics = _fake_solve_block(empty_states(x), *rest)
-    return states.new_empty(x[0].shape), states, *statistics
+    return states.new_empty(x[0].shape), states, *statistics, True
 
 
 def empty_grads(params: Sequence[Tensor], want: bool) -> list[Tensor]:
@@ -114,7 +114,7 @@ def _fake_adjoint_fuse(grad_z, z, x_fuse, cell_sum, params, want, *rest):  # typ
 @torch.library.register_fake("deqfuse::cpu_adjoint_layer")
 def _fake_adjoint_layer(grad_z, grad_cells, states, x, params, want, *rest):  # type: ignore[no-untyped-def]
     dx = [t.new_empty(t.shape) for t in x]
-    return dx, empty_grads(params, want), *empty_statistics(states)
+    return dx, empty_grads(params, want), *empty_statistics(states), True
 
 
 module: ModuleType | None = None

@@ -40,6 +40,7 @@ class SolvedLayer(NamedTuple):
     nfe: Tensor
     outcome: Tensor
     trace: Tensor  # (trace_length or 0, N + 1, B)
+    all_converged: bool = False  # True only where the backend has looked, and no row failed
 
 
 class Statistics(NamedTuple):
@@ -48,6 +49,15 @@ class Statistics(NamedTuple):
     residual: Tensor
     nfe: Tensor
     outcome: Tensor
+
+
+class LayerStatistics(NamedTuple):
+    """:class:`Statistics` of a whole layer, (N + 1, B)."""
+
+    residual: Tensor
+    nfe: Tensor
+    outcome: Tensor
+    all_converged: bool = False  # as in SolvedLayer
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

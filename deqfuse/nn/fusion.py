@@ -226,7 +226,7 @@ class DEQFusion(nn.Module):
         lead = inputs.check_features(features, _widths(self), like)
         if self.projections is not None:
             features = [p(f) for p, f in zip(self.projections, features, strict=True)]
-        xs = [f if f.dim() == 2 else f.reshape(-1, self.dim) for f in features]
+        xs = list(features) if len(lead) == 1 else [f.reshape(-1, self.dim) for f in features]
         dtypes = {x.dtype for x in xs}
         if len(dtypes) > 1:  # under autocast
             dtype = functools.reduce(torch.promote_types, dtypes)
