@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deqfuse import autograd as rule
-from deqfuse import backends, checks, ops, reporting, transforms
+from deqfuse import backends, checks, eager, ops, reporting, transforms
 from deqfuse.backends import Backend, maps, reference
 from deqfuse.backends.maps import CellParams, FuseParams, Variant
 from deqfuse.backends.problem import Solved, SolvedLayer
@@ -280,7 +279,7 @@ def _call(name: str, traced: bool, *inputs: Any) -> Any:
     if transforms.active():
         return getattr(transforms, name)(*inputs)
     if torch.is_grad_enabled():
-        return getattr(rule, name)(*inputs)
+        return getattr(eager, name)(*inputs)
     return getattr(ops, f"run_{name}")(*inputs)
 
 

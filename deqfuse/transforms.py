@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from deqfuse import autograd as rule
-from deqfuse import ops
+from deqfuse import eager, ops
 
 FORWARD_MODE = (
     "deqfuse: forward-mode differentiation (torch.func.jvp, jacfwd, hessian, dual tensors, "
@@ -135,9 +135,9 @@ class _Followed(torch.autograd.Function):
 
 
 class SolveCells(_Followed):
-    """``autograd.SolveCells`` under a transform."""
+    """``eager.SolveCells`` under a transform."""
 
-    backward = rule.SolveCells.backward
+    backward = eager.SolveCells.backward
 
     @staticmethod
     def forward(x: Any, z0: Any, options: Any, *params: Tensor) -> Any:
@@ -150,9 +150,9 @@ class SolveCells(_Followed):
 
 
 class SolveFuse(_Followed):
-    """``autograd.SolveFuse`` under a transform."""
+    """``eager.SolveFuse`` under a transform."""
 
-    backward = rule.SolveFuse.backward
+    backward = eager.SolveFuse.backward
 
     @staticmethod
     def forward(
@@ -167,9 +167,9 @@ class SolveFuse(_Followed):
 
 
 class SolveLayer(_Followed):
-    """``autograd.SolveLayer`` under a transform."""
+    """``eager.SolveLayer`` under a transform."""
 
-    backward = rule.SolveLayer.backward
+    backward = eager.SolveLayer.backward
 
     @staticmethod
     def forward(
