@@ -16,8 +16,7 @@ from deqfuse import ops
 
 def solve_cells(x: Tensor, params: Sequence[Tensor], z0: Tensor | None, *options: Any) -> Any:
     """``ops.solve_cells`` in eager mode, with gradients."""
-    z, statistics = _apply(SolveCells, x, z0, options, *params)
-    return z, *statistics
+    return _apply(SolveCells, x, z0, options, *params)
 
 
 def solve_fuse(
@@ -29,8 +28,7 @@ def solve_fuse(
     *options: Any,
 ) -> Any:
     """``ops.solve_fuse`` in eager mode, with gradients."""
-    z, statistics = _apply(SolveFuse, x_fuse, cell_sum, mask, z0, options, *params)
-    return z, *statistics
+    return _apply(SolveFuse, x_fuse, cell_sum, mask, z0, options, *params)
 
 
 def solve_layer(
@@ -42,10 +40,7 @@ def solve_layer(
     *options: Any,
 ) -> Any:
     """``ops.solve_layer`` in eager mode, with gradients."""
-    z, states, statistics = _apply(
-        SolveLayer, len(x), mask, z0_fuse, z0_cells, options, *x, *params
-    )
-    return z, states, *statistics
+    return _apply(SolveLayer, len(x), mask, z0_fuse, z0_cells, options, *x, *params)
 
 
 def _apply(function: type[torch.autograd.Function], *inputs: Any) -> Any:
@@ -68,8 +63,7 @@ class SolveCells(torch.autograd.Function):
     """``ops.solve_cells`` in eager mode: the same rule, the parameters as arguments of their own.
 
     The registered rule packs and unpacks the parameter list at every call, and a separate
-    ``setup_context`` inspects the signature: either costs as much as a small solve. Statistics
-    leave as a list, which torch hands on as it is: as outputs of the node they cost 10 us.
+    ``setup_context`` inspects the signature: either costs as much as a small solve.
     """
 
     @staticmethod
@@ -77,9 +71,9 @@ class SolveCells(torch.autograd.Function):
         ctx: Any, x: Tensor, z0: Tensor | None, options: tuple[Any, ...], *params: Tensor
     ) -> Any:
         inputs = (x, list(params), z0, *options)
-        z, *statistics = ops.run_solve_cells(*inputs)
-        rule.cells_setup(ctx, inputs, (z,))
-        return z, statistics
+        output = ops.run_solve_cells(*inputs)
+        rule.cells_setup(ctx, inputs, output)
+        return output
 
     @staticmethod
     def backward(ctx: Any, grad_z: Tensor, *_: Any) -> tuple[Any, ...]:
@@ -101,9 +95,9 @@ class SolveFuse(torch.autograd.Function):
         *params: Tensor,
     ) -> Any:
         inputs = (x_fuse, cell_sum, list(params), mask, z0, *options)
-        z, *statistics = ops.run_solve_fuse(*inputs)
-        rule.fuse_setup(ctx, inputs, (z,))
-        return z, statistics
+        output = ops.run_solve_fuse(*inputs)
+        rule.fuse_setup(ctx, inputs, output)
+        return output
 
     @staticmethod
     def backward(ctx: Any, grad_z: Tensor, *_: Any) -> tuple[Any, ...]:
@@ -127,9 +121,9 @@ class SolveLayer(torch.autograd.Function):
     ) -> Any:
         x, params = list(tensors[:num_modalities]), list(tensors[num_modalities:])
         inputs = (x, params, mask, z0_fuse, z0_cells, *options)
-        z, states, *statistics = ops.run_solve_layer(*inputs)
-        rule.layer_setup(ctx, inputs, (z, states))
-        return z, states, statistics
+        *output, all_converged = ops.run_solve_layer(*inputs)
+        rule.layer_setup(ctx, inputs, output)
+        return *output, all_converged  # torch hands on what is no tensor as it is
 
     @staticmethod
     def backward(
