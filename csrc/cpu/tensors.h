@@ -59,7 +59,7 @@ inline ScalarType compute_dtype(const Tensor& t) {
   const ScalarType stored = t.scalar_type();
   return stored == ScalarType::Half || stored == ScalarType::BFloat16 ? ScalarType::Float : stored;
 }
-// Makes it contiguous and of the compute dtype, as it nearly always is. Asked here: in Python a layer's tensors take 10 us.
+// Makes it contiguous and of the compute dtype, as it nearly always is. In Python a layer's tensors would take 10 us.
 inline void prepare(Tensor& t, ScalarType dtype) {
   if (t.scalar_type() != dtype || !t.is_contiguous()) t = torch::stable::contiguous(torch::stable::to(t, dtype));
 }
