@@ -32,7 +32,7 @@ def cells_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -
     ctx.mark_non_differentiable(*output[1:])
 
 
-def _cells_gradient(
+def cells_gradient(
     ctx: Any, door: Door, grad_z: Tensor, want_params: bool
 ) -> tuple[Tensor, list[Any]]:
     z, x, *params = ctx.saved_tensors
@@ -46,7 +46,7 @@ def _cells_gradient(
 
 
 def _cells_backward(ctx: Any, grad_z: Tensor, *_: Any) -> tuple[Any, ...]:
-    dx, dparams = _cells_gradient(ctx, _operator, grad_z, any(ctx.needs_input_grad[1]))
+    dx, dparams = cells_gradient(ctx, _operator, grad_z, any(ctx.needs_input_grad[1]))
     return dx, dparams, None, *[None] * len(ctx.options)
 
 
@@ -56,7 +56,7 @@ def fuse_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) ->
     ctx.mark_non_differentiable(*output[1:])
 
 
-def _fuse_gradient(
+def fuse_gradient(
     ctx: Any, door: Door, grad_z: Tensor, want_params: bool
 ) -> tuple[Tensor, Tensor, list[Any]]:
     z, x_fuse, cell_sum, mask, *params = ctx.saved_tensors
@@ -72,7 +72,7 @@ def _fuse_gradient(
 
 def _fuse_backward(ctx: Any, grad_z: Tensor, *_: Any) -> tuple[Any, ...]:
     want_params = any(ctx.needs_input_grad[2])
-    dx, dcell_sum, dparams = _fuse_gradient(ctx, _operator, grad_z, want_params)
+    dx, dcell_sum, dparams = fuse_gradient(ctx, _operator, grad_z, want_params)
     return dx, dcell_sum, dparams, None, None, *[None] * len(ctx.options)
 
 
@@ -85,7 +85,7 @@ def layer_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -
     ctx.set_materialize_grads(False)
 
 
-def _layer_gradient(
+def layer_gradient(
     ctx: Any,
     door: Door,
     grad_z: Tensor | None,
@@ -109,14 +109,14 @@ def _layer_gradient(
         what = f"the backward solve of {reporting.CELLS}"
         _report(what, outcome, residual, adjoint, on_failure)
         return list(dx.unbind()), [*(dcells or [None] * own), *[None] * (len(params) - own)]
-    dx, dparams, residual, _, outcome = door("adjoint_layer")(
+    dx, dparams, residual, _, outcome, *converged = door("adjoint_layer")(
         grad_z, grad_cells, states, x, params, mask,
         num_groups, variant, adjoint, backend, want_params,
     )  # fmt: skip
     option: GradientOption = from_code(adjoint)
     if option.reports and not ops.traced(outcome):
         statistics = ops.unwrapped(outcome), ops.unwrapped(residual)
-        reporting.report_layer(*statistics, option, on_failure, backward=True)
+        reporting.report_layer(*statistics, option, on_failure, any(converged), backward=True)
     return dx, dparams or [None] * len(params)
 
 
@@ -124,7 +124,7 @@ def _layer_backward(
     ctx: Any, grad_z: Tensor | None, grad_states: Tensor | None, *_: Any
 ) -> tuple[Any, ...]:
     want_params = any(ctx.needs_input_grad[1])
-    dx, dparams = _layer_gradient(ctx, _operator, grad_z, grad_states, want_params)
+    dx, dparams = layer_gradient(ctx, _operator, grad_z, grad_states, want_params)
     return dx, dparams, None, None, None, *[None] * len(ctx.options)
 
 
@@ -158,102 +158,6 @@ def _operator(name: str) -> Callable[..., Any]:
     """The operator itself, which compilers see and which refuses to be differentiated."""
     operator: Callable[..., Any] = getattr(ops, name)
     return operator
-
-
-def _eager(name: str) -> Callable[..., Any]:
-    """Its body; with ``create_graph=True`` the operator; under a transform what that can follow."""
-    if torch._C._are_functorch_transforms_active():
-        return functools.partial(_guarded, getattr(ops, name))
-    run: Callable[..., Any] = getattr(ops, name if torch.is_grad_enabled() else f"run_{name}")
-    return run
-
-
-def _guarded(operator: Callable[..., Any], *args: Any) -> tuple[Any, ...]:
-    """An adjoint operator under a transform: the refusal of a second derivative rides along."""
-    with torch.no_grad():
-        *grads, residual, nfe, outcome = operator(*args)
-    if torch.is_grad_enabled():  # always so in torch.func.grad
-        flat = [t for g in grads for t in (g if isinstance(g, list) else [g])]
-        tracked = [t for a in args for t in (a if isinstance(a, list) else [a])]
-        tracked = [t for t in tracked if isinstance(t, Tensor)]
-        passed = iter(_NoSecond.apply(len(flat), *flat, *tracked))
-        grads = [[next(passed) for _ in g] if isinstance(g, list) else next(passed) for g in grads]
-    return *grads, residual, nfe, outcome
-
-
-class SolveCells(torch.autograd.Function):
-    """``ops.solve_cells`` in eager mode: the same rule, the parameters as arguments of their own.
-
-    The registered rule packs and unpacks the parameter list at every call, and a separate
-    ``setup_context`` inspects the signature: either costs as much as a small solve.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, z0: Tensor | None, options: tuple[Any, ...], *params: Tensor
-    ) -> Any:
-        inputs = (x, list(params), z0, *options)
-        output = ops.run_solve_cells(*inputs)
-        cells_setup(ctx, inputs, output)
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, grad_z: Tensor, *_: Any) -> tuple[Any, ...]:
-        dx, dparams = _cells_gradient(ctx, _eager, grad_z, any(ctx.needs_input_grad[3:]))
-        return dx, None, None, *dparams
-
-
-class SolveFuse(torch.autograd.Function):
-    """``ops.solve_fuse`` in eager mode; see :class:`SolveCells`."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x_fuse: Tensor,
-        cell_sum: Tensor,
-        mask: Tensor | None,
-        z0: Tensor | None,
-        options: tuple[Any, ...],
-        *params: Tensor,
-    ) -> Any:
-        inputs = (x_fuse, cell_sum, list(params), mask, z0, *options)
-        output = ops.run_solve_fuse(*inputs)
-        fuse_setup(ctx, inputs, output)
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, grad_z: Tensor, *_: Any) -> tuple[Any, ...]:
-        want_params = any(ctx.needs_input_grad[5:])
-        dx, dcell_sum, dparams = _fuse_gradient(ctx, _eager, grad_z, want_params)
-        return dx, dcell_sum, None, None, None, *dparams
-
-
-class SolveLayer(torch.autograd.Function):
-    """``ops.solve_layer`` in eager mode; see :class:`SolveCells`."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        num_modalities: int,
-        mask: Tensor | None,
-        z0_fuse: Tensor | None,
-        z0_cells: Tensor | None,
-        options: tuple[Any, ...],
-        *tensors: Tensor,  # the injections, then the parameters
-    ) -> Any:
-        x, params = list(tensors[:num_modalities]), list(tensors[num_modalities:])
-        inputs = (x, params, mask, z0_fuse, z0_cells, *options)
-        output = ops.run_solve_layer(*inputs)
-        layer_setup(ctx, inputs, output)
-        return output
-
-    @staticmethod
-    def backward(
-        ctx: Any, grad_z: Tensor | None, grad_states: Tensor | None, *_: Any
-    ) -> tuple[Any, ...]:
-        want_params = any(ctx.needs_input_grad[5 + ctx.num_modalities :])
-        dx, dparams = _layer_gradient(ctx, _eager, grad_z, grad_states, want_params)
-        return None, None, None, None, None, *dx, *dparams
 
 
 # ---- any callable --------------------------------------------------------------------------------
@@ -301,11 +205,11 @@ class ImplicitGradient(torch.autograd.Function):
         u = solution.z
         # With create_graph=True, u depends on z* and the parameters in ways that no graph records.
         if torch.is_grad_enabled():
-            (u,) = _NoSecond.apply(1, u, image)
+            (u,) = NoSecond.apply(1, u, image)
         return u, None, None, None
 
 
-class _NoSecond(torch.autograd.Function):
+class NoSecond(torch.autograd.Function):
     """Passes the first ``count`` tensors on and refuses to be differentiated by any of them all."""
 
     generate_vmap_rule = True

@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deqfuse import autograd as rule
-from deqfuse import backends, checks, ops, reporting, transforms
+from deqfuse import backends, checks, eager, ops, reporting, transforms
 from deqfuse.backends import Backend, maps, reference
 from deqfuse.backends.maps import CellParams, FuseParams, Variant
 from deqfuse.backends.problem import Solved, SolvedLayer
@@ -154,7 +153,7 @@ def solve_cells(
     else:
         options = (num_groups, variant, solver.code, adjoint.code, name, on_failure)
         start = _detach(z0)
-        solved = Solved(*_call("cells", x, (x, flat, start, *options), (x, start, options, *flat)))
+        solved = Solved(*_call("solve_cells", ops.traced(x), x, flat, start, *options))
     return solved.z, block_info(solved, reporting.CELLS, solver, on_failure), name
 
 
@@ -207,14 +206,8 @@ def solve_fuse(
         options = (
             num_modalities, num_groups, variant, solver.code, adjoint.code, name, on_failure,
         )  # fmt: skip
-        solved = Solved(
-            *_call(
-                "fuse",
-                x_fuse,
-                (x_fuse, cell_sum, flat, mask, start, *options),
-                (x_fuse, cell_sum, mask, start, options, *flat),
-            )
-        )
+        inputs = (x_fuse, cell_sum, flat, mask, start, *options)
+        solved = Solved(*_call("solve_fuse", ops.traced(x_fuse), *inputs))
     return solved.z, block_info(solved, reporting.FUSE, solver, on_failure), name
 
 
@@ -240,24 +233,17 @@ def solve_layer(
     """
     checks.options(solver, adjoint, on_failure)
     name = _choose(x[0], num_groups, solver, adjoint, backend)
-    starts = mask, _detach(z0_fuse), _detach(z0_cells)
     options = (num_groups, variant, solver.code, adjoint.code, name, on_failure)
+    starts, traced = (_detach(z0_fuse), _detach(z0_cells)), ops.traced(x[0])
     try:
-        output = _call(
-            "layer",
-            x[0],
-            (x, params, *starts, *options),
-            (len(x), *starts, options, *x, *params),
-        )
+        solved = SolvedLayer(*_call("solve_layer", traced, x, params, mask, *starts, *options))
     except (RuntimeError, TypeError, AttributeError):
-        if ops.traced(x[0]):
-            raise
-        _check_layer_parameters(x, params)
+        if not traced:
+            _check_layer_parameters(x, params)
         raise
-    solved = SolvedLayer(*output)
-    if not ops.traced(x[0]):
+    if not traced:
         statistics = ops.unwrapped(solved.outcome), ops.unwrapped(solved.residual)
-        reporting.report_layer(*statistics, solver, on_failure)
+        reporting.report_layer(*statistics, solver, on_failure, solved.all_converged)
     return solved, name
 
 
@@ -273,7 +259,7 @@ def _choose(
     x: Tensor, num_groups: int, solver: SolverOption, adjoint: GradientOption, backend: str
 ) -> str:
     """The backend that takes the problem."""
-    if isinstance(adjoint, Unrolled) and backend == "auto":
+    if backend == "auto" and isinstance(adjoint, Unrolled):
         backend = "reference"  # the only one whose steps autograd can follow
     problem = backends.Problem(x.device, x.dtype, x.shape[-1], num_groups, solver, adjoint)
     return backends.choose(backend, problem)
@@ -286,29 +272,15 @@ def _unrolled(solve_block: Callable[..., Solved], x: Tensor, *problem: Any) -> S
         return solve_block(x, *problem)
 
 
-# By block: the operator, its body, and its rule as a Function, in eager mode and under transforms.
-_DOORS = {
-    "cells": (ops.solve_cells, "run_solve_cells", rule.SolveCells, transforms.SolveCells),
-    "fuse": (ops.solve_fuse, "run_solve_fuse", rule.SolveFuse, transforms.SolveFuse),
-    "layer": (ops.solve_layer, "run_solve_layer", rule.SolveLayer, transforms.SolveLayer),
-}
-
-
-def _call(what: str, like: Tensor, inputs: tuple[Any, ...], tensors: tuple[Any, ...]) -> Any:
-    """A solve by the way that those who look at it can follow.
-
-    Args:
-        inputs: what the operator takes.
-        tensors: the same as the Functions take it, parameters one by one.
-    """
-    operator, body, function, followed = _DOORS[what]
-    if ops.traced(like):
-        return operator(*inputs)
+def _call(name: str, traced: bool, *inputs: Any) -> Any:
+    """An operator, by the way that those who look at it can follow."""
+    if traced:
+        return getattr(ops, name)(*inputs)
     if transforms.active():
-        return followed.apply(*tensors)
+        return getattr(transforms, name)(*inputs)
     if torch.is_grad_enabled():
-        return function.apply(*tensors)
-    return getattr(ops, body)(*inputs)
+        return getattr(eager, name)(*inputs)
+    return getattr(ops, f"run_{name}")(*inputs)
 
 
 def _check_layer_parameters(x: Sequence[Tensor], params: Sequence[Tensor]) -> None:

@@ -74,11 +74,15 @@ def report_layer(
     residual: Tensor,  # (N + 1, B)
     option: SolverOption | GradientOption,
     on_failure: str,
+    all_converged: bool = False,  # known already
     *,
     backward: bool = False,
 ) -> None:
     """:func:`report` for each kind of block, in the order in which they were solved."""
-    _report(_BACKWARD if backward else _FORWARD, outcome, residual, option, on_failure)
+    if all_converged:
+        flush()
+    else:
+        _report(_BACKWARD if backward else _FORWARD, outcome, residual, option, on_failure)
 
 
 def _report(

@@ -8,7 +8,7 @@ gradients, differ from call to call, it is a loop. Forward mode is refused: the 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from deqfuse import autograd as rule
-from deqfuse import ops
+from deqfuse import eager, ops
 
 FORWARD_MODE = (
     "deqfuse: forward-mode differentiation (torch.func.jvp, jacfwd, hessian, dual tensors, "
@@ -135,9 +135,9 @@ class _Followed(torch.autograd.Function):
 
 
 class SolveCells(_Followed):
-    """``autograd.SolveCells`` under a transform."""
+    """``eager.SolveCells`` under a transform."""
 
-    backward = rule.SolveCells.backward
+    backward = eager.SolveCells.backward
 
     @staticmethod
     def forward(x: Any, z0: Any, options: Any, *params: Tensor) -> Any:
@@ -150,9 +150,9 @@ class SolveCells(_Followed):
 
 
 class SolveFuse(_Followed):
-    """``autograd.SolveFuse`` under a transform."""
+    """``eager.SolveFuse`` under a transform."""
 
-    backward = rule.SolveFuse.backward
+    backward = eager.SolveFuse.backward
 
     @staticmethod
     def forward(
@@ -167,9 +167,9 @@ class SolveFuse(_Followed):
 
 
 class SolveLayer(_Followed):
-    """``autograd.SolveLayer`` under a transform."""
+    """``eager.SolveLayer`` under a transform."""
 
-    backward = rule.SolveLayer.backward
+    backward = eager.SolveLayer.backward
 
     @staticmethod
     def forward(
@@ -183,3 +183,27 @@ class SolveLayer(_Followed):
         n, mask, z0_fuse, z0_cells, options, *tensors = inputs
         x, params = list(tensors[:n]), list(tensors[n:])
         rule.layer_setup(ctx, (x, params, mask, z0_fuse, z0_cells, *options), output)
+
+
+def solve_cells(x: Tensor, params: Sequence[Tensor], z0: Any, *options: Any) -> Any:
+    """``ops.solve_cells`` under a transform."""
+    return SolveCells.apply(x, z0, options, *params)
+
+
+def solve_fuse(
+    x_fuse: Tensor, cell_sum: Tensor, params: Sequence[Tensor], mask: Any, z0: Any, *options: Any
+) -> Any:
+    """``ops.solve_fuse`` under a transform."""
+    return SolveFuse.apply(x_fuse, cell_sum, mask, z0, options, *params)
+
+
+def solve_layer(
+    x: Sequence[Tensor],
+    params: Sequence[Tensor],
+    mask: Any,
+    z0_fuse: Any,
+    z0_cells: Any,
+    *options: Any,
+) -> Any:
+    """``ops.solve_layer`` under a transform."""
+    return SolveLayer.apply(len(x), mask, z0_fuse, z0_cells, options, *x, *params)

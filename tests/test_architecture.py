@@ -19,6 +19,7 @@ LEVELS = (
     ("backends",),
     ("ops",),
     ("autograd",),
+    ("eager",),
     ("transforms",),
     ("equilibrium",),
     ("functional",),

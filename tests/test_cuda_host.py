@@ -118,6 +118,8 @@ def test_what_the_kernels_cannot_read_is_refused():
         ((g, z.mT.contiguous().mT, x, flat), "z: expected 408 contiguous values"),
     ]:
         for backend in (cuda_native, native):
+            if message == "x" and backend is native:
+                continue  # which casts it
             with pytest.raises(RuntimeError, match=message):
                 problem.run("cells", backend, given=bad)
     g, z, *rest = problem.fuse

@@ -79,7 +79,7 @@ def test_the_kernels_own_door_is_locked() -> None:
 
     solve()
     for wrong in (
-        {"x": x.half()},
+        {"x": x.int()},
         {"groups": 0},
         {"groups": 3},
         {"history": 9},

@@ -319,6 +319,18 @@ def test_operators_take_any_memory_layout(backend, block):
         close(a, b)
 
 
+@each_backend
+@each_block
+def test_what_is_left_over_from_a_transform_is_seen_through(backend, block):
+    layer, kept = make(backend, block), []
+    leaf, other, g = draw(ROWS).requires_grad_(), draw(ROWS), draw(ROWS)
+    grad(lambda x: (kept.append(2 * x), x.sum())[1])(leaf)
+    for features in ([2 * leaf, other], [kept[0], other]):
+        layer(features).backward(g)
+    expected = torch.autograd.grad(layer([2 * leaf, other]), leaf, g)[0]
+    close(leaf.grad, 2 * expected)
+
+
 # ---- fake tensors --------------------------------------------------------------------------------
 
 

@@ -24,13 +24,18 @@ CellGradients adjoint_cells(Tensor g, Tensor z, Tensor x, Tensors params, bool w
   const Options options{tol, max_iter, history, beta, lam};
   options.expect();
   expect_sizes(dtype, d, groups);
+  const Tensor x_given = x;
+  const Tensors params_given = params;
+  prepare(g, dtype);
+  prepare(x, dtype);
+  prepare(params, dtype);
   expect(z, n * rows * d, dtype, "z");
   expect(g, n * rows * d, dtype, "grad_z");
   expect(x, n * rows * d, dtype, "x");
   expect_params(params, 0, n, 10, d, dtype);
   const Statistics statistics({n, rows}, dtype);
   const Tensor dx = empty({n, rows, d}, dtype);
-  const Tensors dparams = want_params ? empty_like(params) : Tensors();
+  Tensors dparams = want_params ? empty_like(params) : Tensors();
   by_dtype(z, [&](const auto& table, auto zero) {
     using T = decltype(zero);
     const auto in = pointers<const T>(params);
@@ -48,7 +53,8 @@ CellGradients adjoint_cells(Tensor g, Tensor z, Tensor x, Tensors params, bool w
     p.dparams = want_params ? out.data() : nullptr;
     table.adjoint_cells(p, threads(), parallel);
   });
-  return {dx, dparams, statistics.residual, statistics.nfe, statistics.outcome};
+  return {like(dx, x_given), like(std::move(dparams), params_given), statistics.residual, statistics.nfe,
+          statistics.outcome};
 }
 
 using FuseGradients = std::tuple<Tensor, Tensor, Tensors, Tensor, Tensor, Tensor>;
@@ -61,6 +67,13 @@ FuseGradients adjoint_fuse(Tensor g, Tensor z, Tensor x, Tensor cell_sum, Tensor
   const Options options{tol, max_iter, history, beta, lam};
   options.expect();
   expect_sizes(dtype, d, groups);
+  const Tensor x_given = x, sum_given = cell_sum;
+  const Tensors params_given = params;
+  prepare(g, dtype);
+  prepare(x, dtype);
+  prepare(cell_sum, dtype);
+  prepare(params, dtype);
+  prepare(mask, dtype);
   expect(z, rows * d, dtype, "z");
   expect(g, rows * d, dtype, "grad_z");
   expect(x, rows * d, dtype, "x_fuse");
@@ -69,7 +82,7 @@ FuseGradients adjoint_fuse(Tensor g, Tensor z, Tensor x, Tensor cell_sum, Tensor
   expect_params(params, 0, 1, 6, d, dtype);
   const Statistics statistics({rows}, dtype);
   const Tensor dx = empty({rows, d}, dtype), dcell_sum = empty({rows, d}, dtype);
-  const Tensors dparams = want_params ? empty_like(params) : Tensors();
+  Tensors dparams = want_params ? empty_like(params) : Tensors();
   by_dtype(z, [&](const auto& table, auto zero) {
     using T = decltype(zero);
     const auto in = pointers<const T>(params);
@@ -89,10 +102,11 @@ FuseGradients adjoint_fuse(Tensor g, Tensor z, Tensor x, Tensor cell_sum, Tensor
     p.dparams = want_params ? out.data() : nullptr;
     table.adjoint_fuse(p, threads(), parallel);
   });
-  return {dx, dcell_sum, dparams, statistics.residual, statistics.nfe, statistics.outcome};
+  return {like(dx, x_given), like(dcell_sum, sum_given), like(std::move(dparams), params_given),
+          statistics.residual, statistics.nfe, statistics.outcome};
 }
 
-using LayerGradients = std::tuple<Tensors, Tensors, Tensor, Tensor, Tensor>;
+using LayerGradients = std::tuple<Tensors, Tensors, Tensor, Tensor, Tensor, bool>;
 
 // `grad_z` (B, d) for the fused output, `grad_cells` (N, B, d) for the cells where anything used them; `states` and
 // `params` as in solve_layer.
@@ -105,6 +119,12 @@ LayerGradients adjoint_layer(Tensor grad_z, std::optional<Tensor> grad_cells, Te
   const Options options{tol, max_iter, history, beta, lam};
   options.expect();
   expect_sizes(dtype, d, groups);
+  const Tensors x_given = x, params_given = params;
+  prepare(grad_z, dtype);
+  prepare(grad_cells, dtype);
+  prepare(x, dtype);
+  prepare(params, dtype);
+  prepare(mask, dtype);
   expect(states, (n + 1) * rows * d, dtype, "states");
   expect(grad_z, rows * d, dtype, "grad_z");
   expect(grad_cells, n * rows * d, dtype, "grad_cells");
@@ -112,7 +132,7 @@ LayerGradients adjoint_layer(Tensor grad_z, std::optional<Tensor> grad_cells, Te
   expect(mask, rows * d, dtype, "mask");
   expect_layer_params(params, n, d, dtype);
   const Statistics statistics({n + 1, rows}, dtype);
-  const Tensors dx = empty_like(x), dparams = want_params ? empty_like(params) : Tensors();
+  Tensors dx = empty_like(x), dparams = want_params ? empty_like(params) : Tensors();
   by_dtype(states, [&](const auto& table, auto zero) {
     using T = decltype(zero);
     const auto in = pointers<const T>(params), from = pointers<const T>(x);
@@ -143,7 +163,8 @@ LayerGradients adjoint_layer(Tensor grad_z, std::optional<Tensor> grad_cells, Te
     p.fuse.dparams = want_params ? out.data() + 10 * n : nullptr;
     table.adjoint_layer(p, threads(), parallel);
   });
-  return {dx, dparams, statistics.residual, statistics.nfe, statistics.outcome};
+  return {like(std::move(dx), x_given), like(std::move(dparams), params_given), statistics.residual, statistics.nfe,
+          statistics.outcome, statistics.all_converged()};
 }
 
 }  // namespace

@@ -5,7 +5,7 @@ namespace deqfuse {
 namespace {
 
 using Solved = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
-using SolvedLayer = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using SolvedLayer = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, bool>;
 
 // (steps, *rows), NaN where a row had stopped.
 Tensor empty_trace(Shape rows, int64_t steps, ScalarType dtype) {
@@ -30,10 +30,13 @@ void point_size(P& p, int64_t modalities, int64_t rows, int64_t d, int64_t group
 Solved solve_cells(Tensor x, Tensors params, std::optional<Tensor> z0, int64_t groups, bool skip, double tol,
                    int64_t max_iter, int64_t history, double beta, double lam, int64_t steps) {
   const int64_t n = x.size(0), rows = x.size(1), d = x.size(2);
-  const ScalarType dtype = x.scalar_type();
+  const ScalarType dtype = compute_dtype(x);
   const Options options{tol, max_iter, history, beta, lam};
   options.expect(steps);
   expect_sizes(dtype, d, groups);
+  prepare(x, dtype);
+  prepare(params, dtype);
+  prepare(z0, dtype);
   expect(x, n * rows * d, dtype, "x");
   expect(z0, n * rows * d, dtype, "z0");
   expect_params(params, 0, n, 10, d, dtype);
@@ -62,10 +65,15 @@ Solved solve_fuse(Tensor x, Tensor cell_sum, Tensors params, std::optional<Tenso
                   int64_t modalities, int64_t groups, bool relu_last, double tol, int64_t max_iter, int64_t history,
                   double beta, double lam, int64_t steps) {
   const int64_t rows = x.size(0), d = x.size(1);
-  const ScalarType dtype = x.scalar_type();
+  const ScalarType dtype = compute_dtype(x);
   const Options options{tol, max_iter, history, beta, lam};
   options.expect(steps);
   expect_sizes(dtype, d, groups);
+  prepare(x, dtype);
+  prepare(cell_sum, dtype);
+  prepare(params, dtype);
+  prepare(mask, dtype);
+  prepare(z0, dtype);
   expect(x, rows * d, dtype, "x_fuse");
   expect(cell_sum, rows * d, dtype, "cell_sum");
   expect(mask, rows * d, dtype, "mask");
@@ -101,11 +109,16 @@ SolvedLayer solve_layer(Tensors x, Tensors params, std::optional<Tensor> mask, s
                         int64_t max_iter, int64_t history, double beta, double lam, int64_t steps) {
   STD_TORCH_CHECK(!x.empty(), "deqfuse: x: expected at least one tensor");
   const int64_t n = int64_t(x.size()), rows = x[0].size(0), d = x[0].size(1), weights = 10 * n + 6;
-  const ScalarType dtype = x[0].scalar_type();
+  const ScalarType dtype = compute_dtype(x[0]);
   const bool biased = int64_t(params.size()) > weights + 1;
   const Options options{tol, max_iter, history, beta, lam};
   options.expect(steps);
   expect_sizes(dtype, d, groups);
+  prepare(x, dtype);
+  prepare(params, dtype);
+  prepare(mask, dtype);
+  prepare(z0_fuse, dtype);
+  prepare(z0_cells, dtype);
   for (const Tensor& t : x) expect(t, rows * d, dtype, "x");
   expect(mask, rows * d, dtype, "mask");
   expect(z0_fuse, rows * d, dtype, "z0_fuse");
@@ -144,7 +157,7 @@ SolvedLayer solve_layer(Tensors x, Tensors params, std::optional<Tensor> mask, s
     p.cells.trace_stride = p.fuse.trace_stride = (n + 1) * rows;
     table.solve_layer(p, threads(), parallel);
   });
-  return {z, states, statistics.residual, statistics.nfe, statistics.outcome, trace};
+  return {z, states, statistics.residual, statistics.nfe, statistics.outcome, trace, statistics.all_converged()};
 }
 
 // The state of a solve lives in tensors that Python allocates; returns whether any row is active.

@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <array>
 #include <limits>
 #include <optional>
 #include <tuple>
@@ -20,6 +21,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Tensors = std::vector<Tensor>;
 using Shape = std::vector<int64_t>;
+using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
 
 inline void parallel(int64_t count, void (*body)(int64_t, void*), void* context) {
   torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
@@ -34,19 +36,47 @@ struct Place {
 };
 
 // Contiguous, uninitialised. Not through the dispatcher: a layer's backward makes dozens.
-inline Tensor empty(const Shape& sizes, ScalarType dtype, Place place = {}) {
-  Shape strides(sizes.size(), 1);
-  for (size_t i = sizes.size(); i-- > 1;) strides[i - 1] = strides[i] * std::max<int64_t>(sizes[i], 1);
+inline Tensor empty(Sizes sizes, ScalarType dtype, Place place = {}) {
+  const size_t dims = sizes.size();
+  std::array<int64_t, 4> strides;  // no heap: it takes 3 us for the gradients of a layer
+  STD_TORCH_CHECK(dims <= strides.size(), "deqfuse: empty: expected at most 4 dimensions, got ", dims);
+  if (dims > 0) strides[dims - 1] = 1;
+  for (size_t i = dims; i-- > 1;) strides[i - 1] = strides[i] * std::max<int64_t>(sizes[i], 1);
   AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(), int32_t(dtype),
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(dims), sizes.data(), strides.data(), int32_t(dtype),
                                                   place.device_type, place.index, &handle));
   return Tensor(handle);
 }
 inline Tensors empty_like(const Tensors& tensors, Place place = {}) {
   Tensors out;
   out.reserve(tensors.size());
-  for (const Tensor& t : tensors) out.push_back(empty(Shape(t.sizes().begin(), t.sizes().end()), t.scalar_type(), place));
+  for (const Tensor& t : tensors) out.push_back(empty(t.sizes(), t.scalar_type(), place));
   return out;
+}
+
+// 16 bits are computed in float32.
+inline ScalarType compute_dtype(const Tensor& t) {
+  const ScalarType stored = t.scalar_type();
+  return stored == ScalarType::Half || stored == ScalarType::BFloat16 ? ScalarType::Float : stored;
+}
+// Makes it contiguous and of the compute dtype, as it nearly always is. In Python a layer's tensors would take 10 us.
+inline void prepare(Tensor& t, ScalarType dtype) {
+  if (t.scalar_type() != dtype || !t.is_contiguous()) t = torch::stable::contiguous(torch::stable::to(t, dtype));
+}
+inline void prepare(std::optional<Tensor>& t, ScalarType dtype) {
+  if (t.has_value()) prepare(*t, dtype);
+}
+inline void prepare(Tensors& tensors, ScalarType dtype) {
+  for (Tensor& t : tensors) prepare(t, dtype);
+}
+// A gradient in the dtype of what it belongs to.
+inline Tensor like(Tensor grad, const Tensor& of) {
+  prepare(grad, of.scalar_type());
+  return grad;
+}
+inline Tensors like(Tensors grads, const Tensors& of) {
+  for (size_t i = 0; i < grads.size(); ++i) prepare(grads[i], of[i].scalar_type());
+  return grads;
 }
 
 template <class T>
@@ -139,7 +169,7 @@ struct Options {
 // Per-row statistics of blocks x rows, and where a problem of some of these blocks writes them.
 struct Statistics {
   Tensor residual, nfe, outcome;
-  Statistics(const Shape& rows, ScalarType dtype, Place place = {})
+  Statistics(Sizes rows, ScalarType dtype, Place place = {})
       : residual(empty(rows, dtype, place)), nfe(empty(rows, ScalarType::Int, place)),
         outcome(empty(rows, ScalarType::Char, place)) {}
   template <class T, class P>
@@ -147,6 +177,10 @@ struct Statistics {
     p.residual = data<T>(residual) + first_row;
     p.nfe = data<int32_t>(nfe) + first_row;
     p.outcome = data<int8_t>(outcome) + first_row;
+  }
+  bool all_converged() const {
+    const int8_t* first = data<int8_t>(outcome);
+    return std::all_of(first, first + outcome.numel(), [](int8_t row) { return row == 0; });
   }
 };
 

@@ -89,8 +89,11 @@ def for_rows(z0: Tensor, solver: SolverOption) -> str:
 def _named(requested: str) -> str:
     """What is asked for, by the caller or else by the environment."""
     source = "backend"
-    if requested == "auto" and os.environ.get(ENVIRONMENT):
-        source, requested = f"environment variable {ENVIRONMENT}", os.environ[ENVIRONMENT]
+    if requested == "auto":
+        named = os.environ.get(ENVIRONMENT)
+        if not named:
+            return requested
+        source, requested = f"environment variable {ENVIRONMENT}", named
     if requested not in ("auto", *BACKENDS):
         raise ValueError(
             f"{source}: expected 'auto' or one of {', '.join(BACKENDS)}, got {requested!r}"

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from deqfuse.backends import layer, native, reference
-from deqfuse.backends.arguments import adjoint_numbers, like_all, prepare, prepare_all
+from deqfuse.backends.arguments import adjoint_numbers, prepare, prepare_all
 from deqfuse.backends.maps import Variant
-from deqfuse.backends.problem import Problem, Solved, SolvedLayer, Statistics
+from deqfuse.backends.problem import LayerStatistics, Problem, Solved, SolvedLayer, Statistics
 from deqfuse.outcome import Outcome
 from deqfuse.solvers.newton_krylov import Map
 from deqfuse.solvers.options import (
@@ -63,14 +63,14 @@ def solve_cells(
     solver: SolverOption,
 ) -> Solved:
     """Equilibria of all N residual cells."""
-    x_, params, z0_ = prepare(x, x), prepare_all(flat_params, x), prepare(z0, x)
     solved = Solved(
         *native.solve_cells(
-            x_, params, z0_, num_groups, variant != "paper", *_forward(solver), _steps(solver)
+            x, flat_params, z0, num_groups, variant != "paper", *_forward(solver), _steps(solver)
         )
     )
     if not (isinstance(solver, Anderson) and solver.rescue):
         return solved
+    x_, params, z0_ = prepare(x, x), prepare_all(flat_params, x), prepare(z0, x)
     step, linearize = reference.cells_problem(x_, params, num_groups, variant)
     return reference.rescued(solved, step, z0_, solver, linearize)
 
@@ -87,16 +87,16 @@ def solve_fuse(
     solver: SolverOption,
 ) -> Solved:
     """Equilibrium of the purify-then-combine step, the cells' equilibria held fixed."""
-    x_, params = prepare(x_fuse, x_fuse), prepare_all(flat_params, x_fuse)
-    sum_, mask_, z0_ = (prepare(t, x_fuse) for t in (cell_sum, mask, z0))
     solved = Solved(
         *native.solve_fuse(
-            x_, sum_, params, mask_, z0_, num_modalities, num_groups,
+            x_fuse, cell_sum, flat_params, mask, z0, num_modalities, num_groups,
             variant == "released-mmimdb", *_forward(solver), _steps(solver),
         )
     )  # fmt: skip
     if not (isinstance(solver, Anderson) and solver.rescue):
         return solved
+    x_, params = prepare(x_fuse, x_fuse), prepare_all(flat_params, x_fuse)
+    sum_, mask_, z0_ = (prepare(t, x_fuse) for t in (cell_sum, mask, z0))
     step, linearize = reference.fuse_problem(
         x_, sum_, params, mask_, num_modalities, num_groups, variant
     )
@@ -119,11 +119,9 @@ def solve_layer(
             solve_cells, solve_fuse,
             x, flat_params, mask, z0_fuse, z0_cells, num_groups, variant, solver,
         )  # fmt: skip
-    like = x[0]
     return SolvedLayer(
         *native.solve_layer(
-            prepare_all(x, like), prepare_all(flat_params, like), prepare(mask, like),
-            prepare(z0_fuse, like), prepare(z0_cells, like), num_groups,
+            x, flat_params, mask, z0_fuse, z0_cells, num_groups,
             variant != "paper", variant == "released-mmimdb", *_forward(solver), _steps(solver),
         )
     )  # fmt: skip
@@ -173,10 +171,10 @@ def adjoint_cells(
 ) -> tuple[Tensor, list[Tensor], Statistics]:
     """Gradients through the cells' equilibria: dx, the parameters', the statistics."""
     dx, grads, *statistics = native.adjoint_cells(
-        prepare(grad_z, z), z, prepare(x, z), prepare_all(flat_params, z), want_params,
+        grad_z, z, x, flat_params, want_params,
         num_groups, variant != "paper", *adjoint_numbers(adjoint),
     )  # fmt: skip
-    return dx.to(x.dtype), like_all(grads, flat_params), Statistics(*statistics)
+    return dx, grads, Statistics(*statistics)
 
 
 def adjoint_fuse(
@@ -194,12 +192,10 @@ def adjoint_fuse(
 ) -> tuple[Tensor, Tensor, list[Tensor], Statistics]:
     """Gradients through the fuse equilibrium: dx_fuse, dcell_sum, parameters', statistics."""
     dx, dcell_sum, grads, *statistics = native.adjoint_fuse(
-        prepare(grad_z, z), z, prepare(x_fuse, z), prepare(cell_sum, z),
-        prepare_all(flat_params, z), want_params, prepare(mask, z),
+        grad_z, z, x_fuse, cell_sum, flat_params, want_params, mask,
         num_modalities, num_groups, variant == "released-mmimdb", *adjoint_numbers(adjoint),
     )  # fmt: skip
-    grads = like_all(grads, flat_params)
-    return dx.to(x_fuse.dtype), dcell_sum.to(cell_sum.dtype), grads, Statistics(*statistics)
+    return dx, dcell_sum, grads, Statistics(*statistics)
 
 
 def adjoint_layer(
@@ -213,14 +209,13 @@ def adjoint_layer(
     variant: Variant,
     adjoint: GradientOption,
     want_params: bool,
-) -> tuple[list[Tensor], list[Tensor], Statistics]:
+) -> tuple[list[Tensor], list[Tensor], LayerStatistics]:
     """Gradients through the whole layer in one call: dx, the parameters', the statistics."""
     dx, grads, *statistics = native.adjoint_layer(
-        prepare(grad_z, states), prepare(grad_cells, states), states, prepare_all(x, states),
-        prepare_all(flat_params, states), want_params, prepare(mask, states),
+        grad_z, grad_cells, states, x, flat_params, want_params, mask,
         num_groups, variant != "paper", variant == "released-mmimdb", *adjoint_numbers(adjoint),
     )  # fmt: skip
-    return like_all(dx, x), like_all(grads, flat_params), Statistics(*statistics)
+    return dx, grads, LayerStatistics(*statistics)
 
 
 def _forward(solver: SolverOption) -> tuple[float, int, int, float, float]:

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from deqfuse.triton_kernels.tiles import Knobs
 
 MIN_CAPABILITY = (8, 0)
+GPU = "a CUDA build of torch and an NVIDIA GPU"
 
 adjoint_cells = cuda_adjoint.adjoint_cells
 adjoint_fuse = cuda_adjoint.adjoint_fuse
@@ -45,8 +46,7 @@ def unavailable() -> tuple[str, str] | None:
     if missing is not None:
         return missing
     if not torch.cuda.is_available():
-        built = "sees no GPU" if torch.version.cuda else "is built without CUDA"
-        return f"torch {torch.__version__} {built}", "a CUDA build of torch and an NVIDIA GPU"
+        return f"torch {torch.__version__} sees no GPU", GPU
     return None
 
 
@@ -61,6 +61,8 @@ def _missing() -> tuple[str, str] | None:
         )
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed", "pip install 'deqfuse[triton]'"
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA", GPU
     return None
 
 

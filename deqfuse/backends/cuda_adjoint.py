@@ -16,7 +16,7 @@ from torch import Tensor
 from deqfuse.backends import cuda_native, layer
 from deqfuse.backends.arguments import adjoint_numbers, like_all, prepare, prepare_all
 from deqfuse.backends.maps import Variant
-from deqfuse.backends.problem import Statistics
+from deqfuse.backends.problem import LayerStatistics, Statistics
 from deqfuse.solvers.adjoint import solve_adjoint
 from deqfuse.solvers.options import GradientOption, Implicit
 from deqfuse.solvers.rows import Solution
@@ -108,7 +108,7 @@ def adjoint_fuse(
     return last.dx_fuse.to(x_fuse.dtype), last.dcell_sum.to(cell_sum.dtype), grads, statistics_
 
 
-def adjoint_layer(*problem: Any) -> tuple[list[Tensor], list[Tensor], Statistics]:
+def adjoint_layer(*problem: Any) -> tuple[list[Tensor], list[Tensor], LayerStatistics]:
     """Gradients through the layer; arguments as in :func:`deqfuse.backends.layer.adjoint`."""
     return layer.adjoint(adjoint_cells, adjoint_fuse, *problem)
 

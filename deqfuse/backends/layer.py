@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from deqfuse.backends.maps import CellParams, FuseParams, Variant
-from deqfuse.backends.problem import Solved, SolvedLayer, Statistics, compute_dtype
+from deqfuse.backends.problem import LayerStatistics, Solved, SolvedLayer, compute_dtype
 from deqfuse.solvers.options import GradientOption, SolverOption
 
 
@@ -79,7 +79,7 @@ def adjoint(
     variant: Variant,
     option: GradientOption,
     want_params: bool,
-) -> tuple[list[Tensor], list[Tensor], Statistics]:
+) -> tuple[list[Tensor], list[Tensor], LayerStatistics]:
     """Backwards: the fuse step, then the cells, which receive what it owes them."""
     stacked = torch.stack(list(x)).to(states.dtype)
     params = LayerParams.split(flat_params, len(x))
@@ -97,6 +97,6 @@ def adjoint(
         grads.append((stacked * dx_fuse).sum((1, 2)).to(params.weights.dtype))
         if params.bias is not None:
             grads.append(dx_fuse.sum().to(params.bias.dtype).reshape(params.bias.shape))
-    both = (torch.cat([c, f[None]]) for c, f in zip(cells, fuse, strict=True))
+    residual, nfe, outcome = (torch.cat([c, f[None]]) for c, f in zip(cells, fuse, strict=True))
     own = [d.to(t.dtype, copy=True) for d, t in zip(dx, x, strict=True)]  # results do not alias
-    return own, grads, Statistics(*both)
+    return own, grads, LayerStatistics(residual, nfe, outcome)

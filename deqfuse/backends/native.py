@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deqfuse.backends.problem import compute_dtype
+
 _SOLVE = "float tol, int max_iter, int history, float beta, float lam"
 _SCHEMAS = {
     "cpu_solve_cells": (
@@ -27,7 +29,7 @@ _SCHEMAS = {
     "cpu_solve_layer": (
         "(Tensor[] x, Tensor[] params, Tensor? mask, Tensor? z0_fuse, Tensor? z0_cells, "
         f"int num_groups, bool skip, bool relu_last, {_SOLVE}, int steps) "
-        "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+        "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, bool)"
     ),
     "cpu_adjoint_cells": (
         "(Tensor grad_z, Tensor z, Tensor x, Tensor[] params, bool want_params, "
@@ -42,7 +44,7 @@ _SCHEMAS = {
     "cpu_adjoint_layer": (
         "(Tensor grad_z, Tensor? grad_cells, Tensor states, Tensor[] x, Tensor[] params, "
         "bool want_params, Tensor? mask, int num_groups, bool skip, bool relu_last, "
-        f"int mode, {_SOLVE}) -> (Tensor[], Tensor[], Tensor, Tensor, Tensor)"
+        f"int mode, {_SOLVE}) -> (Tensor[], Tensor[], Tensor, Tensor, Tensor, bool)"
     ),
     "cpu_anderson_step": (
         "(Tensor fz, Tensor(a!) z, Tensor(b!) best, Tensor(c!) images, Tensor(d!) residuals, "
@@ -79,11 +81,12 @@ def empty_states(x: Sequence[Tensor]) -> Tensor:
 
 
 def _fake_solve_block(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    return empty_solved(x, rest[-1])
+    return empty_solved(x, rest[-1], compute_dtype(x.dtype))
 
 
-def _fake_solve_layer(x: Sequence[Tensor], *rest: Any) -> tuple[Tensor, ...]:
-    return x[0].new_empty(x[0].shape), *empty_solved(empty_states(x), rest[-1])
+def _fake_solve_layer(x: Sequence[Tensor], *rest: Any) -> tuple[Any, ...]:
+    states, *statistics = _fake_solve_block(empty_states(x), *rest)
+    return states.new_empty(x[0].shape), states, *statistics, True
 
 
 def empty_grads(params: Sequence[Tensor], want: bool) -> list[Tensor]:
@@ -99,19 +102,19 @@ torch.library.register_fake("deqfuse::cpu_solve_layer")(_fake_solve_layer)
 
 @torch.library.register_fake("deqfuse::cpu_adjoint_cells")
 def _fake_adjoint_cells(grad_z, z, x, params, want, *rest):  # type: ignore[no-untyped-def]
-    return z.new_empty(z.shape), empty_grads(params, want), *empty_statistics(z)
+    return x.new_empty(x.shape), empty_grads(params, want), *empty_statistics(z)
 
 
 @torch.library.register_fake("deqfuse::cpu_adjoint_fuse")
 def _fake_adjoint_fuse(grad_z, z, x_fuse, cell_sum, params, want, *rest):  # type: ignore[no-untyped-def]
-    dx, dcell_sum = z.new_empty(z.shape), z.new_empty(z.shape)
+    dx, dcell_sum = x_fuse.new_empty(x_fuse.shape), cell_sum.new_empty(cell_sum.shape)
     return dx, dcell_sum, empty_grads(params, want), *empty_statistics(z)
 
 
 @torch.library.register_fake("deqfuse::cpu_adjoint_layer")
 def _fake_adjoint_layer(grad_z, grad_cells, states, x, params, want, *rest):  # type: ignore[no-untyped-def]
     dx = [t.new_empty(t.shape) for t in x]
-    return dx, empty_grads(params, want), *empty_statistics(states)
+    return dx, empty_grads(params, want), *empty_statistics(states), True
 
 
 module: ModuleType | None = None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -11,8 +10,7 @@ from torch import Tensor
 from deqfuse.solvers.options import GradientOption, SolverOption
 
 
-@dataclass(frozen=True)
-class Problem:
+class Problem(NamedTuple):
     """What a backend needs to know to accept or refuse a call."""
 
     device: torch.device
@@ -42,6 +40,7 @@ class SolvedLayer(NamedTuple):
     nfe: Tensor
     outcome: Tensor
     trace: Tensor  # (trace_length or 0, N + 1, B)
+    all_converged: bool = False  # True only where the backend has looked, and no row failed
 
 
 class Statistics(NamedTuple):
@@ -50,6 +49,15 @@ class Statistics(NamedTuple):
     residual: Tensor
     nfe: Tensor
     outcome: Tensor
+
+
+class LayerStatistics(NamedTuple):
+    """:class:`Statistics` of a whole layer, (N + 1, B)."""
+
+    residual: Tensor
+    nfe: Tensor
+    outcome: Tensor
+    all_converged: bool = False  # as in SolvedLayer
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -17,7 +17,14 @@ from deqfuse.backends.maps import (
     purify_combine,
     residual_cell,
 )
-from deqfuse.backends.problem import Problem, Solved, SolvedLayer, Statistics, compute_dtype
+from deqfuse.backends.problem import (
+    LayerStatistics,
+    Problem,
+    Solved,
+    SolvedLayer,
+    Statistics,
+    compute_dtype,
+)
 from deqfuse.solvers.adjoint import solve_adjoint
 from deqfuse.solvers.anderson import anderson as anderson
 from deqfuse.solvers.newton_krylov import Linearize, Map
@@ -173,7 +180,7 @@ def adjoint_fuse(
     return dx.to(x_fuse.dtype), dcell_sum.to(cell_sum.dtype), grads, statistics
 
 
-def adjoint_layer(*problem: Any) -> tuple[list[Tensor], list[Tensor], Statistics]:
+def adjoint_layer(*problem: Any) -> tuple[list[Tensor], list[Tensor], LayerStatistics]:
     """Gradients through the layer; arguments as in :func:`deqfuse.backends.layer.adjoint`."""
     return layer.adjoint(adjoint_cells, adjoint_fuse, *problem)
 

@@ -133,7 +133,7 @@ class PurifyCombine(nn.Module):
 
     def flat(self) -> list[Tensor]:
         """The six parameters in the order of ``FuseParams``; only with a gate."""
-        if self.gate is None:
+        if self._modules.get("gate") is None:
             raise ValueError("gate: a combination without a gate is not a fixed-point map")
         return weights_and_biases(self, PurifyCombine, ("gate", "fuse"), ("norm",))
 

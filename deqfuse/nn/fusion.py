@@ -16,6 +16,7 @@ from deqfuse.backends import BACKENDS, Backend
 from deqfuse.backends.maps import VARIANTS, Variant
 from deqfuse.nn import inputs, solving
 from deqfuse.nn.cells import INITS, Init, PurifyCombine, ResidualCell, dropout_mask
+from deqfuse.nn.parts import parameter
 from deqfuse.reporting import OnFailure
 from deqfuse.solvers.options import Anderson, GradientOption, Implicit, SolverOption
 
@@ -207,7 +208,9 @@ class DEQFusion(nn.Module):
         else:
             x_all = torch.stack(xs)
             found = solving.weight_tied(self, x_all, self._mask(x), self.weight_tied_steps)
-        outputs: list[Any] = [found.z.to(x.dtype).reshape(*lead, self.dim)]
+        z = found.z if found.z.dtype is x.dtype else found.z.to(x.dtype)
+        # Not even a reshape that changes nothing: it is one more node of the graph.
+        outputs: list[Any] = [z if len(lead) == 1 else z.reshape(*lead, self.dim)]
         if return_cells:  # a copy: the backward pass keeps the original
             cells = found.cells().to(x.dtype, copy=True)
             outputs.append(cells.reshape(self.num_modalities, *lead, self.dim))
@@ -217,15 +220,16 @@ class DEQFusion(nn.Module):
 
     def _injections(self, features: Sequence[Tensor]) -> tuple[list[Tensor], torch.Size]:
         """Check, project and normalise the inputs: N tensors (B, d) and the leading dimensions."""
-        like = self.modality_weights  # any parameter
+        like = parameter(self, "modality_weights")  # any would do
         if like is None:
             like = next(iter(self.parameters()), None)
         lead = inputs.check_features(features, _widths(self), like)
         if self.projections is not None:
             features = [p(f) for p, f in zip(self.projections, features, strict=True)]
-        xs = [f if f.dim() == 2 else f.reshape(-1, self.dim) for f in features]
-        if any(x.dtype != xs[0].dtype for x in xs):  # under autocast
-            dtype = functools.reduce(torch.promote_types, (x.dtype for x in xs))
+        xs = list(features) if len(lead) == 1 else [f.reshape(-1, self.dim) for f in features]
+        dtypes = {x.dtype for x in xs}
+        if len(dtypes) > 1:  # under autocast
+            dtype = functools.reduce(torch.promote_types, dtypes)
             xs = [x.to(dtype) for x in xs]
         if self.injection_norm:
             xs = [F.layer_norm(x, (self.dim,)) for x in xs]

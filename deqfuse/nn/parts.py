@@ -36,6 +36,12 @@ class CellLinear(nn.Linear):
             self.contract(self.std)
 
 
+def parameter(module: nn.Module, name: str) -> Tensor:
+    """``module.name`` at a third of the cost; whatever it is where it is not a plain parameter."""
+    held = module._parameters
+    return held[name] if name in held else getattr(module, name)  # type: ignore[return-value]
+
+
 def weights_and_biases(
     module: nn.Module, owner: type[nn.Module], linears: Sequence[str], norms: Sequence[str]
 ) -> list[Tensor]:

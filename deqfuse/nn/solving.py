@@ -17,6 +17,7 @@ from deqfuse.backends import maps
 from deqfuse.backends.layer import fuse_injection
 from deqfuse.backends.maps import CellParams, FuseParams
 from deqfuse.backends.problem import compute_dtype
+from deqfuse.nn.parts import parameter
 from deqfuse.result import BlockInfo, SolveInfo
 from deqfuse.solvers.options import SolverOption, Unrolled
 from deqfuse.solvers.rows import Rows
@@ -35,12 +36,10 @@ class Found(NamedTuple):
 
 def is_whole(layer: DEQFusion) -> bool:
     """All equations of the paper and an implicit gradient: one operator solves them all."""
-    return (
-        layer.cell == "residual"
-        and layer.combine is not None
-        and layer.combine.gate is not None
-        and not isinstance(layer.adjoint, Unrolled)
-    )
+    if layer.cell != "residual" or isinstance(layer.adjoint, Unrolled):
+        return False
+    combine = layer._modules.get("combine")
+    return combine is not None and combine._modules.get("gate") is not None
 
 
 def whole_layer(
@@ -53,7 +52,7 @@ def whole_layer(
     """All equations in one operator."""
     cells = _cell_parameters(layer)
     fuse = _fuse_parameters(layer)
-    weights, bias = layer.modality_weights, layer.injection_bias
+    weights, bias = parameter(layer, "modality_weights"), parameter(layer, "injection_bias")
     params = [*cells, *fuse, weights] if bias is None else [*cells, *fuse, weights, bias]
     solved, backend = functional.solve_layer(
         xs, params, mask, start_fuse, start_cells, **_options(layer)
@@ -187,17 +186,19 @@ def _x_fuse(layer: DEQFusion, x: Tensor) -> Tensor:
 
 def _cell_parameters(layer: DEQFusion) -> list[Tensor]:
     flat: list[Tensor] = []
-    for name, cell in layer.cells._modules.items():
+    cells: Any = layer._modules["cells"]
+    for name, cell in cells._modules.items():
         try:
-            flat += cell.flat()  # type: ignore[operator]
+            flat += cell.flat()
         except (TypeError, ValueError) as error:
             raise type(error)(f"cells.{name}.{error}") from None
     return flat
 
 
 def _fuse_parameters(layer: DEQFusion) -> list[Tensor]:
+    combine: Any = layer._modules["combine"]
     try:
-        return layer.combine.flat()  # type: ignore[union-attr]
+        return combine.flat()
     except (TypeError, ValueError) as error:
         raise type(error)(f"combine.{error}") from None
 
