@@ -40,7 +40,7 @@ class AdjointMemory {
 
   template <class P>
   AdjointMemory(const P& p, int64_t blocks, int params, int sums)
-      : tiles(tiles_of(p)), straight(p.params, blocks, params, p.d, linearising(p)),
+      : tiles(DEQFUSE_ISA::tiles<R>(p.rows)), straight(p.params, blocks, params, p.d, linearising(p)),
         transposed(p.params, blocks, params, p.d, solving(p)), d_(p.d), rows_(p.rows), blocks_(blocks),
         params_(params), kinds_(sums), out_(p.dparams),
         factors_(out_ ? 2 * blocks * (a_size() + b_size()) : 0), sums_(out_ ? blocks * tiles * sums * p.d : 0) {}
@@ -97,16 +97,13 @@ class AdjointMemory {
 
  private:
   template <class P>
-  static int64_t tiles_of(const P& p) {
-    return (p.rows + R - 1) / R;
-  }
-  template <class P>
   static Uses linearising(const P& p) {
-    return {tiles_of(p), 0};
+    return {DEQFUSE_ISA::tiles<R>(p.rows), 0};
   }
   template <class P>
   static Uses solving(const P& p) {
-    return p.mode < 0 ? uses(options<T>(p), true, tiles_of(p)) : Uses{(p.mode + 1) * tiles_of(p), 0};
+    const int64_t count = DEQFUSE_ISA::tiles<R>(p.rows);
+    return p.mode < 0 ? uses(options<T>(p), true, count) : Uses{(p.mode + 1) * count, 0};
   }
 
   int64_t a_size() const { return Cotangents<T, NV>::size(rows_, d_); }
@@ -125,7 +122,7 @@ void adjoint_some_cells(const CellAdjointProblem<T>& p, int threads, ParallelFor
   using Map = CellAdjoint<T, NV>;
   const int64_t d = p.d;
   const AdjointMemory<T, NV> shared(p, p.modalities, 10, Map::kSums);
-  copy_all(shared.straight, shared.transposed, threads, parallel);
+  copy_all(threads, parallel, shared.straight, shared.transposed);
   run_tasks(p.modalities * shared.tiles, threads, parallel, [&](int64_t t) {
     const int64_t i = t / shared.tiles, begin = t % shared.tiles * R, first = i * p.rows;
     const int64_t end = begin + R < p.rows ? begin + R : p.rows, map_tiles = Map::tiles(d, p.groups);
@@ -180,7 +177,7 @@ void adjoint_fuse(const FuseAdjointProblem<T>& p, const FuseRows<T>& from, int t
   using Map = FuseAdjoint<T, NV>;
   const int64_t d = p.d;
   const AdjointMemory<T, NV> shared(p, 1, 6, Map::kSums);
-  copy_all(shared.straight, shared.transposed, threads, parallel);
+  copy_all(threads, parallel, shared.straight, shared.transposed);
   const T* const* q = p.params;
   const FuseAdjointWeights<T, NV> w{{shared.straight.at(0, 0), shared.straight.at(0, 1), q[1], q[3], q[4], q[5],
                                      T(p.modalities), p.relu_last},

@@ -104,13 +104,14 @@ class Matrices {
   Scratch<T> copies_;
 };
 
-template <class First, class Second>
-void copy_all(const First& first, const Second& second, int threads, ParallelFor parallel) {
-  run_tasks(first.tasks() + second.tasks(), threads, parallel, [&](int64_t t) {
-    if (t < first.tasks())
-      first.run(t);
-    else
-      second.run(t - first.tasks());
+template <class... All>
+void copy_all(int threads, ParallelFor parallel, const All&... matrices) {
+  run_tasks((matrices.tasks() + ...), threads, parallel, [&](int64_t t) {
+    const auto run = [&](const auto& m) {
+      if (t >= 0 && t < m.tasks()) m.run(t);
+      t -= m.tasks();
+    };
+    (run(matrices), ...);
   });
 }
 

@@ -13,20 +13,29 @@ SolveOptions<T> options(const P& p) {
   return {T(p.tol), p.max_iter, p.history, T(p.beta), T(p.lam)};
 }
 
+// The matrices of `blocks` blocks as their solves want them.
 template <class T, int NV>
-void solve_cells(const CellProblem<T>& p, int threads, ParallelFor parallel) {
+struct ForwardMatrices : Matrices<T, StraightForm<T, NV>> {
+  template <class P>
+  ForwardMatrices(const P& p, int64_t blocks, int64_t stride)
+      : Matrices<T, StraightForm<T, NV>>(p.params, blocks, stride, p.d,
+                                         uses(options<T>(p), p.z0 == nullptr, tiles<NV * kLanes<T>>(p.rows))) {}
+  explicit ForwardMatrices(const CellProblem<T>& p) : ForwardMatrices(p, p.modalities, 10) {}
+  explicit ForwardMatrices(const FuseProblem<T>& p) : ForwardMatrices(p, 1, 6) {}
+};
+
+// With `weights` in place.
+template <class T, int NV>
+void solve_cells(const CellProblem<T>& p, const ForwardMatrices<T, NV>& weights, int threads, ParallelFor parallel) {
   constexpr int R = NV * kLanes<T>;
   const int64_t d = p.d;
   Scratch<T> at_zero(p.modalities * d);
-  const Matrices<T, StraightForm<T, NV>> weights(p.params, p.modalities, 10, d,
-                                                 uses(options<T>(p), p.z0 == nullptr, (p.rows + R - 1) / R));
   using Matrix = typename StraightForm<T, NV>::Matrix;
   auto cell = [&](int64_t i) {
     const T* const* q = p.params + 10 * i;
     const T* zero = at_zero.get() + i * d;
     return CellWeights<T, Matrix>{weights.at(i, 0), weights.at(i, 1), q[1], q[3], q[4], q[5], q[6], q[7], q[8], q[9], zero, p.skip};
   };
-  run_tasks(weights.tasks(), threads, parallel, [&](int64_t t) { weights.run(t); });
   if (p.z0 == nullptr)
     run_tasks(p.modalities, threads, parallel, [&](int64_t i) {
       Scratch<T> memory((2 + work_tiles<1>(d)) * d * kLanes<T>);
@@ -48,13 +57,11 @@ void solve_cells(const CellProblem<T>& p, int threads, ParallelFor parallel) {
 }
 
 template <class T, int NV>
-void solve_fuse(const FuseProblem<T>& p, const FuseRows<T>& from, int threads, ParallelFor parallel) {
+void solve_fuse(const FuseProblem<T>& p, const FuseRows<T>& from, const ForwardMatrices<T, NV>& weights, int threads,
+                ParallelFor parallel) {
   constexpr int R = NV * kLanes<T>;
   const int64_t d = p.d;
   const T* const* q = p.params;
-  const Matrices<T, StraightForm<T, NV>> weights(q, 1, 6, d,
-                                                 uses(options<T>(p), p.z0 == nullptr, (p.rows + R - 1) / R));
-  run_tasks(weights.tasks(), threads, parallel, [&](int64_t t) { weights.run(t); });
   const FuseWeights<T, typename StraightForm<T, NV>::Matrix> fuse{weights.at(0, 0), weights.at(0, 1), q[1], q[3], q[4], q[5], T(p.modalities), p.relu_last};
   const Chunks chunks(p.rows, R, 2 * threads);
   run_tasks(chunks.count, threads, parallel, [&](int64_t t) {
@@ -71,8 +78,17 @@ void solve_fuse(const FuseProblem<T>& p, const FuseRows<T>& from, int threads, P
 }
 
 template <class T, int NV>
+void solve_cells(const CellProblem<T>& p, int threads, ParallelFor parallel) {
+  const ForwardMatrices<T, NV> weights(p);
+  copy_all(threads, parallel, weights);
+  solve_cells<T, NV>(p, weights, threads, parallel);
+}
+
+template <class T, int NV>
 void solve_fuse(const FuseProblem<T>& p, int threads, ParallelFor parallel) {
-  solve_fuse<T, NV>(p, {p.x, p.cell_sum}, threads, parallel);
+  const ForwardMatrices<T, NV> weights(p);
+  copy_all(threads, parallel, weights);
+  solve_fuse<T, NV>(p, {p.x, p.cell_sum}, weights, threads, parallel);
 }
 
 // What the fuse step of a layer is made of: the cells' inputs and their equilibria.
@@ -83,8 +99,10 @@ FuseRows<T> rows_of_layer(const P& p) {
 
 template <class T, int NV>
 void solve_layer(const LayerProblem<T>& p, int threads, ParallelFor parallel) {
-  solve_cells<T, NV>(p.cells, threads, parallel);
-  solve_fuse<T, NV>(p.fuse, rows_of_layer<T>(p), threads, parallel);
+  const ForwardMatrices<T, NV> cells(p.cells), fuse(p.fuse);
+  copy_all(threads, parallel, cells, fuse);
+  solve_cells<T, NV>(p.cells, cells, threads, parallel);
+  solve_fuse<T, NV>(p.fuse, rows_of_layer<T>(p), fuse, threads, parallel);
 }
 
 }  // namespace DEQFUSE_ISA

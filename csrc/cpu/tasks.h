@@ -50,6 +50,12 @@ void run_tasks(int64_t count, int threads, ParallelFor parallel, Body body) {
            &context);
 }
 
+// Tiles of R rows.
+template <int R>
+constexpr int64_t tiles(int64_t rows) {
+  return (rows + R - 1) / R;
+}
+
 // `total` rows in at most `wanted` chunks of whole tiles.
 struct Chunks {
   int64_t total, count, rows;
