@@ -105,7 +105,8 @@ void product(const Matrix& a, const T* __restrict z, T*, const T* __restrict bia
   for (int64_t j0 = 0; j0 < d; j0 += JR) {
     Vec<T> acc[JR][NV] = {};
     block_product<T, NV, JR>(a, z, j0, d, acc);
-    store_block<T, NV, JR>(j0, d, bias, add, out, [&](int j, int v, Vec<T> b) { return fma(acc[j][v], splat(scale), b); });
+    store_block<T, NV, JR>(j0, d, bias, add, out,
+                           [&](int j, int v, Vec<T> b) { return fma(acc[j][v], splat(scale), b); });
   }
 }
 

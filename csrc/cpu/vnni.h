@@ -20,7 +20,7 @@ constexpr float kNorm = 32700;  // no integer beyond 16 bits, rounded or not
 
 DEQFUSE_INLINE int64_t pairs_of(int64_t d) { return (d + 1) / 2; }
 
-// By what numbers with this sum of squares are multiplied to become integers, and these to come back.
+// By what numbers of this norm are multiplied to become integers, and these to come back.
 DEQFUSE_INLINE Vec<float> to_integers(Vec<float> norm) {
   const Vec<float> zero{};
   return norm == zero ? zero : splat(kNorm) / norm;
@@ -114,16 +114,15 @@ struct WithPairs {
     for (int64_t k0 = 0; k0 < d; k0 += 2 * W)
       for (int g = 0; g < vectors; ++g) {
         const int64_t j0 = begin + g * W, pairs_left = pairs_of(d) - k0 / 2;
+        const auto line = [&](int64_t k) {
+          return k < d ? rounded(load_some(a + k * d + j0, d - j0), scale[g]) : Vec<int32_t>{};
+        };
         Vec<float> block[W];  // of pairs, whose bits transpose() moves
-        for (int q = 0; q < W; ++q) {
-          const int64_t k = k0 + 2 * q;
-          const Vec<int32_t> first = k < d ? rounded(load_some(a + k * d + j0, d - j0), scale[g]) : Vec<int32_t>{};
-          const Vec<int32_t> second = k + 1 < d ? rounded(load_some(a + (k + 1) * d + j0, d - j0), scale[g]) : Vec<int32_t>{};
-          block[q] = (Vec<float>)pair(first, second);
-        }
+        for (int q = 0; q < W; ++q) block[q] = (Vec<float>)pair(line(k0 + 2 * q), line(k0 + 2 * q + 1));
         transpose<float>(block);
-        for (int q = 0; q < W && j0 + q < d; ++q)
-          std::memcpy(pairs(copy) + (j0 + q) * pairs_of(d) + k0 / 2, &block[q], sizeof(int32_t) * (pairs_left < W ? pairs_left : W));
+        int32_t* to = pairs(copy) + j0 * pairs_of(d) + k0 / 2;
+        for (int q = 0; q < W && j0 + q < d; ++q, to += pairs_of(d))
+          std::memcpy(to, &block[q], sizeof(int32_t) * (pairs_left < W ? pairs_left : W));
       }
   }
 };
@@ -145,8 +144,8 @@ void pair_tile(const float* z, int32_t* pairs, Vec<float> (&unit)[NV], int64_t d
   for (int64_t k = 0; k < d; k += 2)
     for (int v = 0; v < NV; ++v) {
       const float* at = z + k * R + v * W;
-      const Vec<int32_t> none{};
-      store(pairs + k / 2 * R + v * W, pair(rounded(load(at), scale[v]), k + 1 < d ? rounded(load(at + R), scale[v]) : none));
+      const Vec<int32_t> second = k + 1 < d ? rounded(load(at + R), scale[v]) : Vec<int32_t>{};
+      store(pairs + k / 2 * R + v * W, pair(rounded(load(at), scale[v]), second));
     }
 }
 
