@@ -47,7 +47,7 @@ def _apply(function: type[torch.autograd.Function], *inputs: Any) -> Any:
     """``function.apply`` outside transforms.
 
     It asks of every tensor whether it is left over from a transform that has ended: 11 us for those
-    of a layer. A parameter never is.
+    of a layer. Its parameters, nearly all of them, are not asked.
     """
     plain = [
         unwrap_if_dead(t) if type(t) is not nn.Parameter and isinstance(t, Tensor) else t

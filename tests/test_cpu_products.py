@@ -175,6 +175,34 @@ def test_plain_first_steps_of_lopsided_weights(shape):
     assert found["cpu nfe"] <= found["reference nfe"] + 1
 
 
+@pytest.mark.parametrize(("rows", "dim", "groups"), SIZES)
+def test_plain_first_steps_backwards(rows, dim, groups):
+    """The adjoint's plain steps lead where those in float64 do: it takes as many applications.
+
+    Weights whose rows and columns differ in size: an integer scaled by another's norm would show.
+    """
+    case, numbers = Case(rows, dim, groups, dtype="f32"), (-1, 1e-4, 60, 6, 1.0, 1e-6)
+    layer, x, g = case.layer(init="contractive"), case.draw(case.n), case.draw(case.n)
+    sizes = torch.logspace(-1, 1, dim)[torch.randperm(dim)]
+    with torch.no_grad():
+        for cell in layer.cells:
+            cell.linear1.weight.mul_(sizes)  # GN1 makes its scale irrelevant
+            cell.linear2.weight.mul_(sizes[:, None] / sizes.square().mean().sqrt())
+    solver = Anderson(tol=1e-6, max_iter=100)
+    counts = {}
+    for dtype in (torch.float32, torch.float64):
+        params = [t.detach().to(dtype) for t in flat_cells(layer)]
+        given = {"num_groups": groups, "solver": solver, "on_failure": "ignore"}
+        z = functional.solve_cells(x.to(dtype), params, backend="cpu", **given)[0]
+        skip = layer.variant != "paper"
+        *_, nfe, outcome = native.adjoint_cells(
+            g.to(dtype), z, x.to(dtype), params, False, groups, skip, *numbers
+        )
+        counts[dtype] = nfe.double()[outcome == 0]
+        assert len(counts[dtype]) > 0.9 * nfe.numel()
+    assert counts[torch.float32].mean() <= counts[torch.float64].mean() + 0.2
+
+
 def test_warm_starts_are_judged_at_once():
     layer, xs = shrinking(0.0)
     z, zs, _ = layer(xs, return_cells=True, return_info=True)

@@ -50,6 +50,15 @@ def test_mixed_features_are_promoted_in_any_order(backend: str, order: tuple[int
         assert layer([xs[i] for i in order]).dtype == torch.float32
 
 
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_parameter_left_on_meta_is_named(grad: bool) -> None:
+    """Torch would take the kernel that knows shapes only; its answer is memory as it was."""
+    layer, xs = DEQFusion(16, 2), features(16, 2)
+    layer.combine.fuse.weight = torch.nn.Parameter(layer.combine.fuse.weight.to("meta"))
+    with torch.set_grad_enabled(grad), pytest.raises(ValueError, match=r"device cpu.*got meta"):
+        layer(xs)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("grad", [True, False])
 def test_a_parameter_of_the_wrong_shape_is_named(backend: str, grad: bool) -> None:

@@ -103,7 +103,7 @@ class AdjointMemory {
   template <class P>
   static Uses solving(const P& p) {
     const int64_t count = DEQFUSE_ISA::tiles<R>(p.rows);
-    return p.mode < 0 ? uses(options<T>(p), true, count) : Uses{(p.mode + 1) * count, 0};
+    return p.mode < 0 ? uses(options<T>(p), true, count) : Uses{(int64_t(p.mode) + 1) * count, 0};
   }
 
   int64_t a_size() const { return Cotangents<T, NV>::size(rows_, d_); }

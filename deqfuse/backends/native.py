@@ -81,12 +81,14 @@ def empty_states(x: Sequence[Tensor]) -> Tensor:
 
 
 def _fake_solve_block(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    if type(x) is Tensor and not x.is_meta:  # torch comes here when any of the tensors is on meta
+        raise TypeError(f"expected every tensor on {x.device}, got some on meta")
     return empty_solved(x, rest[-1], compute_dtype(x.dtype))
 
 
 def _fake_solve_layer(x: Sequence[Tensor], *rest: Any) -> tuple[Any, ...]:
     states, *statistics = _fake_solve_block(empty_states(x), *rest)
-    return states.new_empty(x[0].shape), states, *statistics, True
+    return states.new_empty(x[0].shape), states, *statistics, False
 
 
 def empty_grads(params: Sequence[Tensor], want: bool) -> list[Tensor]:
@@ -114,7 +116,7 @@ def _fake_adjoint_fuse(grad_z, z, x_fuse, cell_sum, params, want, *rest):  # typ
 @torch.library.register_fake("deqfuse::cpu_adjoint_layer")
 def _fake_adjoint_layer(grad_z, grad_cells, states, x, params, want, *rest):  # type: ignore[no-untyped-def]
     dx = [t.new_empty(t.shape) for t in x]
-    return dx, empty_grads(params, want), *empty_statistics(states), True
+    return dx, empty_grads(params, want), *empty_statistics(states), False
 
 
 module: ModuleType | None = None

@@ -39,7 +39,7 @@ def is_whole(layer: DEQFusion) -> bool:
     if layer.cell != "residual" or isinstance(layer.adjoint, Unrolled):
         return False
     combine = layer._modules.get("combine")
-    return combine is not None and combine._modules.get("gate") is not None
+    return combine is not None and combine.gate is not None
 
 
 def whole_layer(

@@ -289,7 +289,7 @@ void check_forward(const KernelTable& table, const Inputs& in, double tol, const
     // The answer is the image of what was judged. In groups of two a norm stretches differences by up to 300, and now
     // and then the next norm once more.
     if (s.d / s.groups > 2) check(error < 10 * tol, "answer does not satisfy its equation", error);
-    else ++narrow, stretched += !(error < 300 * tol);
+    else check(error < 300 * 300 * tol, "answer is not near its image", error), ++narrow, stretched += !(error < 300 * tol);
   }
   if (in.blocks() > 1 || s.rows < 2) return;
   Inputs alone = in;
