@@ -5,6 +5,7 @@
 #pragma once
 
 #include <cstring>
+#include <limits>
 
 #include "maps.h"
 
@@ -28,29 +29,33 @@ class AdjointBase {
     // The rows of a tile are its first lanes; the others must add nothing to a sum.
     if (rows.row[R - 1] < 0) std::memset(g_, 0, sizeof(T) * tiles * d * R);
     rows_to_lanes<T, NV>(g, rows, g_, d);
-    const Vec<T> zero{}, one = splat(T(1));
-    for (int v = 0; v < NV; ++v) {
-      Vec<T> largest{}, sum{};
-      for (int64_t i = 0; i < d; ++i) {
+    const Vec<T> zero{}, one = splat(T(1)), least = splat(std::numeric_limits<T>::min());
+    Vec<T> largest[NV] = {}, inverse[NV], sum[NV];
+    for (int64_t i = 0; i < d; ++i)
+      for (int v = 0; v < NV; ++v) {
         const Vec<T> a = load(g_ + i * R + v * W);
-        largest = maximum(largest, a < zero ? -a : a);
+        largest[v] = maximum(largest[v], a < zero ? -a : a);
       }
-      largest = largest == zero ? one : largest;  // u = 0 solves such a row
-      store(magnitude_ + v * W, largest);
-      for (int64_t i = 0; i < d; ++i) {
-        const int64_t o = i * R + v * W;
-        const Vec<T> a = load(g_ + o) / largest;
-        store(g_ + o, a);
-        sum = fma(a, a, sum);
-      }
-      sum = square_root<T>(sum);
-      store(scale_ + v * W, sum == zero ? one : sum);
+    for (int v = 0; v < NV; ++v) {
+      // u = 0 solves a row of zeros; the inverse of a denormal number overflows.
+      const Vec<T> magnitude = largest[v] == zero ? one : maximum(largest[v], least);
+      store(magnitude_ + v * W, magnitude);
+      inverse[v] = one / magnitude;
+    }
+    sum_features<T, NV>(d, sum, [&](int64_t i, int v, Vec<T> s) {
+      T* at = g_ + i * R + v * W;
+      const Vec<T> a = load(at) * inverse[v];
+      store(at, a);
+      return fma(a, a, s);
+    });
+    for (int v = 0; v < NV; ++v) {
+      const Vec<T> norm = square_root<T>(sum[v]);
+      store(scale_ + v * W, norm == zero ? one : norm);
     }
   }
-  // The solutions of this tile's rows, one after the other, for the cotangents as they came.
-  void load_solution(const T* solution, const LaneRows<R>& rows, int64_t d, T* u) const {
-    rows_to_lanes<T, NV>(solution, lane_rows<R>(0, rows.count()), u, d);
-    for (int64_t o = 0; o < d * R; o += W) store(u + o, load(u + o) * load(magnitude_ + o % R));
+  // A tile, linear in the solution, for the cotangents as they came.
+  void rescale(T* tile, int64_t d) const {
+    for (int64_t o = 0; o < d * R; o += W) store(tile + o, load(tile + o) * load(magnitude_ + o % R));
   }
   void add_rhs(T* f, int64_t d) const {
     for (int64_t o = 0; o < d * R; o += W) store(f + o, load(f + o) + load(g_ + o));
@@ -84,11 +89,11 @@ class CellAdjoint : public AdjointBase<T, NV> {
 
  public:
   static constexpr int kSums = 8;
-  static int64_t tiles(int64_t d, int64_t groups) { return 10 + work_tiles<NV>(d) + (3 * groups + d - 1) / d; }
+  static int64_t tiles(int64_t d, int64_t groups) { return 11 + work_tiles<NV>(d) + (3 * groups + d - 1) / d; }
 
   CellAdjoint(const CellAdjointWeights<T, NV>& w, const T* z, const T* x, const T* g, int64_t d, int64_t groups, T* memory)
       : w_(w), z_rows_(z), x_rows_(x), g_rows_(g), d_(d), groups_(groups) {
-    T** slots[] = {&this->g_, &z_, &h_, &e_, &xh1_, &xh2_, &xh3_, &de_, &dy2_, &dn1_};
+    T** slots[] = {&this->g_, &z_, &h_, &e_, &xh1_, &xh2_, &xh3_, &de_, &dy2_, &pulled_, &dn1_};
     for (T** slot : slots) {
       *slot = memory;
       memory += d * R;
@@ -114,23 +119,23 @@ class CellAdjoint : public AdjointBase<T, NV> {
 
   template <Digits kDigits>
   void evaluate(const T* u, T* f, bool) {
-    // Cotangents at GN2's output (de), W2's output (dy2) and W1's output (dn1).
-    pull_norms(u);
-    product<T, NV, kDigits>(w_.w2_transposed, dy2_, work_, nullptr, nullptr, dn1_, d_);
-    group_norm_backward<T, NV>(dn1_, h_, w_.forward.g1, xh1_, rstd_, nullptr, dn1_, d_, groups_);
+    pull<kDigits>(u);
+    group_norm_backward<T, NV>(pulled_, h_, w_.forward.g1, xh1_, rstd_, nullptr, dn1_, d_, groups_);
     product<T, NV, kDigits>(w_.w1_transposed, dn1_, work_, nullptr, w_.forward.skip ? de_ : nullptr, f, d_);
     this->add_rhs(f, d_);
   }
 
   // After the solve: the cotangents of this tile's rows, and what the parameters' gradients need of them, if anything.
-  void finish(const T* solution, const LaneRows<R>& rows, T* dx, const GradientParts<T, NV>* parts) {
+  // `solution`: theirs, one after the other. `evaluated`: all of them were what evaluate() was last given.
+  void finish(const T* solution, bool evaluated, const LaneRows<R>& rows, T* dx, const GradientParts<T, NV>* parts) {
     T* u = this->g_;  // the right-hand side is no longer needed
-    this->load_solution(solution, rows, d_, u);
-    pull_norms(u);
+    rows_to_lanes<T, NV>(solution, lane_rows<R>(0, rows.count()), u, d_);
+    if (!evaluated) pull<Digits::kAll>(u);
+    this->rescale(dy2_, d_);
     lanes_to_rows<T, NV>(dy2_, nullptr, rows, dx, d_);
     if (parts == nullptr) return;
-    product<T, NV>(w_.w2_transposed, dy2_, work_, nullptr, nullptr, dn1_, d_);
-    for (int64_t o = 0; o < d_ * R; o += W) store(dn1_ + o, load(h_ + o) > Vec<T>{} ? load(dn1_ + o) : Vec<T>{});
+    for (T* tile : {u, de_, pulled_}) this->rescale(tile, d_);
+    for (int64_t o = 0; o < d_ * R; o += W) store(dn1_ + o, load(h_ + o) > Vec<T>{} ? load(pulled_ + o) : Vec<T>{});
     T* sums = parts->sums;
     norm_sums<T, NV>(dn1_, xh1_, sums + 2 * d_, sums + 3 * d_, d_);
     norm_sums<T, NV>(de_, xh2_, sums + 4 * d_, sums + 5 * d_, d_);
@@ -145,8 +150,10 @@ class CellAdjoint : public AdjointBase<T, NV> {
   }
 
  private:
-  // The cotangents de and dy2, both norms of a group while it is in the cache.
-  void pull_norms(const T* u) {
+  // The cotangents at GN2's output (de), W2's output (dy2) and its input (pulled); both norms of a group while it is in
+  // the cache.
+  template <Digits kDigits>
+  void pull(const T* u) {
     const typename CellMap<T, NV>::Weights& f = w_.forward;
     const int64_t width = d_ / groups_;
     for (int64_t g = 0, at = 0; g < groups_; ++g, at += width) {
@@ -155,6 +162,7 @@ class CellAdjoint : public AdjointBase<T, NV> {
       norm_group_backward<T, NV>(u + o, nullptr, f.g3 + at, xh3_ + o, rstd3, e_ + o, de_ + o, width);
       norm_group_backward<T, NV>(de_ + o, nullptr, f.g2 + at, xh2_ + o, rstd2, nullptr, dy2_ + o, width);
     }
+    product<T, NV, kDigits>(w_.w2_transposed, dy2_, work_, nullptr, nullptr, pulled_, d_);
   }
 
   void affine(const T* x_hat, const T* gamma, const T* beta, const T* skip, T* out, bool rectify) {
@@ -170,7 +178,7 @@ class CellAdjoint : public AdjointBase<T, NV> {
   const CellAdjointWeights<T, NV> w_;
   const T *z_rows_, *x_rows_, *g_rows_;
   const int64_t d_, groups_;
-  T *z_, *h_, *e_, *xh1_, *xh2_, *xh3_, *de_, *dy2_, *dn1_, *work_, *rstd_;
+  T *z_, *h_, *e_, *xh1_, *xh2_, *xh3_, *de_, *dy2_, *pulled_, *dn1_, *work_, *rstd_;
 };
 
 template <class T, int NV>
@@ -187,12 +195,12 @@ class FuseAdjoint : public AdjointBase<T, NV> {
 
  public:
   static constexpr int kSums = 4;
-  static int64_t tiles(int64_t d, int64_t groups) { return 11 + work_tiles<NV>(d) + (groups + d - 1) / d; }
+  static int64_t tiles(int64_t d, int64_t groups) { return 12 + work_tiles<NV>(d) + (groups + d - 1) / d; }
 
   FuseAdjoint(const FuseAdjointWeights<T, NV>& w, const T* z, const FuseRows<T>& from, const T* mask, const T* g, int64_t d,
               int64_t groups, T* memory)
       : w_(w), from_(from), z_rows_(z), mask_rows_(mask), g_rows_(g), d_(d), groups_(groups) {
-    T** slots[] = {&this->g_, &z_, &input_, &gate_, &q_, &sign_, &xh_, &mask_, &de_, &dq_, &gated_};
+    T** slots[] = {&this->g_, &z_, &input_, &gate_, &q_, &sign_, &xh_, &mask_, &de_, &dq_, &gated_, &pulled_};
     for (T** slot : slots) {
       *slot = memory;
       memory += d * R;
@@ -232,48 +240,50 @@ class FuseAdjoint : public AdjointBase<T, NV> {
 
   template <Digits kDigits>
   void evaluate(const T* u, T* f, bool) {
-    group_norm_backward<T, NV>(u, gate_in(), w_.forward.gamma, xh_, rstd_, gate_out(), de_, d_, groups_);
-    pull_combined<kDigits>();
-    for (int64_t o = 0; o < d_ * R; o += W) {
-      const Vec<T> w = load(dq_ + o);
-      store(gated_ + o, w * load(z_ + o));
-      store(dq_ + o, w * load(gate_ + o));
-    }
-    product<T, NV, kDigits>(w_.gate_transposed, gated_, work_, nullptr, dq_, f, d_, w_.forward.modalities);
+    pull<kDigits>(u);
+    for (int64_t o = 0; o < d_ * R; o += W)
+      store(f + o, fma(splat(w_.forward.modalities), load(pulled_ + o), load(dq_ + o) * load(gate_ + o)));
     this->add_rhs(f, d_);
   }
 
   // As CellAdjoint::finish; matrix 0 is the gate's.
-  void finish(const T* solution, const LaneRows<R>& rows, T* dx, T* dcell_sum, const GradientParts<T, NV>* parts) {
+  void finish(const T* solution, bool evaluated, const LaneRows<R>& rows, T* dx, T* dcell_sum,
+              const GradientParts<T, NV>* parts) {
     T* u = this->g_;
-    this->load_solution(solution, rows, d_, u);
-    group_norm_backward<T, NV>(u, gate_in(), w_.forward.gamma, xh_, rstd_, gate_out(), de_, d_, groups_);
-    lanes_to_rows<T, NV>(de_, nullptr, rows, dx, d_);  // x enters behind the mask
-    pull_combined<Digits::kAll>();
-    for (int64_t o = 0; o < d_ * R; o += W) store(dq_ + o, load(dq_ + o) * load(z_ + o));
-    product<T, NV>(w_.gate_transposed, dq_, work_, nullptr, nullptr, gated_, d_);
-    lanes_to_rows<T, NV>(gated_, nullptr, rows, dcell_sum, d_);
+    rows_to_lanes<T, NV>(solution, lane_rows<R>(0, rows.count()), u, d_);
+    if (!evaluated) pull<Digits::kAll>(u);
+    for (T* tile : {u, de_, gated_, pulled_}) this->rescale(tile, d_);
+    T* unmasked = de_;  // x enters behind the mask
+    if (mask_rows_) pull_norm(u, unmasked = dq_);
+    lanes_to_rows<T, NV>(unmasked, nullptr, rows, dx, d_);
+    lanes_to_rows<T, NV>(pulled_, nullptr, rows, dcell_sum, d_);
     if (parts == nullptr) return;
     if (w_.forward.relu_last)
       for (int64_t o = 0; o < d_ * R; o += W) store(u + o, load(sign_ + o) > Vec<T>{} ? load(u + o) : Vec<T>{});
-    row_sums<T, NV>(dq_, parts->sums, d_);
+    row_sums<T, NV>(gated_, parts->sums, d_);
     row_sums<T, NV>(de_, parts->sums + d_, d_);
     norm_sums<T, NV>(u, xh_, parts->sums + 2 * d_, parts->sums + 3 * d_, d_);
-    parts->cotangent[0].take(dq_, rows);
+    parts->cotangent[0].take(gated_, rows);
     parts->input[0].take(input_, rows);
     parts->cotangent[1].take(de_, rows);
     parts->input[1].take(q_, rows);
   }
 
  private:
-  const T* gate_in() const { return w_.forward.relu_last ? sign_ : nullptr; }
-  const T* gate_out() const { return w_.forward.relu_last ? nullptr : sign_; }
+  // Through the last norm.
+  void pull_norm(const T* u, T* out) {
+    const T *gate_in = w_.forward.relu_last ? sign_ : nullptr, *gate_out = w_.forward.relu_last ? nullptr : sign_;
+    group_norm_backward<T, NV>(u, gate_in, w_.forward.gamma, xh_, rstd_, gate_out, out, d_, groups_);
+  }
 
-  // From the cotangent at the norm's input (de_) to those at W_f's output (de_) and at its input (dq_).
+  // The cotangents at W_f's output (de) and input (dq), at the gate (gated) and, over N, at its input (pulled).
   template <Digits kDigits>
-  void pull_combined() {
+  void pull(const T* u) {
+    pull_norm(u, de_);
     masked(de_);
     product<T, NV, kDigits>(w_.fuse_transposed, de_, work_, nullptr, nullptr, dq_, d_);
+    for (int64_t o = 0; o < d_ * R; o += W) store(gated_ + o, load(dq_ + o) * load(z_ + o));
+    product<T, NV, kDigits>(w_.gate_transposed, gated_, work_, nullptr, nullptr, pulled_, d_);
   }
   void masked(T* t) {
     if (mask_rows_)
@@ -284,7 +294,7 @@ class FuseAdjoint : public AdjointBase<T, NV> {
   const FuseRows<T> from_;
   const T *z_rows_, *mask_rows_, *g_rows_;
   const int64_t d_, groups_;
-  T *z_, *input_, *gate_, *q_, *sign_, *xh_, *mask_, *de_, *dq_, *gated_, *work_, *rstd_;
+  T *z_, *input_, *gate_, *q_, *sign_, *xh_, *mask_, *de_, *dq_, *gated_, *pulled_, *work_, *rstd_;
 };
 
 }  // namespace DEQFUSE_ISA

@@ -87,7 +87,8 @@ class RowSolver {
     for (int64_t& row : row_) row = -1;
   }
 
-  void run(int64_t begin, int64_t end) {
+  // Whether all answers are the iterates that were evaluated last.
+  bool run(int64_t begin, int64_t end) {
     next_ = begin;
     end_ = end;
     if (end - begin < R) std::memset(z_, 0, sizeof(T) * n_ * tiles(opt_.history));  // lanes that never get a row
@@ -102,6 +103,7 @@ class RowSolver {
       refill(slot);
       if (active_ > 0) advance(slot);
     }
+    return answers_are_last_;
   }
 
  private:
@@ -214,12 +216,13 @@ class RowSolver {
     alignas(64) T residual[R];
     for (int v = 0; v < NV; ++v)
       store(residual + v * W, square_root<T>(gram_[slot][slot][v]) / map_.scale(v, square_root<T>(ff_[v])));
+    const bool at_start = only != nullptr;
     for (int l = 0; l < R; ++l)
-      ended_[l] = row_[l] >= 0 && (only == nullptr || only->row[l] >= 0) && ended(l, slot, residual[l]);
+      ended_[l] = row_[l] >= 0 && (!at_start || only->row[l] >= 0) && ended(l, slot, residual[l], at_start);
     write_answers();
   }
 
-  bool ended(int l, int slot, T residual) {
+  bool ended(int l, int slot, T residual, bool at_start) {
     const int k = ++count_[l];
     if (out_.trace) out_.trace[(before_[l] + k - 1) * out_.trace_stride + row_[l]] = residual;
     if (residual < best_[l]) {
@@ -229,7 +232,10 @@ class RowSolver {
     }
     const int age = best_at_[l] > 0 ? k - best_at_[l] : 0;
     Outcome outcome;
-    if (row_ends(residual, opt_.tol, k, opt_.max_iter - before_[l], best_at_[l], outcome)) return finish(l, slot, age, outcome);
+    if (row_ends(residual, opt_.tol, k, opt_.max_iter - before_[l], best_at_[l], outcome)) {
+      finish(l, slot, age, outcome, at_start);
+      return true;
+    }
     if (!best_saved_[l] && age == m_ - 1) save_best(l, slot, age);  // the next step overwrites it
     return false;
   }
@@ -250,19 +256,21 @@ class RowSolver {
     best_saved_[l] = true;
   }
 
-  bool finish(int l, int slot, int age, Outcome outcome) {
+  void finish(int l, int slot, int age, Outcome outcome, bool at_start) {
     const bool poisoned = outcome == Outcome::kNonFinite;
     // A free start has not seen the weights: if the next image is NaN, the best is no answer either.
     const bool hollow = poisoned && judged_start() && count_[l] == 2;
     if (hollow) best_[l] = std::numeric_limits<T>::infinity();
+    const bool is_last = age == 0 && !poisoned && !at_start;  // and it lies in z_
+    answers_are_last_ &= is_last;
     if (poisoned && !Map::kAnswerIsImage) answer_[l] = {nullptr, nullptr};  // not solved at all
     else if (hollow) answer_[l] = answer(slot, 0);
+    else if (is_last && !Map::kAnswerIsImage) answer_[l] = {z_, nullptr};
     // Without any finite residual the current image is the answer: NaN, not the start.
     else answer_[l] = best_saved_[l] ? Answer{saved_, nullptr} : answer(slot, age);
     out_.residual[row_[l]] = best_[l];
     out_.nfe[row_[l]] = before_[l] + count_[l];
     out_.outcome[row_[l]] = int8_t(outcome);
-    return true;
   }
 
   void write_answers() {
@@ -315,7 +323,7 @@ class RowSolver {
   const SolveOptions<T> opt_;
   const RowResults<T> out_;
   const int m_;
-  bool warm_;
+  bool warm_, answers_are_last_ = true;
   T *z_, *start_, *spare_, *saved_, *images_, *residuals_;
   Gram<T, NV> gram_ = {};
   Vec<T> ff_[NV] = {};

@@ -7,15 +7,13 @@
 namespace deqfuse {
 namespace DEQFUSE_ISA {
 
-// u for the rows of one tile, one after the other, which `map` linearises on the way.
+// u for the rows of one tile, one after the other, which `map` linearises on the way. Whether they are what it was given
+// last to evaluate.
 template <class T, int NV, class Map, class P>
-void solve_tile(const P& p, Map& map, int64_t begin, int64_t end, const RowResults<T>& out, T* memory) {
+bool solve_tile(const P& p, Map& map, int64_t begin, int64_t end, const RowResults<T>& out, T* memory) {
   constexpr int R = NV * kLanes<T>;
   const int64_t d = p.d;
-  if (p.mode < 0) {
-    RowSolver<T, NV, Map>(map, d, options<T>(p), out, memory).run(begin, end);
-    return;
-  }
+  if (p.mode < 0) return RowSolver<T, NV, Map>(map, d, options<T>(p), out, memory).run(begin, end);
   T *now = memory, *next = memory + d * R;
   const LaneRows<R> rows = lane_rows<R>(begin, int(end - begin));
   map.stage(rows, now, true);
@@ -29,6 +27,7 @@ void solve_tile(const P& p, Map& map, int64_t begin, int64_t end, const RowResul
     out.nfe[r] = p.mode;
     out.outcome[r] = int8_t(Outcome::kMaxIter);
   }
+  return false;
 }
 
 // What the adjoint of `blocks` blocks (cells, or the fuse step) of two matrices each needs beside its tiles: the weights
@@ -134,10 +133,10 @@ void adjoint_some_cells(const CellAdjointProblem<T>& p, int threads, ParallelFor
     T *u = memory.get(), *of_map = u + d * R;
     Map map(w, p.z + first * d, p.x[i], p.g[i], d, p.groups, of_map);
     const RowResults<T> out{u, begin, p.residual + first, p.nfe + first, p.outcome + first, nullptr, 0};
-    solve_tile<T, NV>(p, map, begin, end, out, of_map + map_tiles * d * R);
+    const bool evaluated = solve_tile<T, NV>(p, map, begin, end, out, of_map + map_tiles * d * R);
     GradientParts<T, NV> parts;
     if (p.dparams) parts = shared.parts(i, t % shared.tiles);
-    map.finish(u, lane_rows<R>(begin, int(end - begin)), p.dx[i], p.dparams ? &parts : nullptr);
+    map.finish(u, evaluated, lane_rows<R>(begin, int(end - begin)), p.dx[i], p.dparams ? &parts : nullptr);
     after(i, begin, end);
   });
   shared.parameter_gradients(T(1), threads, parallel);
@@ -188,10 +187,10 @@ void adjoint_fuse(const FuseAdjointProblem<T>& p, const FuseRows<T>& from, int t
     T *u = memory.get(), *of_map = u + d * R;
     Map map(w, p.z, from, p.mask, p.g, d, p.groups, of_map);
     const RowResults<T> out{u, begin, p.residual, p.nfe, p.outcome, nullptr, 0};
-    solve_tile<T, NV>(p, map, begin, end, out, of_map + map_tiles * d * R);
+    const bool evaluated = solve_tile<T, NV>(p, map, begin, end, out, of_map + map_tiles * d * R);
     GradientParts<T, NV> parts;
     if (p.dparams) parts = shared.parts(0, t);
-    map.finish(u, lane_rows<R>(begin, int(end - begin)), p.dx, p.dcell_sum, p.dparams ? &parts : nullptr);
+    map.finish(u, evaluated, lane_rows<R>(begin, int(end - begin)), p.dx, p.dcell_sum, p.dparams ? &parts : nullptr);
   });
   shared.parameter_gradients(T(p.modalities), threads, parallel);
 }

@@ -30,13 +30,15 @@ DEQFUSE_INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / t
 template <class T>
 struct RowMajor {
   const T* a;
-  int64_t rows;
+  int64_t rows, stride;
+  RowMajor from(int64_t k) const { return {a + k, rows, stride}; }  // its terms from k on
 };
 // In blocks of block_rows output rows: element (j, k) at a[(j / JR) * block + k * step + j % JR].
 template <class T>
 struct Blocked {
   const T* a;
   int64_t block, step;
+  Blocked from(int64_t k) const { return {a + k * step, block, step}; }
 };
 
 // acc[j][v] += sum_k a[k][j] * z[k][v]
@@ -56,17 +58,9 @@ DEQFUSE_INLINE void accumulate(const T* __restrict a, ptrdiff_t a_stride, const 
   }
 }
 
-// One block of A z: output rows j0 .. j0 + JR - 1 of `depth` terms, in the same order of sums for both kinds of matrix.
+// acc[j][v] += sum_k row[j][k] * z[k][v]
 template <class T, int NV, int JR>
-DEQFUSE_INLINE void block_product(const Blocked<T>& m, const T* z, int64_t j0, int64_t depth, Vec<T> (&acc)[JR][NV]) {
-  accumulate<T, NV, JR>(m.a + j0 / JR * m.block, m.step, z, NV * kLanes<T>, depth, acc);
-}
-template <class T, int NV, int JR>
-DEQFUSE_INLINE void block_product(const RowMajor<T>& m, const T* __restrict z, int64_t j0, int64_t depth,
-                                  Vec<T> (&acc)[JR][NV]) {
-  const T* row[JR];
-  for (int j = 0; j < JR; ++j)
-    row[j] = m.a + (j0 + j < m.rows ? j0 + j : m.rows - 1) * depth;  // a short block repeats its end
+DEQFUSE_INLINE void accumulate(const T* const (&row)[JR], const T* __restrict z, int64_t depth, Vec<T> (&acc)[JR][NV]) {
   for (int64_t k = 0; k < depth; ++k, z += NV * kLanes<T>) {
     Vec<T> zv[NV];
 #pragma GCC unroll 4
@@ -78,6 +72,20 @@ DEQFUSE_INLINE void block_product(const RowMajor<T>& m, const T* __restrict z, i
       for (int v = 0; v < NV; ++v) acc[j][v] = fma(w, zv[v], acc[j][v]);
     }
   }
+}
+
+// One block of A z: output rows j0 .. j0 + JR - 1 of `depth` terms, in the same order of sums for both kinds of matrix.
+template <class T, int NV, int JR>
+DEQFUSE_INLINE void block_product(const Blocked<T>& m, const T* z, int64_t j0, int64_t depth, Vec<T> (&acc)[JR][NV]) {
+  accumulate<T, NV, JR>(m.a + j0 / JR * m.block, m.step, z, NV * kLanes<T>, depth, acc);
+}
+template <class T, int NV, int JR>
+DEQFUSE_INLINE void block_product(const RowMajor<T>& m, const T* z, int64_t j0, int64_t depth,
+                                  Vec<T> (&acc)[JR][NV]) {
+  const T* row[JR];
+  for (int j = 0; j < JR; ++j)
+    row[j] = m.a + (j0 + j < m.rows ? j0 + j : m.rows - 1) * m.stride;  // a short block repeats its end
+  accumulate<T, NV, JR>(row, z, depth, acc);
 }
 
 // out = term(j, v, bias) [+ add] for one block: j counts its rows, v vectors.
@@ -119,7 +127,7 @@ struct Straight {
   explicit Straight(int64_t features, Uses = {}) : d(features) {}
   int64_t size() const { return 0; }
   void pack(const T*, T*, int64_t, int64_t) const {}
-  RowMajor<T> matrix(const T* a, const T*) const { return {a, d}; }
+  RowMajor<T> matrix(const T* a, const T*) const { return {a, d, d}; }
 };
 
 // A transposed. A small matrix is walked where it lies: a block of A^T is JR neighbours in each row of A. In a large
@@ -136,63 +144,84 @@ struct Transposed {
   // Output rows [begin, end) of the copy; begin is a multiple of JR.
   void pack(const T* __restrict a, T* __restrict copy, int64_t begin, int64_t end) const {
     if (in_place()) return;
-    for (int64_t k = 0; k < d; ++k)
-      for (int64_t j0 = begin; j0 < end; j0 += JR) {
-        T block[JR] = {};
-        if (d - j0 >= JR) std::memcpy(block, a + k * d + j0, sizeof block);
-        else std::memcpy(block, a + k * d + j0, sizeof(T) * (d - j0));
-        std::memcpy(copy + j0 * d + k * JR, block, sizeof block);
-      }
+    // Some rows of A at a time, or the blocks, which lie whole pages apart where d is a power of two, would push each
+    // other out of the cache.
+    for (int64_t k0 = 0; k0 < d; k0 += 64)
+      for (int64_t j0 = begin; j0 < end; j0 += JR)
+        for (int64_t k = k0; k < d && k < k0 + 64; ++k) {
+          T block[JR] = {};
+          if (d - j0 >= JR) std::memcpy(block, a + k * d + j0, sizeof block);
+          else std::memcpy(block, a + k * d + j0, sizeof(T) * (d - j0));
+          std::memcpy(copy + j0 * d + k * JR, block, sizeof block);
+        }
   }
   Blocked<T> matrix(const T* a, const T* copy) const {
     return in_place() ? Blocked<T>{a, JR, d} : Blocked<T>{copy, JR * d, JR};
   }
 };
 
-// The rows of a batch, `kWidth` features per panel: element (row, i) at
-// p[(i / kWidth) * rows * kWidth + row * kWidth + i % kWidth]. A product over the rows then reads both its factors from
-// front to back.
+// Rows and vectors of a block of the product over the rows of a batch: as many sums as there are registers for.
+constexpr int kGradientVectors = 2, kGradientRows = block_rows(kGradientVectors);
+
+// Its first factor: of each tile kGradientRows features at a time, and of those all tiles one after the other.
+template <class T, int NV>
+struct Strips {
+  static constexpr int R = NV * kLanes<T>, JR = kGradientRows;
+  T* p;
+  int64_t rows, d;
+
+  static int64_t size(int64_t rows, int64_t d) { return round_up(rows, R) * round_up(d, JR); }
+  T* at(int64_t i, int64_t row) const { return p + i / JR * JR * round_up(rows, R) + row / R * R * JR; }
+  void take(const T* tile, const LaneRows<R>& from) const {
+    for (int64_t i = 0; i < d; i += JR)
+      std::memcpy(at(i, from.row[0]), tile + i * R, sizeof(T) * R * (d - i < JR ? d - i : JR));
+  }
+};
+
+// Its second factor: kWidth features per panel, those of a row side by side.
 template <class T, int NV, int kWidth>
 struct Panels {
   T* p;
   int64_t rows, d;
 
-  static int64_t size(int64_t rows, int64_t d) { return round_up(rows * round_up(d, kWidth), kLanes<T>); }
+  static int64_t size(int64_t rows, int64_t d) { return rows * round_up(d, kWidth); }
   T* at(int64_t i, int64_t row) const { return p + i / kWidth * rows * kWidth + row * kWidth + i % kWidth; }
 
   // The values of lanes that have a row into that row; the last panel is padded with zeros.
   void take(const T* tile, const LaneRows<NV * kLanes<T>>& from) const {
-    constexpr int W = kLanes<T>, part = kWidth < W ? kWidth : W;
     for_rows_of_lanes<T, NV>(tile, nullptr, from, d, [&](int l, int64_t i, const T* values, int) {
-      for (int q = 0; q < W && i + q < round_up(d, kWidth); q += part)
-        std::memcpy(at(i + q, from.row[l]), values + q, sizeof(T) * part);
+      std::memcpy(at(i, from.row[l]), values, sizeof(Vec<T>));
     });
-    for (int64_t i = round_up(d, W); i < round_up(d, kWidth); ++i)
+    for (int64_t i = round_up(d, kLanes<T>); i < round_up(d, kWidth); ++i)
       for (int64_t row : from.row)
         if (row >= 0) *at(i, row) = T(0);
   }
 };
 
-// Vectors and rows of a block of the product below.
-constexpr int panel_vectors(int nv) { return nv > 2 ? 3 : nv; }
-constexpr int panel_rows(int nv) { return nv > 2 ? 8 : block_rows(nv); }
-
-// out = A^T B over all rows, columns [k0, k0 + R) of the (d, d) result. Rows are taken 256 at a time: their panels stay
-// in cache, and partial sums keep the rounding small.
-template <class T, int kTile, int JR, int R>
-void outer_product(const Panels<T, kTile, JR>& a, const Panels<T, kTile, R>& b, int64_t k0, T* out) {
-  constexpr int W = kLanes<T>, NV = R / W;
-  const int64_t d = a.d, columns = d - k0 < R ? d - k0 : R;
+// out = A^T B over all rows, columns [k0, k0 + kWidth) of the (d, d) result. Rows are taken 256 at a time: their panels
+// stay in cache, and partial sums keep the rounding small.
+template <class T, int NV, int kWidth>
+void outer_product(const Strips<T, NV>& a, const Panels<T, NV, kWidth>& b, int64_t k0, T* out) {
+  constexpr int W = kLanes<T>, V = kWidth / W, JR = kGradientRows, R = NV * W;
+  const int64_t d = a.d, columns = d - k0 < kWidth ? d - k0 : kWidth;
   for (int64_t r0 = 0; r0 < a.rows || r0 == 0; r0 += 256) {
-    const int64_t depth = a.rows - r0 < 256 ? a.rows - r0 : 256;
+    const int64_t end = r0 + 256 < a.rows ? r0 + 256 : a.rows;
     for (int64_t j0 = 0; j0 < d; j0 += JR) {
-      Vec<T> acc[JR][NV] = {};
-      accumulate<T, NV, JR>(a.at(j0, r0), JR, b.at(k0, r0), R, depth, acc);
-      for (int j = 0; j < JR && j0 + j < d; ++j) {
-        alignas(64) T line[R];
-        for (int v = 0; v < NV; ++v) store(line + v * W, acc[j][v]);
-        T* o = out + (j0 + j) * d + k0;
-        for (int64_t k = 0; k < columns; ++k) o[k] = r0 == 0 ? line[k] : o[k] + line[k];
+      Vec<T> acc[JR][V] = {};
+      for (int64_t r = r0; r < end; r += R) {
+        const T* row[JR];
+        for (int j = 0; j < JR; ++j) row[j] = a.at(j0, r) + (j0 + j < d ? j : 0) * R;
+        accumulate<T, V, JR>(row, b.at(k0, r), end - r < R ? end - r : R, acc);
+      }
+#pragma GCC unroll 16
+      for (int j = 0; j < JR; ++j) {
+        if (j0 + j >= d) break;
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) {
+          T* o = out + (j0 + j) * d + k0 + v * W;
+          const int64_t count = columns - v * W;
+          store_some(o, r0 == 0 ? acc[j][v] : load_some(o, count) + acc[j][v], count);
+        }
       }
     }
   }

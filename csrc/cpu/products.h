@@ -39,9 +39,9 @@ int64_t work_tiles(int64_t d) {
 
 #ifdef DEQFUSE_VNNI
 template <class T, int NV>
-using StraightForm = WithPairs<Straight<T>, false>;
+using StraightForm = StraightPairs;
 template <class T, int NV>
-using TransposedForm = WithPairs<Transposed<T, block_rows(NV)>, true>;
+using TransposedForm = TransposedPairs<block_rows(NV)>;
 #else
 template <class T, int NV>
 using StraightForm = Straight<T>;
@@ -49,9 +49,9 @@ template <class T, int NV>
 using TransposedForm = Transposed<T, block_rows(NV)>;
 #endif
 template <class T, int NV>
-using Cotangents = Panels<T, NV, panel_rows(NV)>;
+using Cotangents = Strips<T, NV>;
 template <class T, int NV>
-constexpr int64_t kGradientColumns = panel_vectors(NV) * kLanes<T>;
+constexpr int64_t kGradientColumns = kGradientVectors * kLanes<T>;
 template <class T, int NV>
 using Inputs = Panels<T, NV, kGradientColumns<T, NV>>;
 template <int NV>

@@ -5,7 +5,7 @@
 #include <cmath>
 
 #include "../common/group_norm.h"
-#include "vec.h"
+#include "lanes.h"
 
 namespace deqfuse {
 namespace DEQFUSE_ISA {
@@ -141,41 +141,43 @@ void group_norm_backward(const T* t, const T* gate_in, const T* gamma, const T* 
   }
 }
 
-// The sum over a vector's lanes as a tree: its order is fixed, and a chain would be slow.
+// The sum over the lanes of each of m, in the order of a tree.
 template <class T>
-DEQFUSE_INLINE T sum_of_lanes(Vec<T> a) {
-  alignas(64) T lane[kLanes<T>];
-  store(lane, a);
+DEQFUSE_INLINE Vec<T> sums_of_lanes(Vec<T> (&m)[kLanes<T>]) {
+  transpose<T>(m);
+#pragma GCC unroll 16
   for (int half = kLanes<T> / 2; half > 0; half /= 2)
-    for (int l = 0; l < half; ++l) lane[l] += lane[l + half];
-  return lane[0];
+#pragma GCC unroll 16
+    for (int l = 0; l < half; ++l) m[l] += m[l + half];
+  return m[0];
+}
+
+// out[i] = the sum of term(i, v) over all lanes.
+template <class T, int NV, class Term>
+DEQFUSE_INLINE void sum_lanes(T* out, int64_t d, Term term) {
+  constexpr int W = kLanes<T>;
+  for (int64_t i = 0; i < d; i += W) {
+    Vec<T> m[W] = {};
+    for (int q = 0; q < W && i + q < d; ++q)
+      for (int v = 0; v < NV; ++v) m[q] += term(i + q, v);
+    store_some(out + i, sums_of_lanes<T>(m), d - i);
+  }
 }
 
 // The sums over a tile's rows.
 template <class T, int NV>
 void row_sums(const T* t, T* out, int64_t d) {
-  constexpr int W = kLanes<T>, R = NV * W;
-  for (int64_t i = 0; i < d; ++i) {
-    Vec<T> sum{};
-    for (int v = 0; v < NV; ++v) sum += load(t + i * R + v * W);
-    out[i] = sum_of_lanes<T>(sum);
-  }
+  sum_lanes<T, NV>(out, d, [&](int64_t i, int v) { return load(t + (i * NV + v) * kLanes<T>); });
 }
 
 // Gradients of a norm's weight and bias from one tile: the sums over its rows of t * x_hat and of t.
 template <class T, int NV>
 void norm_sums(const T* t, const T* x_hat, T* weight, T* bias, int64_t d) {
-  constexpr int W = kLanes<T>, R = NV * W;
-  for (int64_t i = 0; i < d; ++i) {
-    Vec<T> product{}, plain{};
-    for (int v = 0; v < NV; ++v) {
-      const Vec<T> a = load(t + i * R + v * W);
-      product = fma(a, load(x_hat + i * R + v * W), product);
-      plain += a;
-    }
-    weight[i] = sum_of_lanes<T>(product);
-    bias[i] = sum_of_lanes<T>(plain);
-  }
+  sum_lanes<T, NV>(weight, d, [&](int64_t i, int v) {
+    const int64_t o = (i * NV + v) * kLanes<T>;
+    return load(t + o) * load(x_hat + o);
+  });
+  row_sums<T, NV>(t, bias, d);
 }
 
 // a . b for two rows. Four partial sums: one would wait for its own latency.

@@ -71,6 +71,12 @@ DEQFUSE_INLINE Vec<T> load_some(const T* p, int64_t count) {
   if (count > 0) __builtin_memcpy(&v, p, sizeof(T) * size_t(count));
   return v;
 }
+// Its first `count` values.
+template <class T>
+DEQFUSE_INLINE void store_some(T* p, Vec<T> v, int64_t count) {
+  if (count >= kLanes<T>) __builtin_memcpy(p, &v, sizeof v);
+  else if (count > 0) __builtin_memcpy(p, &v, sizeof(T) * size_t(count));
+}
 template <class T>
 DEQFUSE_INLINE Vec<T> splat(T s) {
   return s - Vec<T>{};  // x - 0 is x and folds away, x + 0 is not: it would cost an addition
