@@ -37,10 +37,10 @@ class AdjointBase {
         largest[v] = maximum(largest[v], a < zero ? -a : a);
       }
     for (int v = 0; v < NV; ++v) {
-      // u = 0 solves a row of zeros; the inverse of a denormal number overflows.
+      // u = 0 solves a row of zeros; the inverse of a denormal number overflows, that of a huge one is denormal.
       const Vec<T> magnitude = largest[v] == zero ? one : maximum(largest[v], least);
-      store(magnitude_ + v * W, magnitude);
-      inverse[v] = one / magnitude;
+      inverse[v] = maximum(one / magnitude, least);
+      store(magnitude_ + v * W, one / inverse[v]);
     }
     sum_features<T, NV>(d, sum, [&](int64_t i, int v, Vec<T> s) {
       T* at = g_ + i * R + v * W;
@@ -252,9 +252,12 @@ class FuseAdjoint : public AdjointBase<T, NV> {
     T* u = this->g_;
     rows_to_lanes<T, NV>(solution, lane_rows<R>(0, rows.count()), u, d_);
     if (!evaluated) pull<Digits::kAll>(u);
-    for (T* tile : {u, de_, gated_, pulled_}) this->rescale(tile, d_);
     T* unmasked = de_;  // x enters behind the mask
-    if (mask_rows_) pull_norm(u, unmasked = dq_);
+    if (mask_rows_) {
+      pull_norm(u, unmasked = dq_);
+      this->rescale(dq_, d_);
+    }
+    for (T* tile : {u, de_, gated_, pulled_}) this->rescale(tile, d_);
     lanes_to_rows<T, NV>(unmasked, nullptr, rows, dx, d_);
     lanes_to_rows<T, NV>(pulled_, nullptr, rows, dcell_sum, d_);
     if (parts == nullptr) return;

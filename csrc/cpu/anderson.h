@@ -87,7 +87,7 @@ class RowSolver {
     for (int64_t& row : row_) row = -1;
   }
 
-  // Whether all answers are the iterates that were evaluated last.
+  // Of rows that fit into one tile: whether all answers are the iterates that were evaluated last.
   bool run(int64_t begin, int64_t end) {
     next_ = begin;
     end_ = end;
@@ -261,7 +261,7 @@ class RowSolver {
     // A free start has not seen the weights: if the next image is NaN, the best is no answer either.
     const bool hollow = poisoned && judged_start() && count_[l] == 2;
     if (hollow) best_[l] = std::numeric_limits<T>::infinity();
-    const bool is_last = age == 0 && !poisoned && !at_start;  // and it lies in z_
+    const bool is_last = age == 0 && !poisoned && !at_start;  // it lies in z_, where a start never was
     answers_are_last_ &= is_last;
     if (poisoned && !Map::kAnswerIsImage) answer_[l] = {nullptr, nullptr};  // not solved at all
     else if (hollow) answer_[l] = answer(slot, 0);

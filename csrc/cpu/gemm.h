@@ -160,7 +160,7 @@ struct Transposed {
   }
 };
 
-// Rows and vectors of a block of the product over the rows of a batch: as many sums as there are registers for.
+// Rows and vectors of a block of the product over the rows of a batch: enough sums to hide the latency of a multiply-add.
 constexpr int kGradientVectors = 2, kGradientRows = block_rows(kGradientVectors);
 
 // Its first factor: of each tile kGradientRows features at a time, and of those all tiles one after the other.

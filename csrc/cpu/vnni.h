@@ -160,7 +160,7 @@ struct TransposedPairs : WithPairs<Transposed<float, JR>> {
   }
 
  private:
-  // Eight floats, of which JR are a line of the block: of six, the rest is read only.
+  // Eight floats, of which JR are a line of the block; of six, two more are read where the next line follows.
   typedef float Line __attribute__((vector_size(32)));
   typedef int32_t Integers __attribute__((vector_size(32)));
   static_assert(JR == 8 || JR == 6);
@@ -168,8 +168,9 @@ struct TransposedPairs : WithPairs<Transposed<float, JR>> {
   void pack_block(const float* a, int64_t step, float* unit, int32_t* to) const {
     const int64_t d = this->d_;
     const auto line = [&](int64_t k) {
-      Line v;
-      std::memcpy(&v, a + k * step, sizeof v);
+      Line v{};
+      if (JR == 8 || k + 1 < d) std::memcpy(&v, a + k * step, sizeof v);
+      else std::memcpy(&v, a + k * step, sizeof(float) * JR);
       return v;
     };
     const Scale by = scale_of(d, [&](int64_t from, int64_t end) {
@@ -186,10 +187,10 @@ struct TransposedPairs : WithPairs<Transposed<float, JR>> {
     std::memcpy(unit, &by.unit, sizeof(float) * JR);
     Line scale;
     std::memcpy(&scale, &by.to_integers, sizeof scale);
-    const auto rounded = [&](int64_t k) { return (Integers)(line(k) * scale + (kRoom - Line{})); };
+    const auto integers = [&](int64_t k) { return (Integers)(line(k) * scale + (kRoom - Line{})); };
     for (int64_t k = 0; k < d; k += 2, to += JR) {
-      Integers both = rounded(k) & (0xffff - Integers{});
-      if (k + 1 < d) both |= rounded(k + 1) << 16;
+      Integers both = integers(k) & (0xffff - Integers{});
+      if (k + 1 < d) both |= integers(k + 1) << 16;
       std::memcpy(to, &both, sizeof(int32_t) * JR);
     }
   }
