@@ -631,7 +631,8 @@ void check_large(const KernelTable& table) {
   }
 }
 
-int main() {
+// Every other instruction set, from number argv[1] on; without it all.
+int main(int argc, char** argv) {
   std::vector<const KernelTable*> tables{&kernels_base()};
 #if defined(__x86_64__)
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) tables.push_back(&kernels_avx2());
@@ -639,7 +640,8 @@ int main() {
   if (__builtin_cpu_supports("avx512vnni")) tables.push_back(&kernels_vnni());
   if (may_use_amx()) tables.push_back(&kernels_amx());
 #endif
-  for (const KernelTable* table : tables) {
+  for (size_t i = argc > 1 ? size_t(std::atoi(argv[1])) : 0; i < tables.size(); i += argc > 1 ? 2 : 1) {
+    const KernelTable* table = tables[i];
     checks = converged = rows_solved = slopes_compared = series_compared = layers_compared = narrow = stretched = 0;
     check_table(*table);
     if (table->plan(257, 768, 4, 5).rows_per_tile == 64) check_large(*table);
