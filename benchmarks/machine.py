@@ -11,7 +11,7 @@ import torch
 
 import deqfuse
 from benchmarks import cases
-from deqfuse.backends import native
+from deqfuse.backends import cpu_native
 
 
 def describe(rates: Sequence[tuple[dict[str, float], float]]) -> dict[str, Any]:
@@ -20,7 +20,7 @@ def describe(rates: Sequence[tuple[dict[str, float], float]]) -> dict[str, Any]:
     Args:
         rates: (matmul rates by name, bandwidth) of each time they were measured in this run.
     """
-    build = native.module.build_info() if native.module is not None else {}
+    build = cpu_native.module.build_info() if cpu_native.module is not None else {}
     matmul: dict[str, float] = {}
     for measured, _ in rates:
         for name, rate in measured.items():

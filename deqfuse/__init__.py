@@ -21,13 +21,13 @@ from deqfuse.nn.progressive import ProFusion as ProFusion
 from deqfuse.outcome import Outcome as Outcome
 from deqfuse.result import BlockInfo as BlockInfo
 from deqfuse.result import SolveInfo as SolveInfo
-from deqfuse.solvers.options import Anderson as Anderson
-from deqfuse.solvers.options import Broyden as Broyden
+from deqfuse.solvers.anderson import Anderson as Anderson
+from deqfuse.solvers.anderson import Picard as Picard
+from deqfuse.solvers.broyden import Broyden as Broyden
+from deqfuse.solvers.newton_krylov import NewtonKrylov as NewtonKrylov
 from deqfuse.solvers.options import Implicit as Implicit
 from deqfuse.solvers.options import Neumann as Neumann
-from deqfuse.solvers.options import NewtonKrylov as NewtonKrylov
 from deqfuse.solvers.options import OneStep as OneStep
-from deqfuse.solvers.options import Picard as Picard
 from deqfuse.solvers.options import Unrolled as Unrolled
 
 __all__ = [

@@ -12,7 +12,8 @@ from deqfuse.reporting import ON_FAILURE
 from deqfuse.scalars import flag as flag
 from deqfuse.scalars import one_of as one_of
 from deqfuse.scalars import positive_int as positive_int
-from deqfuse.solvers.options import GradientOption, NewtonKrylov, SolverOption, Unrolled
+from deqfuse.solvers.options import GradientOption, SolverOption, Unrolled
+from deqfuse.solvers.solve import SOLVERS
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -33,7 +34,8 @@ def groups(dim: int, num_groups: int) -> None:
     positive_int("dim", dim)
     positive_int("num_groups", num_groups)
     if dim % num_groups:
-        fitting = [g for g in range(1, dim + 1) if dim % g == 0][:8]
+        # Not dim itself: GroupNorm over single features is constant.
+        fitting = [g for g in range(1, max(dim // 2, 1) + 1) if dim % g == 0][:8]
         raise ValueError(
             f"num_groups: expected a divisor of dim={dim}, got {num_groups}. "
             f"Remedy: choose one of {fitting}..."
@@ -43,18 +45,14 @@ def groups(dim: int, num_groups: int) -> None:
 def options(solver: Any, adjoint: Any, on_failure: Any) -> None:
     """The solver, gradient and failure options must be of their types and go together."""
     if not isinstance(solver, SolverOption):
-        raise TypeError(
-            f"solver: expected Anderson(...), Picard(...), Broyden(...) or NewtonKrylov(...), "
-            f"got {solver!r}"
-        )
+        *first, last = (f"{kind.__name__}(...)" for kind in SOLVERS)
+        raise TypeError(f"solver: expected {', '.join(first)} or {last}, got {solver!r}")
     if not isinstance(adjoint, GradientOption):
         raise TypeError(
             "adjoint: expected Implicit(...), OneStep(), Neumann(...) or Unrolled(), "
             f"got {adjoint!r}"
         )
-    if isinstance(adjoint, Unrolled) and (
-        isinstance(solver, NewtonKrylov) or getattr(solver, "rescue", False)
-    ):
+    if isinstance(adjoint, Unrolled) and not solver.unrolls:
         raise ValueError(
             "adjoint: Unrolled() cannot backpropagate through Newton-Krylov steps; got "
             f"solver={solver!r}. Remedy: Implicit(), or Anderson(), Picard() or Broyden()."

@@ -3,24 +3,35 @@
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
-from deqfuse import autograd as rule
-from deqfuse import backends, checks, ops, reporting, transforms
+from deqfuse import backends, checks, reporting
 from deqfuse.backends.problem import compute_dtype
+from deqfuse.operators.rule import NoSecond
 from deqfuse.reporting import OnFailure
 from deqfuse.result import BlockInfo
-from deqfuse.solvers.options import Anderson, GradientOption, Implicit, SolverOption, Unrolled
-from deqfuse.solvers.solve import solve
+from deqfuse.solvers.adjoint import solve_adjoint
+from deqfuse.solvers.anderson import Anderson
+from deqfuse.solvers.options import GradientOption, Implicit, SolverOption, Unrolled
+from deqfuse.solvers.solve import Solver, solve
+from deqfuse.torch_private import (
+    dynamo_is_loaded,
+    in_transform_or_forward_mode,
+    mark_uncompiled,
+    traced,
+    values_of,
+)
 
 # What torch.compile(fullgraph=True) says about loops whose length depends on the data.
 ITERATES = "iterates until every row has converged, which no graph can hold. Remedy: "
 _COMPILE_F = f"DEQ(f) {ITERATES}compile f itself, DEQ(torch.compile(f)), or leave fullgraph out"
+
+FIXED_POINT: reporting.Parts = (("the fixed point", ...),)
+BACKWARD: reporting.Parts = (("the backward solve", ...),)
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -31,12 +42,11 @@ def uncompiled(reason: str) -> Callable[[_F], _F]:
     def mark(f: _F) -> _F:
         @functools.wraps(f)
         def call(*args: Any, **kwargs: Any) -> Any:
-            if "torch._dynamo" not in sys.modules:
+            if not dynamo_is_loaded():
                 return f(*args, **kwargs)
             return torch.compiler.disable(f, reason=reason)(*args, **kwargs)
 
-        call._torchdynamo_disable = True  # type: ignore[attr-defined]
-        call._torchdynamo_disable_msg = reason  # type: ignore[attr-defined]
+        mark_uncompiled(call, reason)
         return cast(_F, call)
 
     return mark
@@ -68,7 +78,7 @@ def fixed_point(
     checks.tensor("z0", z0)
     if z0.dim() != 2:
         raise ValueError(f"z0: expected (B, n), got shape {tuple(z0.shape)}")
-    if transforms.active():
+    if in_transform_or_forward_mode():
         raise NotImplementedError(
             "deqfuse: DEQ(f) inside torch.func transforms (vmap, grad, jvp, ...) or forward-mode "
             "differentiation is not supported. Remedy: backward(); a mapped dimension as more rows"
@@ -89,20 +99,76 @@ def fixed_point(
     else:
         with torch.no_grad():
             backend = backends.for_rows(start, solver)
-            found = solve(checked, start, solver, backends.load(backend).anderson)
-    info = block_info(found, "the fixed point", solver, on_failure)
+            found = solve(checked, start, solver, run=_anderson_of(backend, solver))
+    info = block_info(found, FIXED_POINT, solver, on_failure)
     z_star = found.z
     if torch.is_grad_enabled() and not isinstance(adjoint, Unrolled):
         leaf = z_star.detach().requires_grad_()
         image = checked(leaf)
         if image.requires_grad:
-            z_star = rule.ImplicitGradient.apply(image, leaf, adjoint, on_failure)
+            z_star = ImplicitGradient.apply(image, leaf, adjoint, on_failure)
     return z_star.to(z0.dtype), info, backend
 
 
-def block_info(solved: Any, what: str, solver: SolverOption, on_failure: str) -> BlockInfo:
+def block_info(
+    solved: Any, parts: reporting.Parts, solver: SolverOption, on_failure: str
+) -> BlockInfo:
     """Statistics as users see them, and the report on rows that failed."""
     residual, outcome = solved.residual.detach(), solved.outcome
-    if not ops.traced(outcome):
-        reporting.report(what, ops.unwrapped(outcome), ops.unwrapped(residual), solver, on_failure)
+    if not traced(outcome):
+        reporting.report(parts, values_of(outcome), values_of(residual), solver, on_failure)
     return BlockInfo(residual, solved.nfe, outcome, solved.trace if solver.trace else None)
+
+
+def _anderson_of(backend: str, solver: SolverOption) -> Solver | None:
+    """The backend's own step of Anderson mixing; None for solvers that have but one form."""
+    if not isinstance(solver, Anderson):
+        return None
+    run = backends.load(backend).anderson
+    return lambda f, z0, option, linearize: run(f, z0, option)
+
+
+class ImplicitGradient(torch.autograd.Function):
+    """Identity on ``f(z*)`` whose backward solves the adjoint equation.
+
+    The graph of one evaluation of f at z* does the rest: behind this node it carries u to
+    everything that f touched, its arguments and its closed-over parameters alike.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        image: Tensor,  # (B, n) f(z*), with its graph
+        z_star: Tensor,  # (B, n) the leaf that the graph starts from
+        adjoint: GradientOption,
+        on_failure: str,
+    ) -> Tensor:  # (B, n)
+        ctx.save_for_backward(image, z_star)
+        ctx.adjoint, ctx.on_failure = adjoint, on_failure
+        return z_star.clone()  # the answer, in grad mode as without; the graph is that of f(z*)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        image, z_star = ctx.saved_tensors
+
+        def vjp(u: Tensor) -> Tensor:
+            (out,) = torch.autograd.grad(
+                image, z_star, u, retain_graph=True, allow_unused=True, materialize_grads=True
+            )
+            return out
+
+        with torch.no_grad():
+            solution = solve_adjoint(vjp, grad, ctx.adjoint)
+        if ctx.adjoint.reports:
+            reporting.report(
+                BACKWARD,
+                solution.outcome,
+                solution.residual,
+                ctx.adjoint,
+                ctx.on_failure,
+            )
+        u = solution.z
+        # With create_graph=True, u depends on z* and the parameters in ways that no graph records.
+        if torch.is_grad_enabled():
+            (u,) = NoSecond.apply(1, u, image)
+        return u, None, None, None

@@ -9,17 +9,19 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from deqfuse import backends, checks, eager, ops, reporting, transforms
-from deqfuse.backends import Backend, maps, reference
-from deqfuse.backends.maps import CellParams, FuseParams, Variant
+from deqfuse import backends, checks, operators, reporting
+from deqfuse.backends import BackendName, maps, reference
+from deqfuse.backends.maps import VARIANTS, CellParams, FuseParams, VariantName
 from deqfuse.backends.problem import Solved, SolvedLayer
 from deqfuse.equilibrium import ITERATES, block_info, fixed_point, uncompiled
+from deqfuse.operators.bodies import full_precision
 from deqfuse.reporting import OnFailure
 from deqfuse.result import BlockInfo
-from deqfuse.solvers.options import Anderson, GradientOption, Implicit, SolverOption, Unrolled
+from deqfuse.solvers.anderson import Anderson
+from deqfuse.solvers.options import GradientOption, Implicit, SolverOption, Unrolled
+from deqfuse.torch_private import traced, values_of
 
 __all__ = [
     "fixed_point",
@@ -40,7 +42,7 @@ def residual_cell(
     params: Sequence[Tensor],  # the ten tensors of CellParams, without the modality dimension
     *,
     num_groups: int = 4,
-    variant: Variant = "paper",
+    variant: VariantName = "paper",
 ) -> Tensor:  # (B, d)
     """One step of one residual cell, Eq. 8 of arXiv 2306.16645; differentiable."""
     checks.tensor("x", x)
@@ -49,11 +51,11 @@ def residual_cell(
     checks.tensor("z", z, like=x)
     checks.shape("z", z, tuple(x.shape), "(B, d), the shape of x")
     checks.groups(x.shape[-1], num_groups)
-    checks.one_of("variant", variant, maps.VARIANTS)
+    checks.one_of("variant", variant, VARIANTS)
     _check_count(params, CellParams)
     checks.parameters(params, x, 2, 6)
     stacked = CellParams(*(p[None].to(x.dtype) for p in params))
-    return maps.residual_cell(z[None], x[None], stacked, num_groups, variant)[0]
+    return maps.residual_cell(z[None], x[None], stacked, num_groups, VARIANTS[variant])[0]
 
 
 def purify_combine(
@@ -64,7 +66,7 @@ def purify_combine(
     *,
     mask: Tensor | None = None,  # (B, d)
     num_groups: int = 4,
-    variant: Variant = "paper",
+    variant: VariantName = "paper",
 ) -> Tensor:  # (B, d)
     """One step of the soft gate and the combination, Eqs. 9-12; differentiable."""
     checks.tensor("x_fuse", x_fuse)
@@ -76,12 +78,13 @@ def purify_combine(
     if mask is not None:
         checks.operand("mask", mask, x_fuse, tuple(x_fuse.shape), "(B, d)")
     checks.groups(x_fuse.shape[-1], num_groups)
-    checks.one_of("variant", variant, maps.VARIANTS)
+    checks.one_of("variant", variant, VARIANTS)
     _check_count(params, FuseParams)
     checks.parameters(params, x_fuse, 2, 2)
     fuse = FuseParams(*(p.to(x_fuse.dtype) for p in params))
     constant = maps.gate_constant(cells.sum(0), cells.shape[0], fuse)
-    return maps.purify_combine(z, x_fuse, constant, mask, cells.shape[0], fuse, num_groups, variant)
+    rest = (cells.shape[0], fuse, num_groups, VARIANTS[variant])
+    return maps.purify_combine(z, x_fuse, constant, mask, *rest)
 
 
 def output_norm(
@@ -89,7 +92,7 @@ def output_norm(
     weight: Tensor,  # (d,)
     bias: Tensor,  # (d,)
     num_groups: int,
-    variant: Variant = "paper",
+    variant: VariantName = "paper",
 ) -> Tensor:  # (B, d)
     """The combination's last step, ``GN(relu(e))``; ``relu(GN(e))`` in "released-mmimdb".
 
@@ -99,10 +102,10 @@ def output_norm(
     if e.dim() != 2:
         raise ValueError(f"e: expected (B, d), got shape {tuple(e.shape)}")
     checks.groups(e.shape[-1], num_groups)
-    checks.one_of("variant", variant, maps.VARIANTS)
+    checks.one_of("variant", variant, VARIANTS)
     checks.operand("weight", weight, e, (e.shape[-1],), "(d,)")
     checks.operand("bias", bias, e, (e.shape[-1],), "(d,)")
-    return maps.output_norm(e, weight, bias, num_groups, variant)
+    return maps.output_norm(e, weight, bias, num_groups, VARIANTS[variant])
 
 
 def solve_cells(
@@ -110,12 +113,12 @@ def solve_cells(
     params: Sequence[Tensor],  # N * 10 tensors: CellParams of cell 0, then of cell 1, ...
     *,
     num_groups: int = 4,
-    variant: Variant = "paper",
+    variant: VariantName = "paper",
     solver: SolverOption = Anderson(),  # noqa: B008 - frozen
     adjoint: GradientOption = Implicit(),  # noqa: B008 - frozen
     z0: Tensor | None = None,  # (N, B, d)
     on_failure: OnFailure = "warn",
-    backend: Backend = "auto",
+    backend: BackendName = "auto",
 ) -> tuple[Tensor, BlockInfo, str]:
     """Equilibria of N residual cells, each row of each modality to its own tolerance.
 
@@ -135,7 +138,7 @@ def solve_cells(
     """
     flat = list(params)
     checks.options(solver, adjoint, on_failure)
-    checks.one_of("variant", variant, maps.VARIANTS)
+    checks.one_of("variant", variant, VARIANTS)
     checks.tensor("x", x)
     if x.dim() != 3:
         raise ValueError(f"x: expected (N, B, d), got shape {tuple(x.shape)}")
@@ -149,11 +152,11 @@ def solve_cells(
     _check_z0(z0, x, "(N, B, d)")
     name = _choose(x, num_groups, solver, adjoint, backend)
     if isinstance(adjoint, Unrolled):
-        solved = _unrolled(reference.solve_cells, x, flat, _detach(z0), num_groups, variant, solver)
+        steps = (num_groups, VARIANTS[variant], solver)
+        solved = _unrolled(reference.solve_cells, x, flat, _detach(z0), *steps)
     else:
         options = (num_groups, variant, solver.code, adjoint.code, name, on_failure)
-        start = _detach(z0)
-        solved = Solved(*_call("solve_cells", ops.traced(x), x, flat, start, *options))
+        solved = Solved(*operators.solve(operators.CELLS, (x,), flat, (_detach(z0),), options))
     return solved.z, block_info(solved, reporting.CELLS, solver, on_failure), name
 
 
@@ -165,12 +168,12 @@ def solve_fuse(
     num_modalities: int,
     mask: Tensor | None = None,  # (B, d)
     num_groups: int = 4,
-    variant: Variant = "paper",
+    variant: VariantName = "paper",
     solver: SolverOption = Anderson(),  # noqa: B008 - frozen
     adjoint: GradientOption = Implicit(),  # noqa: B008 - frozen
     z0: Tensor | None = None,  # (B, d)
     on_failure: OnFailure = "warn",
-    backend: Backend = "auto",
+    backend: BackendName = "auto",
 ) -> tuple[Tensor, BlockInfo, str]:
     """Equilibrium of the purify-then-combine step for given cell equilibria, per row.
 
@@ -183,7 +186,7 @@ def solve_fuse(
     """
     flat = list(params)
     checks.options(solver, adjoint, on_failure)
-    checks.one_of("variant", variant, maps.VARIANTS)
+    checks.one_of("variant", variant, VARIANTS)
     checks.positive_int("num_modalities", num_modalities)
     checks.tensor("x_fuse", x_fuse)
     if x_fuse.dim() != 2:
@@ -196,18 +199,13 @@ def solve_fuse(
     checks.parameters(flat, x_fuse, 2, 2)
     _check_z0(z0, x_fuse, "(B, d)")
     name = _choose(x_fuse, num_groups, solver, adjoint, backend)
-    start = _detach(z0)
+    rows, others = (x_fuse, cell_sum), (mask, _detach(z0), num_modalities)
     if isinstance(adjoint, Unrolled):
-        solved = _unrolled(
-            reference.solve_fuse,
-            x_fuse, cell_sum, flat, mask, start, num_modalities, num_groups, variant, solver,
-        )  # fmt: skip
+        steps = (num_groups, VARIANTS[variant], solver)
+        solved = _unrolled(reference.solve_fuse, *rows, flat, *others, *steps)
     else:
-        options = (
-            num_modalities, num_groups, variant, solver.code, adjoint.code, name, on_failure,
-        )  # fmt: skip
-        inputs = (x_fuse, cell_sum, flat, mask, start, *options)
-        solved = Solved(*_call("solve_fuse", ops.traced(x_fuse), *inputs))
+        options = (num_groups, variant, solver.code, adjoint.code, name, on_failure)
+        solved = Solved(*operators.solve(operators.FUSE, rows, flat, others, options))
     return solved.z, block_info(solved, reporting.FUSE, solver, on_failure), name
 
 
@@ -219,11 +217,11 @@ def solve_layer(
     z0_cells: Tensor | None,  # (N, B, d)
     *,
     num_groups: int,
-    variant: Variant,
+    variant: VariantName,
     solver: SolverOption,
     adjoint: GradientOption,
     on_failure: OnFailure,
-    backend: Backend,
+    backend: BackendName,
 ) -> tuple[SolvedLayer, str]:
     """Equilibria of a whole layer in one operator, and the name of the backend that ran.
 
@@ -234,16 +232,17 @@ def solve_layer(
     checks.options(solver, adjoint, on_failure)
     name = _choose(x[0], num_groups, solver, adjoint, backend)
     options = (num_groups, variant, solver.code, adjoint.code, name, on_failure)
-    starts, traced = (_detach(z0_fuse), _detach(z0_cells)), ops.traced(x[0])
+    others = (mask, _detach(z0_fuse), _detach(z0_cells))
     try:
-        solved = SolvedLayer(*_call("solve_layer", traced, x, params, mask, *starts, *options))
+        solved = SolvedLayer(*operators.solve(operators.LAYER, x, params, others, options))
     except (RuntimeError, TypeError, AttributeError):
-        if not traced:
+        if not traced(x[0]):
             _check_layer_parameters(x, params)
         raise
-    if not traced:
-        statistics = ops.unwrapped(solved.outcome), ops.unwrapped(solved.residual)
-        reporting.report_layer(*statistics, solver, on_failure, solved.all_converged)
+    if not traced(x[0]):
+        statistics = values_of(solved.outcome), values_of(solved.residual)
+        known = solved.all_converged
+        reporting.report(reporting.LAYER, *statistics, solver, on_failure, all_converged=known)
     return solved, name
 
 
@@ -268,19 +267,8 @@ def _choose(
 @uncompiled(_UNROLLED)
 def _unrolled(solve_block: Callable[..., Solved], x: Tensor, *problem: Any) -> Solved:
     """A solve on the reference path whose steps autograd records."""
-    with ops.full_precision(x.device):
+    with full_precision(x.device):
         return solve_block(x, *problem)
-
-
-def _call(name: str, traced: bool, *inputs: Any) -> Any:
-    """An operator, by the way that those who look at it can follow."""
-    if traced:
-        return getattr(ops, name)(*inputs)
-    if transforms.active():
-        return getattr(transforms, name)(*inputs)
-    if torch.is_grad_enabled():
-        return getattr(eager, name)(*inputs)
-    return getattr(ops, f"run_{name}")(*inputs)
 
 
 def _check_layer_parameters(x: Sequence[Tensor], params: Sequence[Tensor]) -> None:

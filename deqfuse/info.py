@@ -148,11 +148,11 @@ def _backends() -> dict[str, str]:
 
 
 def _compiled_module() -> str:
-    from deqfuse.backends import native
+    from deqfuse.backends import cpu_native
 
-    if native.module is None:
+    if cpu_native.module is None:
         return ""
-    build = native.module.build_info()
+    build = cpu_native.module.build_info()
     return (
         f"\nRuns {build['instruction_set']} in vectors of {build['vector_bytes']} bytes; "
         f"built with {build['compiler']} for torch >= {build['torch_target']}"

@@ -14,14 +14,16 @@ from torch import Tensor
 
 from deqfuse.errors import ConvergenceError, ConvergenceWarning
 from deqfuse.outcome import Outcome
-from deqfuse.solvers.options import GradientOption, Implicit, NewtonKrylov, SolverOption
+from deqfuse.solvers.options import GradientOption, SolverOption
 
 OnFailure = Literal["warn", "raise", "ignore"]
 ON_FAILURE: tuple[OnFailure, ...] = get_args(OnFailure)
-CELLS, FUSE = LAYER_BLOCKS = ("the modality cells", "the fuse block")
-Blocks = tuple[tuple[str, Any], ...]  # a block's name, and where its statistics are
-_FORWARD: Blocks = ((CELLS, slice(None, -1)), (FUSE, -1))
-_BACKWARD: Blocks = tuple((f"the backward solve of {name}", at) for name, at in reversed(_FORWARD))
+# What is solved, in words, and which part of the statistics belongs to it.
+Parts = tuple[tuple[str, Any], ...]
+_LAYER_NAMES = ("the modality cells", "the fuse block")
+CELLS: Parts = ((_LAYER_NAMES[0], ...),)
+FUSE: Parts = ((_LAYER_NAMES[1], ...),)
+LAYER: Parts = ((_LAYER_NAMES[0], slice(None, -1)), (_LAYER_NAMES[1], -1))
 NEAR_ROUNDING = 1e-5  # where float32 residuals of wide layers end
 ROUNDING = "That is near float32 rounding. Remedy: a larger tol, or float64."
 
@@ -50,67 +52,49 @@ _late: deque[_Late] = deque(maxlen=64)
 _lock = threading.Lock()
 
 
+def backward(parts: Parts) -> Parts:
+    """The names of the backward solves, in their order: the last block comes first."""
+    return tuple((f"the backward solve of {name}", at) for name, at in reversed(parts))
+
+
 def report(
-    what: str,
+    parts: Parts,
     outcome: Tensor,  # int8, any shape
     residual: Tensor,  # the same shape
     option: SolverOption | GradientOption,
     on_failure: str,
+    *,
+    all_converged: bool = False,  # known already
 ) -> None:
     """Warn or raise when rows of a solve failed.
 
     Args:
-        what: the solve in words, e.g. "the fuse block".
+        parts: names of what was solved, and where its statistics are in the tensors.
         outcome, residual: per row, as in ``BlockInfo``.
         option: the solver or gradient option, whose knobs the message names.
         on_failure: "warn", "raise" or "ignore". Under ``torch.compile``, and while a CUDA graph is
             captured, always "ignore".
+        all_converged: whether the caller knows that no row failed.
     """
-    _report(((what, ...),), outcome, residual, option, on_failure)
-
-
-def report_layer(
-    outcome: Tensor,  # (N + 1, B) int8, the fuse block last
-    residual: Tensor,  # (N + 1, B)
-    option: SolverOption | GradientOption,
-    on_failure: str,
-    all_converged: bool = False,  # known already
-    *,
-    backward: bool = False,
-) -> None:
-    """:func:`report` for each kind of block, in the order in which they were solved."""
-    if all_converged:
-        flush()
-    else:
-        _report(_BACKWARD if backward else _FORWARD, outcome, residual, option, on_failure)
-
-
-def _report(
-    blocks: Blocks,
-    outcome: Tensor,
-    residual: Tensor,
-    option: SolverOption | GradientOption,
-    on_failure: str,
-) -> None:
     if torch.compiler.is_compiling():
         return
     flush()
-    if on_failure == "ignore" or outcome.numel() == 0:
+    if all_converged or on_failure == "ignore" or outcome.numel() == 0:
         return
     if outcome.is_cuda:
         if _capturing():
             return  # a replayed graph runs none of this
         if on_failure == "warn":
-            _report_late(blocks, outcome, residual, option)
+            _report_late(parts, outcome, residual, option)
             return
     if outcome.any():  # CONVERGED is 0; the summary is for those who need it
         outcome, residual = outcome.cpu(), residual.detach().cpu()
-        for what, at in blocks:
+        for what, at in parts:
             _say(what, _summary(outcome[at], residual[at]), option, on_failure)
 
 
 def _report_late(
-    blocks: Blocks, outcome: Tensor, residual: Tensor, option: SolverOption | GradientOption
+    parts: Parts, outcome: Tensor, residual: Tensor, option: SolverOption | GradientOption
 ) -> None:
     """Two copies to pinned memory and an event, 5 bytes a row and block: no kernel, no waiting.
 
@@ -121,7 +105,7 @@ def _report_late(
     arrived = torch.cuda.Event()
     arrived.record(stream)
     with _lock:
-        for what, at in blocks:
+        for what, at in parts:
             _late.append(_Late(_Statistics(outcome[at], residual[at]), arrived, what, option))
 
 
@@ -202,16 +186,9 @@ def _callers_level() -> int:
 
 
 def _remedy(what: str, option: SolverOption | GradientOption) -> str:
-    name, budget = type(option).__name__, getattr(option, "max_iter", 0)
-    if isinstance(option, Implicit):
-        knob = "I - J is singular there" if option.solver == "dense" else ""
-        knob = knob or f"Remedy: Implicit(max_iter={2 * budget}), a looser tol"
-        return f"Their gradient is inexact. {knob}."
-    remedies = [f"{name}(max_iter={2 * budget})"]
-    if not getattr(option, "rescue", False):
-        remedies.append("Anderson(rescue=True)")
-    if not isinstance(option, NewtonKrylov):
-        remedies.append("NewtonKrylov()")
-    if what in LAYER_BLOCKS:
+    if isinstance(option, GradientOption):
+        return f"Their gradient is inexact. {option.remedy()}."
+    remedies = option.remedies()
+    if what in _LAYER_NAMES:
         remedies.append("init='contractive' where it is 'torch'")
     return f"Remedies: {', '.join(remedies)}, or info.jacobian_penalty() in the loss."

@@ -20,7 +20,8 @@ from torch import Tensor
 from deqfuse.errors import ConvergenceError
 from deqfuse.nn.cells import PurifyCombine, ResidualCell
 from deqfuse.nn.fusion import DEQFusion
-from deqfuse.solvers.options import Anderson, Implicit, Unrolled
+from deqfuse.solvers.anderson import Anderson
+from deqfuse.solvers.options import Implicit, Unrolled
 
 __all__ = [
     "dense_implicit_gradients",

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from deqfuse import Anderson, DEQFusion, Implicit
-from deqfuse.backends import cuda, cuda_native, native, reference
+from deqfuse.backends import cpu_native, cuda, cuda_native, reference
 from deqfuse.backends.arguments import adjoint_numbers
 from deqfuse.backends.problem import compute_dtype
 
@@ -164,7 +164,7 @@ def main() -> int:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     absent = cuda_native.load_error() if device == "cuda" else None
-    if device == "cpu" and native.module is None:
+    if device == "cpu" and cpu_native.module is None:
         absent = "the compiled module, which has the host policy, is missing"
     wrong, ran = [absent] if absent else [], set()
     for precision in ("ieee", "tf32") if device == "cuda" else ("ieee",):

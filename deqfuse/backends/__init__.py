@@ -1,10 +1,7 @@
 """Which backend runs a problem, or why not.
 
-Every backend is a module with the same few names: ``unavailable()`` (None, or why it cannot run
-here and what would change that), ``refuses(problem)`` (None, or why it cannot take this problem),
-the six functions ``solve_*`` and ``adjoint_*`` for ``cells``, ``fuse`` and ``layer``, and, for any
-other map of rows, ``anderson`` with ``takes_rows(z0, solver)``. An explicit request is never
-answered by another backend; only "auto" moves on.
+Every backend is a record (``backend.py``) that its module makes. An explicit request is never
+answered by another backend; only "auto" moves on, to the first of ``BACKENDS`` that accepts.
 """
 
 from __future__ import annotations
@@ -12,13 +9,13 @@ from __future__ import annotations
 import logging
 import os
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from deqfuse.backends import cpu, cuda, reference
+from deqfuse.backends.backend import Backend as Backend
 from deqfuse.backends.problem import Problem as Problem
 from deqfuse.errors import BackendUnavailable
 from deqfuse.solvers.options import SolverOption
@@ -26,6 +23,7 @@ from deqfuse.solvers.options import SolverOption
 __all__ = [
     "BACKENDS",
     "Backend",
+    "BackendName",
     "BackendStatus",
     "Problem",
     "choose",
@@ -35,9 +33,12 @@ __all__ = [
 ]
 
 # Fastest first: "auto" takes the first that accepts the problem.
-_MODULES: dict[str, ModuleType] = {"cuda": cuda, "cpu": cpu, "reference": reference}
-BACKENDS = tuple(_MODULES)
-Backend = Literal["auto", "cuda", "cpu", "reference"]  # what may be asked for
+BACKENDS: dict[str, Backend] = {
+    "cuda": cuda.BACKEND,
+    "cpu": cpu.BACKEND,
+    "reference": reference.BACKEND,
+}
+BackendName = Literal["auto", "cuda", "cpu", "reference"]  # what may be asked for
 ENVIRONMENT = "DEQFUSE_BACKEND"
 
 _log = logging.getLogger("deqfuse")
@@ -54,17 +55,17 @@ class BackendStatus:
     remedy: str
 
 
-def load(name: str) -> ModuleType:
-    """The module of a backend."""
-    return _MODULES[name]
+def load(name: str) -> Backend:
+    """A backend by its name."""
+    return BACKENDS[name]
 
 
 def describe() -> list[BackendStatus]:
     """Every backend, whether it can run here, and if not, why and what would change that."""
     table = []
-    for name in BACKENDS:
-        missing = load(name).unavailable()
-        reason, remedy = missing or ((load(name).__doc__ or "").partition("\n")[0], "")
+    for name, backend in BACKENDS.items():
+        missing = backend.unavailable()
+        reason, remedy = missing or (backend.summary, "")
         table.append(BackendStatus(name, missing is None, reason, remedy))
     return table
 
@@ -74,15 +75,14 @@ def _objection(name: str, problem: Problem) -> str | None:
     missing = backend.unavailable()
     if missing is not None:
         return f"{missing[0]}. Remedy: {missing[1]}"
-    refusal: str | None = backend.refuses(problem)
-    return refusal
+    return backend.refuses(problem)
 
 
 def for_rows(z0: Tensor, solver: SolverOption) -> str:
     """The backend whose Anderson step solves for rows of any map: the environment's, or the first
     that can; the reference where that one cannot."""
     named = _named("auto")
-    names = BACKENDS if named == "auto" else (named, "reference")
+    names = tuple(BACKENDS) if named == "auto" else (named, "reference")
     return next(name for name in names if load(name).takes_rows(z0, solver))
 
 
@@ -134,8 +134,9 @@ def _announce(name: str, problem: Problem) -> None:
         _announced.add(name)
         _log.info("deqfuse: backend=%r for %s", name, problem.device)
     if name == "reference" and "missing" not in _announced:
-        missing = cpu.unavailable()
-        if missing is not None and cpu.refuses(problem) is None:
+        compiled = load("cpu")
+        missing = compiled.unavailable()
+        if missing is not None and compiled.refuses(problem) is None:
             _announced.add("missing")
             _log.warning(
                 "deqfuse: backend='auto' runs plain PyTorch, several times slower than C++: %s. "

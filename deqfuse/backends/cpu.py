@@ -5,21 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from deqfuse.backends import layer, native, reference
+from deqfuse.backends import cpu_native, layer, reference
 from deqfuse.backends.arguments import adjoint_numbers, prepare, prepare_all
+from deqfuse.backends.backend import Backend, Launchers
 from deqfuse.backends.maps import Variant
 from deqfuse.backends.problem import LayerStatistics, Problem, Solved, SolvedLayer, Statistics
 from deqfuse.outcome import Outcome
+from deqfuse.solvers.anderson import Anderson, Picard
 from deqfuse.solvers.newton_krylov import Map
-from deqfuse.solvers.options import (
-    Anderson,
-    GradientOption,
-    Implicit,
-    Neumann,
-    OneStep,
-    Picard,
-    SolverOption,
-)
+from deqfuse.solvers.options import GradientOption, Implicit, Neumann, OneStep, SolverOption
 from deqfuse.solvers.rows import Solution
 
 MAX_HISTORY = 8  # csrc/cpu/mixing.h
@@ -28,10 +22,10 @@ ADJOINT_SOLVERS = ("auto", "anderson", "neumann")
 
 def unavailable() -> tuple[str, str] | None:
     """Why this backend cannot run here, and what would change that."""
-    if native.module is not None:
+    if cpu_native.module is not None:
         return None
     return (
-        f"the compiled module is missing or does not load ({native.load_error})",
+        f"the compiled module is missing or does not load ({cpu_native.load_error})",
         "install deqfuse where torch and a C++ compiler are: "
         "pip install --no-build-isolation . "
         "(DEQFUSE_BUILD=cpu makes a failed build an error that says why)",
@@ -64,8 +58,8 @@ def solve_cells(
 ) -> Solved:
     """Equilibria of all N residual cells."""
     solved = Solved(
-        *native.solve_cells(
-            x, flat_params, z0, num_groups, variant != "paper", *_forward(solver), _steps(solver)
+        *cpu_native.solve_cells(
+            x, flat_params, z0, num_groups, variant.skip, *_forward(solver), _steps(solver)
         )
     )
     if not (isinstance(solver, Anderson) and solver.rescue):
@@ -88,9 +82,9 @@ def solve_fuse(
 ) -> Solved:
     """Equilibrium of the purify-then-combine step, the cells' equilibria held fixed."""
     solved = Solved(
-        *native.solve_fuse(
+        *cpu_native.solve_fuse(
             x_fuse, cell_sum, flat_params, mask, z0, num_modalities, num_groups,
-            variant == "released-mmimdb", *_forward(solver), _steps(solver),
+            variant.relu_last, *_forward(solver), _steps(solver),
         )
     )  # fmt: skip
     if not (isinstance(solver, Anderson) and solver.rescue):
@@ -120,9 +114,9 @@ def solve_layer(
             x, flat_params, mask, z0_fuse, z0_cells, num_groups, variant, solver,
         )  # fmt: skip
     return SolvedLayer(
-        *native.solve_layer(
+        *cpu_native.solve_layer(
             x, flat_params, mask, z0_fuse, z0_cells, num_groups,
-            variant != "paper", variant == "released-mmimdb", *_forward(solver), _steps(solver),
+            variant.skip, variant.relu_last, *_forward(solver), _steps(solver),
         )
     )  # fmt: skip
 
@@ -139,7 +133,7 @@ def anderson(f: Map, z0: Tensor, option: Anderson) -> Solution:
     nfe, best_at = new(rows, dtype=torch.int32), new(rows, dtype=torch.int32)
     outcome = new(rows, dtype=torch.int8).fill_(int(Outcome.MAX_ITER))
     active, step = torch.ones(rows, dtype=torch.bool), 0
-    while native.anderson_step(
+    while cpu_native.anderson_step(
         f(z).contiguous(), z, best, images, residuals, gram, best_residual,
         nfe, best_at, outcome, active, trace, step,
         option.tol, option.max_iter, option.beta, option.lam,
@@ -170,9 +164,9 @@ def adjoint_cells(
     want_params: bool,
 ) -> tuple[Tensor, list[Tensor], Statistics]:
     """Gradients through the cells' equilibria: dx, the parameters', the statistics."""
-    dx, grads, *statistics = native.adjoint_cells(
+    dx, grads, *statistics = cpu_native.adjoint_cells(
         grad_z, z, x, flat_params, want_params,
-        num_groups, variant != "paper", *adjoint_numbers(adjoint),
+        num_groups, variant.skip, *adjoint_numbers(adjoint),
     )  # fmt: skip
     return dx, grads, Statistics(*statistics)
 
@@ -191,9 +185,9 @@ def adjoint_fuse(
     want_params: bool,
 ) -> tuple[Tensor, Tensor, list[Tensor], Statistics]:
     """Gradients through the fuse equilibrium: dx_fuse, dcell_sum, parameters', statistics."""
-    dx, dcell_sum, grads, *statistics = native.adjoint_fuse(
+    dx, dcell_sum, grads, *statistics = cpu_native.adjoint_fuse(
         grad_z, z, x_fuse, cell_sum, flat_params, want_params, mask,
-        num_modalities, num_groups, variant == "released-mmimdb", *adjoint_numbers(adjoint),
+        num_modalities, num_groups, variant.relu_last, *adjoint_numbers(adjoint),
     )  # fmt: skip
     return dx, dcell_sum, grads, Statistics(*statistics)
 
@@ -211,11 +205,23 @@ def adjoint_layer(
     want_params: bool,
 ) -> tuple[list[Tensor], list[Tensor], LayerStatistics]:
     """Gradients through the whole layer in one call: dx, the parameters', the statistics."""
-    dx, grads, *statistics = native.adjoint_layer(
+    dx, grads, *statistics = cpu_native.adjoint_layer(
         grad_z, grad_cells, states, x, flat_params, want_params, mask,
-        num_groups, variant != "paper", variant == "released-mmimdb", *adjoint_numbers(adjoint),
+        num_groups, variant.skip, variant.relu_last, *adjoint_numbers(adjoint),
     )  # fmt: skip
     return dx, grads, LayerStatistics(*statistics)
+
+
+BACKEND = Backend(
+    summary="Whole solves and adjoints as compiled C++ on the CPU.",
+    unavailable=unavailable,
+    refuses=refuses,
+    cells=Launchers(solve_cells, adjoint_cells),
+    fuse=Launchers(solve_fuse, adjoint_fuse),
+    layer=Launchers(solve_layer, adjoint_layer),
+    takes_rows=takes_rows,
+    anderson=anderson,
+)
 
 
 def _forward(solver: SolverOption) -> tuple[float, int, int, float, float]:

@@ -21,22 +21,19 @@ import torch
 from torch import Tensor
 
 from deqfuse.backends import cuda_adjoint, layer, reference
+from deqfuse.backends.backend import Backend, Launchers
 from deqfuse.backends.layer import LayerParams
 from deqfuse.backends.maps import Variant
 from deqfuse.backends.problem import Problem, Solved, SolvedLayer, compute_dtype
+from deqfuse.solvers.anderson import Anderson, Picard
 from deqfuse.solvers.newton_krylov import Map
-from deqfuse.solvers.options import Anderson, Picard, SolverOption, Unrolled
+from deqfuse.solvers.options import SolverOption, Unrolled
 from deqfuse.solvers.rows import Solution
 
 if TYPE_CHECKING:
     from deqfuse.triton_kernels.tiles import Knobs
 
 MIN_CAPABILITY = (8, 0)
-GPU = "a CUDA build of torch and an NVIDIA GPU"
-
-adjoint_cells = cuda_adjoint.adjoint_cells
-adjoint_fuse = cuda_adjoint.adjoint_fuse
-adjoint_layer = cuda_adjoint.adjoint_layer
 
 
 def unavailable() -> tuple[str, str] | None:
@@ -46,7 +43,7 @@ def unavailable() -> tuple[str, str] | None:
     if missing is not None:
         return missing
     if not torch.cuda.is_available():
-        return f"torch {torch.__version__} sees no GPU", GPU
+        return f"torch {torch.__version__} sees no GPU", "an NVIDIA GPU and its driver"
     return None
 
 
@@ -62,7 +59,10 @@ def _missing() -> tuple[str, str] | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed", "pip install 'deqfuse[triton]'"
     if torch.version.cuda is None:
-        return f"torch {torch.__version__} is built without CUDA", GPU
+        return (
+            f"torch {torch.__version__} is built without CUDA",
+            "a CUDA build of torch and an NVIDIA GPU",
+        )
     return None
 
 
@@ -122,7 +122,7 @@ def solve_cells(
     """Equilibria of all N residual cells."""
     from deqfuse.triton_kernels import cell, solve, stepped
 
-    dtype, knobs, skip = compute_dtype(x.dtype), _knobs(solver), variant != "paper"
+    dtype, knobs, skip = compute_dtype(x.dtype), _knobs(solver), variant.skip
     x, z0 = x.contiguous(), _contiguous(z0)
     with _on(x):
         packed = cell.pack_cells(flat_params)
@@ -156,7 +156,7 @@ def solve_fuse(
     dtype, knobs = compute_dtype(x_fuse.dtype), _knobs(solver)
     x, cell_sum = x_fuse.contiguous(), cell_sum.contiguous()
     mask, z0, params = _contiguous(mask), _contiguous(z0), [p.contiguous() for p in flat_params]
-    shape = (num_modalities, num_groups, variant == "released-mmimdb")
+    shape = (num_modalities, num_groups, variant.relu_last)
     with _on(x):
         if one_launch(x, num_groups, solver):
             found = solve.solve_fuse(x, cell_sum, params, mask, z0, *shape, knobs), None
@@ -200,7 +200,7 @@ def solve_layer(
             torch.stack(list(x)), cell.pack_cells(params.cells),
             [p.contiguous() for p in params.fuse], params.weights.contiguous(), params.bias,
             mask, z0_fuse, z0_cells,
-            num_groups, variant != "paper", variant == "released-mmimdb",
+            num_groups, variant.skip, variant.relu_last,
             _knobs(solver),
         )  # fmt: skip
     return SolvedLayer(z, *_solved(both, None, solver))
@@ -242,6 +242,18 @@ def takes_rows(z0: Tensor, solver: SolverOption) -> bool:
         and solver.m <= tiles.MAX_STEP_HISTORY
         and torch.cuda.get_device_capability(z0.device) >= MIN_CAPABILITY
     )
+
+
+BACKEND = Backend(
+    summary="Triton kernels on NVIDIA GPUs: whole solves in one launch, or fused steps.",
+    unavailable=unavailable,
+    refuses=refuses,
+    cells=Launchers(solve_cells, cuda_adjoint.adjoint_cells),
+    fuse=Launchers(solve_fuse, cuda_adjoint.adjoint_fuse),
+    layer=Launchers(solve_layer, cuda_adjoint.adjoint_layer),
+    takes_rows=takes_rows,
+    anderson=anderson,
+)
 
 
 def _knobs(solver: SolverOption) -> Knobs:

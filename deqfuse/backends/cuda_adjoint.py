@@ -38,7 +38,7 @@ def adjoint_cells(
     want_params: bool,
 ) -> tuple[Tensor, list[Tensor], Statistics]:
     """Gradients through the cells' equilibria: dx, the parameters', the statistics."""
-    skip, params = variant != "paper", prepare_all(flat_params, z)
+    skip, params = variant.skip, prepare_all(flat_params, z)
     shared = len(z) > 1 and grad_z.stride(0) == 0  # one cotangent for all: not copied N times
     g = prepare(grad_z[0], z).expand_as(z) if shared else prepare(grad_z, z)
     x_ = prepare(x, z)
@@ -81,7 +81,7 @@ def adjoint_fuse(
     want_params: bool,
 ) -> tuple[Tensor, Tensor, list[Tensor], Statistics]:
     """Gradients through the fuse equilibrium: dx_fuse, dcell_sum, parameters', statistics."""
-    relu_last, params = variant == "released-mmimdb", prepare_all(flat_params, z)
+    relu_last, params = variant.relu_last, prepare_all(flat_params, z)
     g, x, total, mask = (prepare(t, z) for t in (grad_z, x_fuse, cell_sum, mask))
     if _library_takes(adjoint):
         dx, dcell_sum, grads, *statistics = cuda_native.adjoint_fuse(

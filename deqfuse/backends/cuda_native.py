@@ -2,8 +2,8 @@
 
 The library is loaded when it is first asked for: importing deqfuse touches no CUDA. On CPU tensors
 the operators run the same kernel bodies through the host policy of the compiled module, for tests.
-Results are those of ``native.adjoint_cells`` and ``native.adjoint_fuse``; ``nfe`` counts
-applications of J^T. Gradients belong to the public operators, as those of ``native`` do.
+Results are those of ``cpu_native.adjoint_cells`` and ``cpu_native.adjoint_fuse``; ``nfe`` counts
+applications of J^T. Gradients belong to the public operators, as those of ``cpu_native`` do.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from deqfuse.backends.native import empty_grads, empty_statistics
+from deqfuse.backends.empty import empty_grads, empty_statistics
 
 _LIBRARY = Path(__file__).parents[1] / "_cuda.so"
 _SOLVE = (

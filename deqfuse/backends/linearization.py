@@ -42,7 +42,7 @@ class CellLinearization:
     def __init__(
         self, z: Tensor, x: Tensor, params: CellParams, num_groups: int, variant: Variant
     ) -> None:
-        self.z, self.params, self.skip = z, params, variant != "paper"
+        self.z, self.params, self.skip = z, params, variant.skip
         self.gamma1, self.gamma2, self.gamma3 = (
             g[:, None] for g in (params.norm1_weight, params.norm2_weight, params.norm3_weight)
         )
@@ -121,7 +121,7 @@ class FuseLinearization:
         self.gate = torch.addmm(constant, z, params.gate_weight.mT, alpha=num_modalities)
         self.q = z * self.gate
         e = self._masked(torch.addmm(params.fuse_bias, self.q, params.fuse_weight.mT)) + x_fuse
-        self.relu_last = variant == "released-mmimdb"
+        self.relu_last = variant.relu_last
         if self.relu_last:
             self.norm = _Norm(e, num_groups)
             self.sign = self.norm.x_hat * params.norm_weight + params.norm_bias > 0

@@ -12,9 +12,24 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-Variant = Literal["paper", "released", "released-mmimdb"]
-VARIANTS: tuple[Variant, ...] = ("paper", "released", "released-mmimdb")
 GROUP_NORM_EPS = 1e-5
+
+
+class Variant(NamedTuple):
+    """In what the authors' code differs from their paper."""
+
+    skip: bool  # ``+ z_i`` before a cell's last relu
+    relu_last: bool  # the combination ends in ``relu(GN(e))`` instead of ``GN(relu(e))``
+    bias: bool  # a scalar bias on x_f
+
+
+VariantName = Literal["paper", "released", "released-mmimdb"]
+PAPER = Variant(skip=False, relu_last=False, bias=False)
+VARIANTS: dict[VariantName, Variant] = {
+    "paper": PAPER,
+    "released": Variant(skip=True, relu_last=False, bias=True),
+    "released-mmimdb": Variant(skip=True, relu_last=True, bias=True),
+}
 
 
 class CellParams(NamedTuple):
@@ -80,20 +95,20 @@ def residual_cell(
     x: Tensor,  # (N, B, d)
     params: CellParams,
     num_groups: int,
-    variant: Variant = "paper",
+    variant: Variant = PAPER,
 ) -> Tensor:  # (N, B, d)
     """One step of every residual cell (Eq. 8):
 
     ``z_i <- GN3(relu(GN2(W2 relu(GN1(W1 z_i + b1)) + b2 + x_i)))``
 
-    The released variants add the skip ``+ z_i`` before the last relu.
+    ``variant.skip`` adds ``+ z_i`` before the last relu.
     """
     row = lambda t: t[:, None]  # noqa: E731 - (N, d) -> (N, 1, d)
     y = linear(z, params.linear1_weight, params.linear1_bias)
     h = torch.relu(group_norm(y, row(params.norm1_weight), row(params.norm1_bias), num_groups))
     y = linear(h, params.linear2_weight, params.linear2_bias) + x
     y = group_norm(y, row(params.norm2_weight), row(params.norm2_bias), num_groups)
-    if variant != "paper":
+    if variant.skip:
         y = y + z
     return group_norm(torch.relu(y), row(params.norm3_weight), row(params.norm3_bias), num_groups)
 
@@ -115,13 +130,13 @@ def purify_combine(
     num_modalities: int,
     params: FuseParams,
     num_groups: int,
-    variant: Variant = "paper",
+    variant: Variant = PAPER,
 ) -> Tensor:  # (B, d)
     """One step of the soft gate and the combination (Eqs. 9-12), with the gate collapsed:
 
     ``sum_i a_i * z_f = z_f * (W_a (N z_f + S) + N b_a)``,   ``S = sum_i z_i``
 
-    ``z_f <- GN(relu(W_f sum_i (a_i * z_f) + b_f + x_f))``; "released-mmimdb" has ``relu(GN(.))``.
+    ``z_f <- GN(relu(W_f sum_i (a_i * z_f) + b_f + x_f))``; :func:`output_norm` has the last step.
     """
     gate = torch.addmm(constant, z, params.gate_weight.mT, alpha=num_modalities)
     combined = torch.addmm(params.fuse_bias, z * gate, params.fuse_weight.mT)
@@ -133,7 +148,7 @@ def purify_combine(
 def output_norm(
     e: Tensor, weight: Tensor, bias: Tensor, num_groups: int, variant: Variant
 ) -> Tensor:
-    """``GN(relu(e))``, or ``relu(GN(e))`` in "released-mmimdb"."""
-    if variant == "released-mmimdb":
+    """``GN(relu(e))``, or ``relu(GN(e))`` with ``variant.relu_last``."""
+    if variant.relu_last:
         return torch.relu(group_norm(e, weight, bias, num_groups))
     return group_norm(torch.relu(e), weight, bias, num_groups)

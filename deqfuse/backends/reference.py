@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from deqfuse.backends import layer
+from deqfuse.backends.backend import Backend, Launchers
 from deqfuse.backends.linearization import CellLinearization, FuseLinearization
 from deqfuse.backends.maps import (
     CellParams,
@@ -26,9 +27,9 @@ from deqfuse.backends.problem import (
     compute_dtype,
 )
 from deqfuse.solvers.adjoint import solve_adjoint
-from deqfuse.solvers.anderson import anderson as anderson
+from deqfuse.solvers.anderson import Anderson, anderson
 from deqfuse.solvers.newton_krylov import Linearize, Map
-from deqfuse.solvers.options import Anderson, GradientOption, SolverOption
+from deqfuse.solvers.options import GradientOption, SolverOption
 from deqfuse.solvers.rows import Solution
 from deqfuse.solvers.solve import rescue, solve
 
@@ -185,6 +186,18 @@ def adjoint_layer(*problem: Any) -> tuple[list[Tensor], list[Tensor], LayerStati
     return layer.adjoint(adjoint_cells, adjoint_fuse, *problem)
 
 
+BACKEND = Backend(
+    summary="Plain PyTorch on any device, what every other backend is checked against.",
+    unavailable=unavailable,
+    refuses=refuses,
+    cells=Launchers(solve_cells, adjoint_cells),
+    fuse=Launchers(solve_fuse, adjoint_fuse),
+    layer=Launchers(solve_layer, adjoint_layer),
+    takes_rows=takes_rows,
+    anderson=anderson,
+)
+
+
 def _to_compute(value: Any, like: Tensor) -> Any:
     """A tensor, a list of tensors or None in the compute dtype that belongs to ``like``."""
     if value is None:
@@ -209,7 +222,7 @@ def _solve(
     step: Map, like: Tensor, z0: Tensor | None, solver: SolverOption, linearize: Linearize
 ) -> Solved:
     start = torch.zeros_like(like) if z0 is None else z0.to(like.dtype)
-    found = solve(step, start.reshape(-1, like.shape[-1]), solver, linearize=linearize)
+    found = solve(step, start.reshape(-1, like.shape[-1]), solver, linearize)
     return solved(found, like.shape, solver)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from deqfuse.backends import Backend
+from deqfuse.backends import BackendName
 from deqfuse.cli.errors import UserError
 from deqfuse.data import MultiviewData, Splits, load_mogonet, split_stratified
 from deqfuse.experiments import omics_report
@@ -161,7 +161,7 @@ class OmicsStudy(Study):
         for threads in sorted({1, most}):
             torch.set_num_threads(threads)
             runs = {}
-            models: tuple[tuple[str, Backend], ...]
+            models: tuple[tuple[str, BackendName], ...]
             models = (("concat", "auto"), ("cpu", "cpu"), ("reference", "reference"))
             for name, backend in models:
                 torch.manual_seed(0)

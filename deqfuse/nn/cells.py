@@ -9,11 +9,20 @@ import torch
 from torch import Tensor, nn
 
 from deqfuse import checks, functional
-from deqfuse.backends.maps import VARIANTS, Variant
+from deqfuse.backends.maps import VARIANTS, VariantName
 from deqfuse.nn.parts import CellLinear, weights_and_biases
 
 Init = Literal["contractive", "torch"]
 INITS: tuple[Init, ...] = ("contractive", "torch")
+_CELL_PARTS = (
+    ("linear1", CellLinear),
+    ("linear2", CellLinear),
+    ("norm1", nn.GroupNorm),
+    ("norm2", nn.GroupNorm),
+    ("norm3", nn.GroupNorm),
+)
+_NORM = (("norm", nn.GroupNorm),)
+_COMBINE_PARTS = (("gate", CellLinear), ("fuse", CellLinear), *_NORM)
 
 
 class ResidualCell(nn.Module):
@@ -38,7 +47,7 @@ class ResidualCell(nn.Module):
         dim: int,
         *,
         num_groups: int = 4,
-        variant: Variant = "paper",
+        variant: VariantName = "paper",
         init: Init = "contractive",
         device: Any = None,
         dtype: torch.dtype | None = None,
@@ -62,9 +71,7 @@ class ResidualCell(nn.Module):
 
     def flat(self) -> list[Tensor]:
         """The ten parameters in the order of ``CellParams``."""
-        return weights_and_biases(
-            self, ResidualCell, ("linear1", "linear2"), ("norm1", "norm2", "norm3")
-        )
+        return weights_and_biases(self, ResidualCell, _CELL_PARTS)
 
     def forward(
         self,
@@ -101,7 +108,7 @@ class PurifyCombine(nn.Module):
         *,
         gate: bool = True,
         num_groups: int = 4,
-        variant: Variant = "paper",
+        variant: VariantName = "paper",
         init: Init = "contractive",
         device: Any = None,
         dtype: torch.dtype | None = None,
@@ -135,7 +142,7 @@ class PurifyCombine(nn.Module):
         """The six parameters in the order of ``FuseParams``; only with a gate."""
         if self._modules.get("gate") is None:
             raise ValueError("gate: a combination without a gate is not a fixed-point map")
-        return weights_and_biases(self, PurifyCombine, ("gate", "fuse"), ("norm",))
+        return weights_and_biases(self, PurifyCombine, _COMBINE_PARTS)
 
     def forward(
         self,
@@ -151,7 +158,7 @@ class PurifyCombine(nn.Module):
             combined = self.fuse(cells.sum(0))
             if mask is not None:
                 combined = combined * mask
-            weight, bias = weights_and_biases(self, PurifyCombine, (), ("norm",))
+            weight, bias = weights_and_biases(self, PurifyCombine, _NORM)
             return functional.output_norm(
                 combined + x_fuse, weight, bias, self.num_groups, self.variant
             )

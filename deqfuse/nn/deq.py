@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from deqfuse import checks, functional
 from deqfuse.reporting import OnFailure
 from deqfuse.result import SolveInfo
-from deqfuse.solvers.options import Anderson, GradientOption, Implicit, SolverOption
+from deqfuse.solvers.anderson import Anderson
+from deqfuse.solvers.options import GradientOption, Implicit, SolverOption
 
 State = Tensor | tuple[Tensor, ...]
 

@@ -12,13 +12,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deqfuse import checks, functional
-from deqfuse.backends import BACKENDS, Backend
-from deqfuse.backends.maps import VARIANTS, Variant
+from deqfuse.backends import BACKENDS, BackendName
+from deqfuse.backends.maps import VARIANTS, VariantName
 from deqfuse.nn import inputs, solving
 from deqfuse.nn.cells import INITS, Init, PurifyCombine, ResidualCell, dropout_mask
-from deqfuse.nn.parts import parameter
+from deqfuse.nn.fast import parameter
+from deqfuse.nn.parts import flat_parameters
 from deqfuse.reporting import OnFailure
-from deqfuse.solvers.options import Anderson, GradientOption, Implicit, SolverOption
+from deqfuse.solvers.anderson import Anderson
+from deqfuse.solvers.options import GradientOption, Implicit, SolverOption
 
 _PURIFY_ONLY = "combine: dropout and gate belong to combine='purify'"
 
@@ -77,7 +79,7 @@ class DEQFusion(nn.Module):
         combine: Literal["purify", "sum", "weighted_sum"] = "purify",
         gate: bool = True,
         weight_tied_steps: int | None = None,
-        variant: Variant = "paper",
+        variant: VariantName = "paper",
         in_dims: Sequence[int] | None = None,
         dropout: float = 0.0,
         init: Init = "contractive",
@@ -85,7 +87,7 @@ class DEQFusion(nn.Module):
         solver: SolverOption = Anderson(),  # noqa: B008 - frozen
         adjoint: GradientOption = Implicit(),  # noqa: B008 - frozen
         on_failure: OnFailure = "warn",
-        backend: Backend = "auto",
+        backend: BackendName = "auto",
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -134,7 +136,7 @@ class DEQFusion(nn.Module):
             self.register_parameter("modality_weights", None)
         else:
             self.modality_weights = nn.Parameter(torch.ones(num_modalities, **like))
-        if variant != "paper" and combine != "sum":
+        if VARIANTS[variant].bias and combine != "sum":
             self.injection_bias = nn.Parameter(torch.zeros(1, **like))  # FSDP2 takes no scalars
         else:
             self.register_parameter("injection_bias", None)
@@ -199,15 +201,14 @@ class DEQFusion(nn.Module):
             raise ValueError("return_cells: combine='weighted_sum' has no cells to return")
         if self.weight_tied_steps is None:
             starts = inputs.check_start(z0, self.num_modalities, lead, self.dim, x)
-            solve = solving.whole_layer if solving.is_whole(self) else solving.block_by_block
-            found = solve(self, xs, self._mask(x), *starts)
+            found = solving.equilibrium(self._equations(), self._how(), xs, self._mask(x), *starts)
         elif z0 is not None:
             raise ValueError(
                 "z0: weight_tied_steps starts from zero by definition, got a warm start"
             )
         else:
-            x_all = torch.stack(xs)
-            found = solving.weight_tied(self, x_all, self._mask(x), self.weight_tied_steps)
+            equations, mask, steps = self._equations(), self._mask(x), self.weight_tied_steps
+            found = solving.weight_tied(equations, self._how(), torch.stack(xs), mask, steps)
         z = found.z if found.z.dtype is x.dtype else found.z.to(x.dtype)
         # Not even a reshape that changes nothing: it is one more node of the graph.
         outputs: list[Any] = [z if len(lead) == 1 else z.reshape(*lead, self.dim)]
@@ -223,7 +224,7 @@ class DEQFusion(nn.Module):
         like = parameter(self, "modality_weights")  # any would do
         if like is None:
             like = next(iter(self.parameters()), None)
-        lead = inputs.check_features(features, _widths(self), like)
+        lead = inputs.check_features(features, self._widths(), like)
         if self.projections is not None:
             features = [p(f) for p, f in zip(self.projections, features, strict=True)]
         xs = list(features) if len(lead) == 1 else [f.reshape(-1, self.dim) for f in features]
@@ -234,6 +235,31 @@ class DEQFusion(nn.Module):
         if self.injection_norm:
             xs = [F.layer_norm(x, (self.dim,)) for x in xs]
         return xs, lead
+
+    def _widths(self) -> list[int]:
+        if self.projections is None:
+            return [self.dim] * self.num_modalities
+        return [p.in_features for p in self.projections]  # type: ignore[misc]
+
+    def _equations(self) -> solving.Equations:
+        """What is to be solved, with the parameters of this call: functional_call lends its own."""
+        parts: dict[str, Any] = self._modules
+        combine = parts.get("combine")  # not there where it is None
+        gated = combine is not None and combine._modules.get("gate") is not None
+        weights = parameter(self, "modality_weights")
+        return solving.Equations(
+            cells=flat_parameters(parts["cells"]._modules, "cells."),
+            fuse=flat_parameters({"combine": combine}) if gated else [],
+            weights=weights,
+            bias=parameter(self, "injection_bias"),
+            closed_form=None if gated else solving.closed_form(combine, weights),
+            num_modalities=self.num_modalities,
+            num_groups=self.num_groups,
+            variant=self.variant,
+        )
+
+    def _how(self) -> solving.How:
+        return solving.How(self.solver, self.adjoint, self.on_failure, self.backend)
 
     def _mask(self, like: Tensor) -> Tensor | None:
         """One draw of dropout factors (B, d), where they apply."""
@@ -261,7 +287,7 @@ class DEQFusion(nn.Module):
         cls,
         state_dict: Mapping[str, Tensor],
         *,
-        variant: Variant = "released",
+        variant: VariantName = "released",
         **options: Any,
     ) -> DEQFusion:
         """A layer with the weights of an authors' state dict; see ``deqfuse.checkpoints``."""
@@ -272,12 +298,6 @@ class DEQFusion(nn.Module):
         layer = cls(**sizes, variant=variant, **options).to(renamed["combine.norm.weight"].dtype)
         layer.load_state_dict(renamed)
         return layer
-
-
-def _widths(layer: DEQFusion) -> list[int]:
-    if layer.projections is None:
-        return [layer.dim] * layer.num_modalities
-    return [p.in_features for p in layer.projections]  # type: ignore[misc]
 
 
 def _projections(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from deqfuse.backends.maps import GROUP_NORM_EPS
+from deqfuse.nn.fast import plain_weights_and_biases
 
 
 class CellLinear(nn.Linear):
@@ -36,69 +37,45 @@ class CellLinear(nn.Linear):
             self.contract(self.std)
 
 
-def parameter(module: nn.Module, name: str) -> Tensor:
-    """``module.name`` at a third of the cost; whatever it is where it is not a plain parameter."""
-    held = module._parameters
-    return held[name] if name in held else getattr(module, name)  # type: ignore[return-value]
+def flat_parameters(modules: Mapping[str, Any], prefix: str = "") -> list[Tensor]:
+    """What ``flat()`` of each of these modules gives, in one list; its errors name the module."""
+    flat: list[Tensor] = []
+    for name, module in modules.items():
+        try:
+            flat += module.flat()
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{prefix}{name}.{error}") from None
+    return flat
 
 
 def weights_and_biases(
-    module: nn.Module, owner: type[nn.Module], linears: Sequence[str], norms: Sequence[str]
+    module: nn.Module, owner: type[nn.Module], parts: Sequence[tuple[str, type[nn.Module]]]
 ) -> list[Tensor]:
-    """Weight and bias of each named submodule; ``owner`` is the class that ``module`` is made of.
+    """Weight and bias of each part of ``module``, by name and by the class that it was built of.
 
-    Looked up where ``nn.Module`` keeps them: its attribute access takes ten times as long, and a
-    layer has dozens of parameters. Parts that are not as constructed are looked at one by one.
+    Args:
+        module: a cell or a combination.
+        owner: the class that ``module`` is made of.
+        parts: names of submodules and their classes, ``CellLinear`` or ``nn.GroupNorm``.
 
     Raises:
         TypeError: a part that computes something else than its class does, or recomputes its
             weight when it is called, which it never is.
+        ValueError: a GroupNorm with other groups or another eps.
     """
-    if torch.compiler.is_compiling() or type(module) is not owner:
-        return _looked_at(module, owner, linears, norms)
-    parts, num_groups = module._modules, module.num_groups
-    flat: list[Tensor] = []
-    try:
-        for name in linears:
-            part: Any = parts[name]
-            own = part.__dict__
-            held = own["_parameters"]
-            bias = held["bias"]
-            if type(part) is not CellLinear or "forward" in own or bias is None:
-                return _looked_at(module, owner, linears, norms)
-            flat += held["weight"], bias
-        for name in norms:
-            part = parts[name]
-            own = part.__dict__
-            held = own["_parameters"]
-            bias = held["bias"]
-            if (
-                type(part) is not nn.GroupNorm
-                or "forward" in own
-                or bias is None
-                or own["eps"] != GROUP_NORM_EPS
-                or own["num_groups"] != num_groups
-            ):
-                return _looked_at(module, owner, linears, norms)
-            flat += held["weight"], bias
-    except KeyError:  # parametrised, pruned, replaced
-        return _looked_at(module, owner, linears, norms)
-    return flat
-
-
-def _looked_at(
-    module: Any, owner: type[nn.Module], linears: Sequence[str], norms: Sequence[str]
-) -> list[Tensor]:
-    """:func:`weights_and_biases` of parts that may be anything, at a higher cost."""
+    if not torch.compiler.is_compiling() and type(module) is owner:
+        plain = plain_weights_and_biases(module, parts)
+        if plain is not None:
+            return plain
     if type(module).forward is not owner.forward:
         raise TypeError(
             f"forward: expected that of {owner.__name__}, got one of {type(module).__name__}, "
             "which the layer does not call. Remedy: deqfuse.DEQ for equations of your own"
         )
     flat: list[Tensor] = []
-    for name in (*linears, *norms):
+    for name, kind in parts:
         part: Any = getattr(module, name)
-        expected = nn.Linear if name in linears else nn.GroupNorm
+        expected = nn.GroupNorm if kind is nn.GroupNorm else nn.Linear
         if getattr(type(part), "forward", None) is not expected.forward or (
             "forward" in vars(part)
         ):

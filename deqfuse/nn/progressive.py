@@ -14,13 +14,8 @@ from deqfuse.nn.sites import EncoderRun, RandomState, Site, find_site, tensors, 
 from deqfuse.nn.solving import last_step
 from deqfuse.reporting import OnFailure
 from deqfuse.result import SolveInfo
-from deqfuse.solvers.options import (
-    Anderson,
-    GradientOption,
-    Implicit,
-    SolverOption,
-    Unrolled,
-)
+from deqfuse.solvers.anderson import Anderson
+from deqfuse.solvers.options import GradientOption, Implicit, SolverOption, Unrolled
 
 
 class ProFusion(nn.Module):

@@ -7,15 +7,73 @@ thing that ``Unrolled`` backpropagates through.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from deqfuse.solvers.options import Anderson, Picard
+from deqfuse import scalars
+from deqfuse.solvers.options import SolverOption, knob
 from deqfuse.solvers.rows import Rows, Solution, row_dot, select
 
 PIVOT_FLOOR = 2.4e-7  # relative to the largest diagonal; without it float32 Cholesky gives NaN
 TINY = 1e-30
+RESCUE_STEPS = 8
+
+
+@dataclass(frozen=True)
+class Anderson(SolverOption):
+    """Anderson mixing over the last ``m`` residuals (Walker & Ni 2011), per row. The default.
+
+    On the ``cpu`` backend a layer's start from zero begins with plain steps (beta = 1, max_iter
+    above 8, tol 1e-6 or looser), until a row's next evaluation is expected to solve it, while each
+    halves the residual, four evaluations at most. They count, but no row ends there.
+
+    Args:
+        m: history length; m = 1 is plain (damped) iteration.
+        beta: mixing factor, ``z <- sum_i alpha_i (z_i + beta (f(z_i) - z_i))``.
+        lam: ridge *relative* to the largest diagonal entry of the Gram matrix. An absolute ridge
+            swamps the Gram matrix as soon as residuals are small and turns the method into
+            averaging.
+        rescue: rows that did not converge get up to 8 Newton-Krylov steps from their best iterate.
+        tol, max_iter, trace: as in :class:`SolverOption`: relative residual at which a row stops
+            (1e-4), evaluations of f after which it stops in any case (50), whether to record the
+            residual of every step (False).
+    """
+
+    m: int = knob(5, scalars.positive_int)
+    beta: float = knob(1.0, scalars.mixing)
+    lam: float = knob(1e-6, scalars.non_negative_float)
+    rescue: bool = knob(False, scalars.flag)
+
+    @property
+    def trace_length(self) -> int:
+        return self.max_iter + (RESCUE_STEPS + 1 if self.rescue else 0)
+
+    @property
+    def unrolls(self) -> bool:
+        return not self.rescue
+
+    def remedies(self) -> list[str]:
+        rescue = [] if self.rescue else ["Anderson(rescue=True)"]
+        return [*super().remedies(), *rescue, "NewtonKrylov()"]
+
+
+@dataclass(frozen=True)
+class Picard(SolverOption):
+    """Damped fixed-point iteration ``z <- z + beta (f(z) - z)``, per row.
+
+    Args:
+        beta: damping factor in (0, 2]; 1 is the plain iteration ``z <- f(z)``.
+        tol, max_iter, trace: as in :class:`SolverOption`: relative residual at which a row stops
+            (1e-4), evaluations of f after which it stops in any case (50), whether to record the
+            residual of every step (False).
+    """
+
+    beta: float = knob(1.0, scalars.mixing)
+
+    def remedies(self) -> list[str]:
+        return [*super().remedies(), "Anderson(rescue=True)", "NewtonKrylov()"]
 
 
 def mixing_weights(

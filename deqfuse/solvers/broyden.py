@@ -3,12 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from deqfuse.solvers.options import Broyden
+from deqfuse import scalars
+from deqfuse.solvers.options import SolverOption, knob
 from deqfuse.solvers.rows import Rows, Solution, row_dot, row_norm, select
+
+
+@dataclass(frozen=True)
+class Broyden(SolverOption):
+    """Limited-memory "good" Broyden on ``f(z) - z = 0``, per row (Broyden 1965).
+
+    Args:
+        m: how many rank-one updates of the inverse Jacobian are kept.
+        tol, max_iter, trace: as in :class:`SolverOption`: relative residual at which a row stops
+            (1e-4), evaluations of f after which it stops in any case (50), whether to record the
+            residual of every step (False).
+    """
+
+    m: int = knob(20, scalars.positive_int)
+
+    def remedies(self) -> list[str]:
+        return [*super().remedies(), "Anderson(rescue=True)", "NewtonKrylov()"]
 
 
 class _InverseJacobian:

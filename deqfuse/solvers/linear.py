@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from deqfuse.outcome import Outcome
-from deqfuse.solvers.anderson import anderson, picard
-from deqfuse.solvers.options import Anderson, Picard
+from deqfuse.solvers.anderson import Anderson, Picard, anderson, picard
 from deqfuse.solvers.rows import Solution, row_dot, row_norm, select
 
 Operator = Callable[[Tensor], Tensor]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from deqfuse import scalars
 from deqfuse.solvers.linear import gmres
-from deqfuse.solvers.options import NewtonKrylov
+from deqfuse.solvers.options import SolverOption, knob
 from deqfuse.solvers.rows import Rows, Solution, row_norm, select
 
 Map = Callable[[Tensor], Tensor]
@@ -16,6 +18,30 @@ Linearize = Callable[[Tensor], Map]  # z -> (v -> J(z) v)
 
 HALVINGS = 5
 SUFFICIENT_DECREASE = 1e-4
+
+
+@dataclass(frozen=True)
+class NewtonKrylov(SolverOption):
+    """Newton steps by GMRES on matrix-free JVPs, with a backtracking line search, per row.
+
+    The robust choice for rows near or beyond spectral radius 1.
+
+    Args:
+        max_iter: evaluations of f per row, JVPs included, hence more than other solvers have.
+        restart: length of a Krylov cycle of GMRES; there is one cycle per Newton step.
+        tol, trace: as in :class:`SolverOption`: relative residual at which a row stops (1e-4),
+            whether to record the residual of every step (False).
+    """
+
+    max_iter: int = knob(200, scalars.positive_int)
+    restart: int = knob(20, scalars.positive_int)
+
+    @property
+    def unrolls(self) -> bool:
+        return False
+
+    def remedies(self) -> list[str]:
+        return [*super().remedies(), "Anderson(rescue=True)"]
 
 
 def jvp_of(f: Map) -> Linearize:

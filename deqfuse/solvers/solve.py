@@ -3,55 +3,53 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from deqfuse.outcome import Outcome
-from deqfuse.solvers.anderson import anderson, picard
-from deqfuse.solvers.broyden import broyden
-from deqfuse.solvers.newton_krylov import Linearize, Map, newton_krylov
-from deqfuse.solvers.options import (
-    RESCUE_STEPS,
-    Anderson,
-    Broyden,
-    NewtonKrylov,
-    Picard,
-    SolverOption,
-)
+from deqfuse.solvers.anderson import RESCUE_STEPS, Anderson, Picard, anderson, picard
+from deqfuse.solvers.broyden import Broyden, broyden
+from deqfuse.solvers.newton_krylov import Linearize, Map, NewtonKrylov, newton_krylov
+from deqfuse.solvers.options import SolverOption
 from deqfuse.solvers.rows import Solution, select
+
+Solver = Callable[[Map, Tensor, Any, "Linearize | None"], Solution]  # f, z0, option, linearize
+
+# A solver is registered here, by the class of its options.
+SOLVERS: dict[type[SolverOption], Solver] = {
+    Anderson: lambda f, z0, option, linearize: anderson(f, z0, option),
+    Picard: lambda f, z0, option, linearize: picard(f, z0, option),
+    Broyden: lambda f, z0, option, linearize: broyden(f, z0, option),
+    NewtonKrylov: newton_krylov,
+}
 
 
 def solve(
-    f: Callable[[Tensor], Tensor],
+    f: Map,
     z0: Tensor,  # (R, n)
     option: SolverOption,
-    run_anderson: Callable[[Map, Tensor, Anderson], Solution] = anderson,
     linearize: Linearize | None = None,
+    run: Solver | None = None,
 ) -> Solution:
     """Solve ``z = f(z)`` for every row.
 
     Args:
         f: row-wise map (R, n) -> (R, n).
-        z0: start.
+        z0: (R, n) start.
         option: the solver and its knobs.
-        run_anderson: the implementation of Anderson mixing.
         linearize: ``z -> (v -> J(z) v)`` where a cheaper JVP than forward-mode autograd is known.
+        run: another implementation of the option's solver than the registered one.
     """
-    if isinstance(option, Anderson):
-        found = run_anderson(f, z0, option)
-        return rescue(f, z0, option, found, linearize) if option.rescue else found
-    if isinstance(option, Picard):
-        return picard(f, z0, option)
-    if isinstance(option, Broyden):
-        return broyden(f, z0, option)
-    if isinstance(option, NewtonKrylov):
-        return newton_krylov(f, z0, option, linearize)
-    raise TypeError(f"solver: expected Anderson, Picard, Broyden or NewtonKrylov, got {option!r}")
+    found = (run or SOLVERS[type(option)])(f, z0, option, linearize)
+    if isinstance(option, Anderson) and option.rescue:
+        return rescue(f, z0, option, found, linearize)
+    return found
 
 
 def rescue(
-    f: Callable[[Tensor], Tensor],
+    f: Map,
     z0: Tensor,
     option: Anderson,
     found: Solution,

@@ -1,4 +1,4 @@
-"""The compiled module and the schemas of its kernels. A module that does not load explains itself.
+"""The CPU's compiled module and the schemas of its kernels. If it does not load, it says why.
 
 The kernels are called inside the public operators only, below autograd; those own the gradient.
 """
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deqfuse.backends.empty import empty_grads, empty_solved, empty_states, empty_statistics
 from deqfuse.backends.problem import compute_dtype
 
 _SOLVE = "float tol, int max_iter, int history, float beta, float lam"
@@ -58,28 +59,6 @@ for _name, _schema in _SCHEMAS.items():
     torch.library.define(f"deqfuse::{_name}", _schema)
 
 
-def empty_solved(x: Tensor, steps: int, dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
-    """Empty results of a solve whose equilibria have the shape of ``x``."""
-    dtype, rows = dtype or x.dtype, x.shape[:-1]
-    return (
-        x.new_empty(x.shape, dtype=dtype),
-        *empty_statistics(x, dtype),
-        x.new_empty((steps, *rows), dtype=dtype),
-    )
-
-
-def empty_statistics(x: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
-    """Empty residuals, evaluations and outcomes of the rows of ``x``."""
-    rows = x.shape[:-1]
-    kinds = (dtype or x.dtype, torch.int32, torch.int8)
-    return tuple(x.new_empty(rows, dtype=kind) for kind in kinds)
-
-
-def empty_states(x: Sequence[Tensor]) -> Tensor:
-    """The equilibria of a layer with these injections."""
-    return x[0].new_empty((len(x) + 1, *x[0].shape))
-
-
 def _fake_solve_block(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     if type(x) is Tensor and not x.is_meta:  # torch comes here when any of the tensors is on meta
         raise TypeError(f"expected every tensor on {x.device}, got some on meta")
@@ -89,11 +68,6 @@ def _fake_solve_block(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
 def _fake_solve_layer(x: Sequence[Tensor], *rest: Any) -> tuple[Any, ...]:
     states, *statistics = _fake_solve_block(empty_states(x), *rest)
     return states.new_empty(x[0].shape), states, *statistics, False
-
-
-def empty_grads(params: Sequence[Tensor], want: bool) -> list[Tensor]:
-    """Empty gradients of parameters, or none."""
-    return [p.new_empty(p.shape) for p in params] if want else []
 
 
 # Shapes for fake tensors that meet these kernels outside torch.compile.

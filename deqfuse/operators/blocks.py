@@ -1,0 +1,157 @@
+"""The three kinds of block that are solved, each as one record: its operators and its operands.
+
+``CELLS`` are the N residual cells, ``FUSE`` the purify-then-combine step for given cells, ``LAYER``
+both at once. Every kind has two operators: the solve and its adjoint, which turns cotangents of the
+equilibrium into gradients. Options travel as text (``Option.code``), so one schema serves every
+solver and every backend, and ``torch.compile`` sees constants.
+
+The operands of a solve come in this order::
+
+    rows      features; one row per sample in front of the last dimension, differentiated
+    params    parameters, shared by all rows, differentiated
+    others    what is not differentiated: masks, starts, sizes
+    options   num_groups, variant, solver, adjoint, backend, on_failure
+
+and those of an adjoint in this one: the cotangents, the equilibrium, rows, params, the others that
+``masks`` and ``sizes`` name, then num_groups, variant, adjoint, backend, want_params. It returns
+the gradients of the rows, those of the parameters, and three statistics per row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deqfuse import reporting
+from deqfuse.backends.backend import Backend, Launchers
+
+_SOLVE = "int num_groups, str variant, str solver, str adjoint, str backend, str on_failure"
+_ADJOINT = "int num_groups, str variant, str adjoint, str backend, bool want_params"
+_SOLVED = "Tensor, Tensor, Tensor, Tensor, Tensor"  # z, residual, nfe, outcome, trace
+_STATISTICS = "Tensor, Tensor, Tensor"  # residual, nfe, outcome
+
+torch.library.define(
+    "deqfuse::solve_cells",
+    f"(Tensor x, Tensor[] params, Tensor? z0, {_SOLVE}) -> ({_SOLVED})",
+)
+torch.library.define(
+    "deqfuse::adjoint_cells",
+    f"(Tensor grad_z, Tensor z, Tensor x, Tensor[] params, {_ADJOINT}) "
+    f"-> (Tensor, Tensor[], {_STATISTICS})",
+)
+torch.library.define(
+    "deqfuse::solve_fuse",
+    "(Tensor x_fuse, Tensor cell_sum, Tensor[] params, Tensor? mask, Tensor? z0, "
+    f"int num_modalities, {_SOLVE}) -> ({_SOLVED})",
+)
+torch.library.define(
+    "deqfuse::adjoint_fuse",
+    "(Tensor grad_z, Tensor z, Tensor x_fuse, Tensor cell_sum, Tensor[] params, Tensor? mask, "
+    f"int num_modalities, {_ADJOINT}) -> (Tensor, Tensor, Tensor[], {_STATISTICS})",
+)
+torch.library.define(
+    "deqfuse::solve_layer",
+    f"(Tensor[] x, Tensor[] params, Tensor? mask, Tensor? z0_fuse, Tensor? z0_cells, {_SOLVE}) "
+    f"-> (Tensor, {_SOLVED})",  # the fused z, then all equilibria
+)
+torch.library.define(
+    "deqfuse::adjoint_layer",
+    "(Tensor grad_z, Tensor? grad_cells, Tensor states, Tensor[] x, Tensor[] params, Tensor? mask, "
+    f"{_ADJOINT}) -> (Tensor[], Tensor[], {_STATISTICS})",
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """A kind of block: what its operators take and give. The module's text names the operands."""
+
+    name: str
+    solve: Any  # the operators, as torch.ops has them
+    adjoint: Any
+    launchers: Callable[[Backend], Launchers]  # the functions of a backend that they run
+    num_rows: int | None  # how many rows operands; None: one list of them
+    num_others: int
+    masks: tuple[int, ...]  # which of the others the adjoint takes, too: tensors or None,
+    sizes: tuple[int, ...]  # and, behind them, numbers
+    num_equilibria: int  # leading results that are equilibria; the adjoint is given the last
+    cotangents: Callable[..., tuple[Any, ...]]  # of the adjoint, from those of the equilibria
+    parts: reporting.Parts  # what a report calls them, in the order in which they are solved
+
+    @property
+    def num_results(self) -> int:
+        """How many tensors the solve returns: equilibria, residual, nfe, outcome, trace."""
+        return self.num_equilibria + 4
+
+    def join(
+        self, rows: Sequence[Tensor], params: Sequence[Tensor], others: Sequence[Any]
+    ) -> tuple[Any, ...]:
+        """The operands of an operator, or of a launcher, from their kinds."""
+        if self.num_rows is None:
+            return (list(rows), list(params), *others)
+        return (*rows, list(params), *others)
+
+    def split(
+        self, inputs: Sequence[Any]
+    ) -> tuple[list[Tensor], list[Tensor], tuple[Any, ...], tuple[Any, ...]]:
+        """Rows, params, others and options of a call of the solve; the inverse of :meth:`join`."""
+        at = 1 if self.num_rows is None else self.num_rows
+        rows = list(inputs[0]) if self.num_rows is None else list(inputs[:at])
+        end = at + 1 + self.num_others
+        return rows, list(inputs[at]), tuple(inputs[at + 1 : end]), tuple(inputs[end:])
+
+    def split_gradients(self, results: Sequence[Any]) -> tuple[list[Any], list[Any], list[Any]]:
+        """Gradients of the rows, of the params, and the statistics, from an adjoint's results."""
+        at = 1 if self.num_rows is None else self.num_rows
+        rows = list(results[0]) if self.num_rows is None else list(results[:at])
+        return rows, list(results[at]), list(results[at + 1 :])
+
+
+CELLS = Block(
+    name="cells",
+    solve=torch.ops.deqfuse.solve_cells.default,
+    adjoint=torch.ops.deqfuse.adjoint_cells.default,
+    launchers=lambda backend: backend.cells,
+    num_rows=1,  # x
+    num_others=1,  # z0
+    masks=(),
+    sizes=(),
+    num_equilibria=1,  # z
+    cotangents=lambda grad_z: (grad_z,),
+    parts=reporting.CELLS,
+)
+FUSE = Block(
+    name="fuse",
+    solve=torch.ops.deqfuse.solve_fuse.default,
+    adjoint=torch.ops.deqfuse.adjoint_fuse.default,
+    launchers=lambda backend: backend.fuse,
+    num_rows=2,  # x_fuse, cell_sum
+    num_others=3,  # mask, z0, num_modalities
+    masks=(0,),
+    sizes=(2,),
+    num_equilibria=1,  # z
+    cotangents=lambda grad_z: (grad_z,),
+    parts=reporting.FUSE,
+)
+LAYER = Block(
+    name="layer",
+    solve=torch.ops.deqfuse.solve_layer.default,
+    adjoint=torch.ops.deqfuse.adjoint_layer.default,
+    launchers=lambda backend: backend.layer,
+    num_rows=None,  # x
+    num_others=3,  # mask, z0_fuse, z0_cells
+    masks=(0,),
+    sizes=(),
+    # The fused z, for callers to write into, and all equilibria, in memory of the operator's own.
+    num_equilibria=2,
+    # The fused row of the second is handed to no caller, so its cotangent is zero.
+    cotangents=lambda grad_z, grad_states: (
+        grad_z,
+        None if grad_states is None else grad_states[:-1],
+    ),
+    parts=reporting.LAYER,
+)
+BLOCKS = (CELLS, FUSE, LAYER)
