@@ -16,6 +16,7 @@ from benchmarks.timing import now
 from benchmarks.variants import Answer, fastest_backend
 from deqfuse import DEQFusion, Implicit, Picard
 from deqfuse.backends import reference
+from deqfuse.backends.maps import PAPER
 
 KERNEL_CASE = Case("kernel", 1024, 2, 512)  # where our kernel's rate is measured for the peak
 
@@ -52,11 +53,11 @@ def backward_flops(problem: Problem, answer: Answer, tol: float) -> float:
     with torch.no_grad():
         _, d_sum, _, fuse = reference.adjoint_fuse(
             problem.cotangent, z, x_fuse, cells.sum(0), layer.combine.flat(), None,
-            case.modalities, groups, "paper", adjoint, False,
+            case.modalities, groups, PAPER, adjoint, False,
         )  # fmt: skip
         flat = [t for cell in layer.cells for t in cell.flat()]  # type: ignore[operator]
         grad = d_sum.expand_as(cells).contiguous()
-        _, _, own = reference.adjoint_cells(grad, cells, x, flat, groups, "paper", adjoint, False)
+        _, _, own = reference.adjoint_cells(grad, cells, x, flat, groups, PAPER, adjoint, False)
     applications = float(fuse.nfe.sum() + own.nfe.sum())
     rows = case.rows
     # Per row: 4 d^2 to linearise and 4 d^2 of weight gradients in every block; the VJP goes back

@@ -12,8 +12,8 @@ from deqfuse.reporting import ON_FAILURE
 from deqfuse.scalars import flag as flag
 from deqfuse.scalars import one_of as one_of
 from deqfuse.scalars import positive_int as positive_int
-from deqfuse.solvers.options import GradientOption, SolverOption, Unrolled
-from deqfuse.solvers.solve import SOLVERS
+from deqfuse.solvers.options import GradientOption, Unrolled
+from deqfuse.solvers.solve import registered
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -44,9 +44,7 @@ def groups(dim: int, num_groups: int) -> None:
 
 def options(solver: Any, adjoint: Any, on_failure: Any) -> None:
     """The solver, gradient and failure options must be of their types and go together."""
-    if not isinstance(solver, SolverOption):
-        *first, last = (f"{kind.__name__}(...)" for kind in SOLVERS)
-        raise TypeError(f"solver: expected {', '.join(first)} or {last}, got {solver!r}")
+    registered(solver)
     if not isinstance(adjoint, GradientOption):
         raise TypeError(
             "adjoint: expected Implicit(...), OneStep(), Neumann(...) or Unrolled(), "

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from deqfuse import Anderson, DEQFusion, Implicit
-from deqfuse.backends import reference
+from deqfuse.backends import Backend, reference
+from deqfuse.backends.maps import VARIANTS
 from deqfuse.solvers.options import GradientOption
 
 DTYPES = {"f64": torch.float64, "f32": torch.float32, "bf16": torch.bfloat16}
@@ -42,7 +45,7 @@ class Case:
         flat = [*cells, *fuse, weights]
         if self.variant != "paper":
             flat.append(torch.tensor([0.1]).to(dtype))
-        how = (self.groups, self.variant)
+        how = (self.groups, VARIANTS[self.variant])
         tol = 1e-12 if self.dtype == "f64" else 1e-6
         solver = Anderson(tol=tol, max_iter=200)
         found = reference.solve_layer(list(x), flat, mask, None, None, *how, solver)
@@ -58,8 +61,10 @@ class Case:
         }
 
 
-def name(kind: str) -> str:
-    return "adjoint_" + ("cells" if kind == "shared" else kind)
+def adjoint_of(backend: Backend, kind: str) -> Callable[..., Any]:
+    """Its adjoint of a kind of block; "shared" is that of cells with one cotangent for all."""
+    blocks = {"cells": backend.cells, "fuse": backend.fuse, "layer": backend.layer}
+    return blocks["cells" if kind == "shared" else kind].adjoint
 
 
 def flatten(found: tuple) -> list[Tensor]:

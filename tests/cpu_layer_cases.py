@@ -7,8 +7,10 @@ import torch
 from cpu_cases import TIGHT, Case
 from torch import Tensor
 
-from deqfuse import Anderson, DEQFusion, Implicit, ops
+from deqfuse import Anderson, DEQFusion, Implicit
 from deqfuse.backends.maps import VARIANTS
+
+ops = torch.ops.deqfuse
 
 EXACT = {"solver": Anderson(tol=1e-12, max_iter=500), "adjoint": Implicit(tol=1e-12, max_iter=500)}
 RELEASED = Case(variant="released")

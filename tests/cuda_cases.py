@@ -12,9 +12,9 @@ import torch
 from cpu_cases import Case, flat_cells
 from torch import Tensor
 
-from deqfuse.backends import cuda_native, native
+from deqfuse.backends import cpu_native, cuda_native
 
-assert native.module is not None  # cpu_cases has looked
+assert cpu_native.module is not None  # cpu_cases has looked
 H100, A100 = 227 * 1024, 163 * 1024  # bytes of shared memory for a block
 CUTS = ("resident", "streamed", "steps")
 
@@ -22,20 +22,20 @@ CUTS = ("resident", "streamed", "steps")
 @contextlib.contextmanager
 def device(shared_limit: int = H100, reverse: bool = False) -> Iterator[None]:
     """The device that the host policy plays."""
-    native.module.host_device(shared_limit, reverse)
+    cpu_native.module.host_device(shared_limit, reverse)
     try:
         yield
     finally:
-        native.module.host_device()
+        cpu_native.module.host_device()
 
 
 def limit_for(cut: str, case: Case) -> int:
     """Just enough shared memory for a problem to be cut like this."""
     size = 8 if case.dtype == "f64" else 4
     for limit in {"resident": [H100], "streamed": range(0, H100, 512), "steps": [0]}[cut]:
-        native.module.host_device(limit)
-        if native.module.host_plan(case.dim, case.groups, size)["cut"] == cut:
-            native.module.host_device()
+        cpu_native.module.host_device(limit)
+        if cpu_native.module.host_plan(case.dim, case.groups, size)["cut"] == cut:
+            cpu_native.module.host_device()
             return limit
     raise AssertionError(f"{case} is never cut into {cut}")
 
@@ -102,10 +102,10 @@ class Problem:
         x, flat, g = double.draw(case.n), flat_cells(layer), double.draw(case.n)
         drop = 2.0 * (double.draw() > 0).double() if mask else None
         skip, last = case.variant != "paper", case.variant == "released-mmimdb"
-        z = native.solve_cells(x, flat, None, case.groups, skip, 1e-12, *how)[0]
+        z = cpu_native.solve_cells(x, flat, None, case.groups, skip, 1e-12, *how)[0]
         x_fuse, cell_sum, params = x.sum(0), z.sum(0), layer.combine.flat()
         given = (x_fuse, cell_sum, params, drop)
-        fused = native.solve_fuse(*given, None, case.n, case.groups, last, 1e-12, *how)[0]
+        fused = cpu_native.solve_fuse(*given, None, case.n, case.groups, last, 1e-12, *how)[0]
         self.cells = self.cast((g, z, x, flat))
         self.fuse = self.cast((g[0], fused, x_fuse, cell_sum, params, drop))
 

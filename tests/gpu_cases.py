@@ -7,6 +7,7 @@ graphs, launches, synchronisations) is replaced by nothing there, or the test is
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 import re
@@ -20,7 +21,8 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from deqfuse import Anderson, DEQFusion
-from deqfuse.backends import cuda, cuda_native, reference
+from deqfuse.backends import BACKENDS, cuda, cuda_native, reference
+from deqfuse.backends.maps import PAPER
 
 REHEARSAL = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = torch.device("cpu" if REHEARSAL else "cuda")
@@ -66,9 +68,13 @@ PATHS = pytest.mark.parametrize(("dim", "groups"), [pytest.param(*WHOLE, id="who
 def rehearsal(monkeypatch: pytest.MonkeyPatch) -> None:
     """The cuda backend takes tensors on the CPU, without the CUDA library."""
     monkeypatch.setenv("DEQFUSE_BACKEND", "cuda")
-    monkeypatch.setattr(cuda, "unavailable", lambda: None)
-    monkeypatch.setattr(cuda, "refuses", cuda.refuses_problem)
-    monkeypatch.setattr(cuda, "takes_rows", lambda z0, solver: True)
+    rehearsed = dataclasses.replace(
+        cuda.BACKEND,
+        unavailable=lambda: None,
+        refuses=cuda.refuses_problem,
+        takes_rows=lambda z0, solver: True,
+    )
+    monkeypatch.setitem(BACKENDS, "cuda", rehearsed)
     monkeypatch.setattr(cuda_native, "load_error", lambda: "not in a rehearsal")
 
 
@@ -112,7 +118,7 @@ def solves(
     cell_sum = torch.randn(rows, dim).to(DEVICE, reference.compute_dtype(stored))
     mask = (2.0 * (torch.rand(rows, dim) > 0.5)).to(x)
     flat = [t for part in layer.cells for t in part.flat()]
-    rest = (groups, "paper")
+    rest = (groups, PAPER)
     fuse = (x.sum(0), cell_sum, layer.combine.flat(), mask, None, n)
     return [
         functools.partial(backend.solve_cells, x, flat, None, *rest),

@@ -24,6 +24,7 @@ from benchmarks.test_overhead import count
 from benchmarks.test_scaling import slope
 from benchmarks.variants import BUILDERS, Answer, Contender, deqfuse_variant, missing
 from deqfuse import Implicit, OneStep
+from deqfuse.backends.maps import PAPER
 from deqfuse.backends.reference import adjoint_cells, adjoint_fuse
 from deqfuse.testing import naive_injections, naive_map
 
@@ -358,7 +359,7 @@ def test_backward_floor_is_below_what_the_reference_multiplies(problem: Problem)
         x = torch.stack(problem.features)
         x_fuse = x.sum(0)  # the weights of the modalities are one at initialisation
         flat = [t for cell in layer.cells for t in cell.flat()]
-        common = (CASE.num_groups, "paper", Implicit(tol=CASE.tol), True)
+        common = (CASE.num_groups, PAPER, Implicit(tol=CASE.tol), True)
         with FlopCounterMode(display=False) as counter:
             fuse = layer.combine.flat()
             _, d_sum, _, _ = adjoint_fuse(

@@ -22,10 +22,11 @@ from deqfuse import (
     Neumann,
     OneStep,
     Outcome,
-    ops,
     testing,
 )
 from deqfuse.backends.maps import VARIANTS
+
+ops = torch.ops.deqfuse
 
 EXACT = {"solver": Anderson(tol=1e-12, max_iter=500)}
 IMPLICIT = [Implicit(solver=s, tol=1e-12, max_iter=500) for s in ("auto", "anderson", "neumann")]

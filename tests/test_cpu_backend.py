@@ -41,7 +41,7 @@ from deqfuse import (
     Unrolled,
     functional,
 )
-from deqfuse.backends import cpu, native
+from deqfuse.backends import cpu, cpu_native
 from deqfuse.backends.maps import VARIANTS
 from deqfuse.backends.reference import compute_dtype
 
@@ -228,13 +228,13 @@ def test_no_nan_beyond_float32s_reach(rows):
 PROGRAM = """
 import json, sys, torch
 from deqfuse import DEQFusion
-from deqfuse.backends import native
+from deqfuse.backends import cpu_native
 torch.set_num_threads(1)
 layer, xs, g = torch.load(sys.argv[1], weights_only=False)
 z = layer(xs)
 grads = torch.autograd.grad(z, [*xs, *layer.parameters()], g)
 torch.save([z.detach(), *grads], sys.argv[2])
-print(json.dumps(native.module.build_info()))
+print(json.dumps(cpu_native.module.build_info()))
 """
 
 
@@ -266,12 +266,12 @@ def test_instruction_sets_agree(name, tmp_path: Path):
 
 
 def test_build_info_and_plan():
-    info = native.module.build_info()
+    info = cpu_native.module.build_info()
     assert set(info) == {"compiler", "torch_target", "instruction_set", "vector_bytes"}
     widths = {"base": 16, "avx2": 32, "avx512": 64, "vnni": 64, "amx": 64}
     assert info["vector_bytes"] == widths[info["instruction_set"]]
     for rows, dim, itemsize in itertools.product((0, 1, 63, 64, 1000), (12, 500), (4, 8)):
-        plan = native.module.plan(rows, dim, itemsize, 5)
+        plan = cpu_native.module.plan(rows, dim, itemsize, 5)
         assert set(plan) == {"rows_per_tile", "tiles", "tile_bytes"}
         assert plan["rows_per_tile"] % (info["vector_bytes"] // itemsize) == 0
         assert (plan["tiles"] - 1) * plan["rows_per_tile"] < max(rows, 1)
@@ -316,8 +316,8 @@ def test_auto_takes_it():
 
 
 def test_a_missing_module_says_why_and_the_reference_steps_in(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(native, "module", None)
-    monkeypatch.setattr(native, "load_error", "undefined symbol: of_doom")
+    monkeypatch.setattr(cpu_native, "module", None)
+    monkeypatch.setattr(cpu_native, "load_error", "undefined symbol: of_doom")
     reason, remedy = cpu.unavailable()
     assert "undefined symbol: of_doom" in reason
     assert "--no-build-isolation" in remedy

@@ -34,12 +34,14 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils.parametrizations import weight_norm
 
-from deqfuse import Anderson, DEQFusion, Implicit, Outcome, ops
-from deqfuse.backends import cpu, native
+from deqfuse import Anderson, DEQFusion, Implicit, Outcome
+from deqfuse.backends import cpu, cpu_native
 from deqfuse.backends.arguments import adjoint_numbers
 from deqfuse.backends.layer import LayerParams
 from deqfuse.backends.maps import VARIANTS
 from deqfuse.result import BlockInfo
+
+ops = torch.ops.deqfuse
 
 # ---- forward -------------------------------------------------------------------------------------
 
@@ -58,7 +60,7 @@ def test_a_solve_is_that_of_its_blocks_bit_for_bit(case, full):
     call = problem(case, full, init="torch")
     xs, params, mask, z0_fuse, z0_cells = call
     z, states, *statistics = solve(case, call, solver)
-    split, how = LayerParams.split(params, case.n), (case.groups, case.variant, solver)
+    split, how = LayerParams.split(params, case.n), (case.groups, VARIANTS[case.variant], solver)
     cells = cpu.solve_cells(torch.stack(xs), split.cells, z0_cells, *how)
     both = injections(xs, split.weights, split.bias, cells.z)
     fuse = cpu.solve_fuse(*both, split.fuse, mask, z0_fuse, case.n, *how)
@@ -205,11 +207,11 @@ def test_wrong_sizes_are_refused_by_the_kernels():
     how = (case.groups, True, False)
 
     def forward(*tensors) -> None:
-        native.solve_layer(*tensors, *how, *cpu._forward(TIGHT), 0)
+        cpu_native.solve_layer(*tensors, *how, *cpu._forward(TIGHT), 0)
 
     def backward(*tensors) -> None:
         g, more, states, xs, params, mask = tensors
-        native.adjoint_layer(
+        cpu_native.adjoint_layer(
             g, more, states, xs, params, True, mask, *how, *adjoint_numbers(Implicit())
         )
 

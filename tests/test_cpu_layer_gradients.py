@@ -74,7 +74,7 @@ def test_the_adjoint_is_that_of_its_blocks_bit_for_bit():
     call, g = problem(case, True), draw(case)[1]
     (xs, params, mask, *_), states = call, solve(case, call)[1]
     zs, z, split = states[:-1], states[-1], LayerParams.split(params, case.n)
-    how = (case.groups, case.variant, option, True)
+    how = (case.groups, VARIANTS[case.variant], option, True)
     both = injections(xs, split.weights, split.bias, zs)
     dx_fuse, dsum, dfuse, fuse = cpu.adjoint_fuse(g[0], z, *both, split.fuse, mask, case.n, *how)
     for more in (None, g[1:]):

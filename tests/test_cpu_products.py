@@ -16,7 +16,7 @@ from cpu_cases import Case, assert_equal, flat_cells
 from torch import Tensor
 
 from deqfuse import Anderson, DEQFusion, Implicit, Picard, functional
-from deqfuse.backends import native
+from deqfuse.backends import cpu_native
 
 SIZES = [(1, 12, 4), (15, 20, 4), (33, 33, 3), (70, 50, 2), (40, 300, 4), (17, 513, 3)]
 SIZES += [(257, 768, 4)]
@@ -76,11 +76,11 @@ def test_wide_tiles_keep_rows_apart():
     together, seen = run(slice(None)), set()
     for index in (slice(0, 1), slice(60, 67), slice(250, 257), slice(0, 64)):
         assert_equal(run(index), [t[index] for t in together])
-        seen.add(native.module.plan(len(range(257)[index]), 768)["rows_per_tile"])
-    seen.add(native.module.plan(257, 768)["rows_per_tile"])
-    if native.module.build_info()["vector_bytes"] == 64:
+        seen.add(cpu_native.module.plan(len(range(257)[index]), 768)["rows_per_tile"])
+    seen.add(cpu_native.module.plan(257, 768)["rows_per_tile"])
+    if cpu_native.module.build_info()["vector_bytes"] == 64:
         sizes = [(256, 768), (255, 768), (256, 767), (64, 20), (63, 20)]
-        plans = [native.module.plan(*size)["rows_per_tile"] for size in sizes]
+        plans = [cpu_native.module.plan(*size)["rows_per_tile"] for size in sizes]
         assert plans == [64, 32, 32, 32, 16]
     assert len(seen) >= 2, "tiles of one width only say nothing"
 
@@ -198,7 +198,7 @@ def test_plain_first_steps_backwards(rows, dim, groups):
         given = {"num_groups": groups, "solver": solver, "on_failure": "ignore"}
         z = functional.solve_cells(x.to(dtype), params, backend="cpu", **given)[0]
         skip = layer.variant != "paper"
-        *_, nfe, outcome = native.adjoint_cells(
+        *_, nfe, outcome = cpu_native.adjoint_cells(
             g.to(dtype), z, x.to(dtype), params, False, groups, skip, *numbers
         )
         counts[dtype] = nfe.double()[outcome == 0]

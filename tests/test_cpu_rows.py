@@ -23,7 +23,7 @@ from deqfuse import (
     Picard,
     functional,
 )
-from deqfuse.backends import native
+from deqfuse.backends import cpu_native
 
 DIM, N = 20, 2
 DTYPES = {"f64": torch.float64, "f32": torch.float32}
@@ -246,7 +246,7 @@ def test_python_runs_on_during_a_solve():
         while True:  # until the solve is long enough for the clock to be heard
             before, begin = ticks[0], time.perf_counter()
             # Nothing is ever good enough here, so every row takes its evaluations or stalls.
-            native.solve_cells(x, params, None, 2, False, 0.0, iterations, 5, 1.0, 1e-6, 0)
+            cpu_native.solve_cells(x, params, None, 2, False, 0.0, iterations, 5, 1.0, 1e-6, 0)
             heard, took = ticks[0] - before, time.perf_counter() - begin
             if took > 0.3:
                 break

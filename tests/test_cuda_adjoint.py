@@ -9,7 +9,7 @@ from cuda_cases import CUTS, Problem, distance, every_machine  # noqa: F401 - a 
 from torch import Tensor
 
 from deqfuse import Implicit, Outcome
-from deqfuse.backends import cuda_native, native, reference
+from deqfuse.backends import cpu_native, cuda_native, reference
 from deqfuse.backends.maps import VARIANTS
 
 
@@ -60,7 +60,7 @@ def test_a_cut_series_is_that_of_the_cpu_backend(machine, mode, cut, kind):
     case = machine.case(cut, Case(rows=18, variant="released"))
     problem = Problem(case, mask=True)
     how = {"mode": mode, "tol": 0.0, "max_iter": mode, "history": 0}
-    expected, (_, nfe, outcome) = problem.run(kind, native, **how)
+    expected, (_, nfe, outcome) = problem.run(kind, cpu_native, **how)
     with machine.playing(cut, case):
         given, statistics = machine.run(problem, kind, **how)
     assert distance(given, expected) <= 1e-11
@@ -73,7 +73,7 @@ def test_a_cut_series_is_that_of_the_cpu_backend(machine, mode, cut, kind):
 def test_neumann_to_tolerance(machine, kind):
     problem = Problem(Case(rows=18))
     how = {"tol": 1e-10, "history": 0, "max_iter": 2000}
-    expected, _ = problem.run(kind, native, **how)
+    expected, _ = problem.run(kind, cpu_native, **how)
     given, (residual, _, outcome) = machine.run(problem, kind, **how)
     assert (outcome == Outcome.CONVERGED).all()
     assert (residual <= 1e-10).all()
@@ -87,7 +87,7 @@ def test_the_recurrence_is_the_reference_one(machine, variant):
     problem = Problem(case)
     option = Implicit(solver="bicgstab", tol=1e-8, max_iter=400)
     g, z, x, flat = problem.cells
-    tail = (flat, case.groups, variant, option, True)
+    tail = (flat, case.groups, VARIANTS[variant], option, True)
     dx, grads, wanted = reference.adjoint_cells(g, z, x, *tail)
     given, (_, nfe, _) = machine.run(problem, "cells", tol=1e-8)
     expected = {"dx": dx} | {f"params[{i}]": p for i, p in enumerate(grads)}
@@ -164,7 +164,7 @@ def test_tf32_reaches_its_tolerance_and_float64_ignores_it(machine):
             [ten_bits(t) if t.dim() == 2 else t for t in a] if isinstance(a, list) else a
             for a in rest
         ]
-        rounded, _ = problem.run(kind, native, given=(g, ten_bits(z), *coarse))
+        rounded, _ = problem.run(kind, cpu_native, given=(g, ten_bits(z), *coarse))
         for name, wanted in exact.items():
             error = (given[name] - wanted).norm() / wanted.norm()
             assert error > 1e-5, name
@@ -186,9 +186,10 @@ class _Solved(torch.autograd.Function):
         how = (1e-13, 500, 5, 1.0, 1e-6, 0)
         skip, last = case.variant != "paper", case.variant == "released-mmimdb"
         if kind == "cells":
-            z = native.solve_cells(leaves[0], params, None, case.groups, skip, *how)[0]
+            z = cpu_native.solve_cells(leaves[0], params, None, case.groups, skip, *how)[0]
         else:
-            z = native.solve_fuse(*leaves, params, None, None, case.n, case.groups, last, *how)[0]
+            sizes = (case.n, case.groups, last)
+            z = cpu_native.solve_fuse(*leaves, params, None, None, *sizes, *how)[0]
         z = z.to(tensors[0].device)
         ctx.save_for_backward(z, *tensors)
         return z
@@ -259,7 +260,7 @@ def test_a_tolerance_that_nothing_reaches_ends_as_stalled(machine, kind, cut):
     """Runs that only repeat themselves end; the answer is the best one."""
     case = machine.case(cut, Case(rows=17))
     problem = Problem(case)
-    expected, _ = problem.run(kind, native)
+    expected, _ = problem.run(kind, cpu_native)
     with machine.playing(cut, case):
         given, (residual, nfe, outcome) = machine.run(problem, kind, tol=1e-19, max_iter=5000)
     assert (outcome == Outcome.STALLED).all()

@@ -14,7 +14,7 @@ from cpu_cases import Case, flat_cells, named
 from cuda_cases import Machine, Problem, distance
 
 from deqfuse import Outcome
-from deqfuse.backends import cuda_native, native
+from deqfuse.backends import cpu_native, cuda_native
 from deqfuse.backends.maps import VARIANTS
 
 # By width: weights in shared memory, streamed, steps; odd numbers of rows, features and groups.
@@ -52,7 +52,7 @@ each_kind = pytest.mark.parametrize("kind", ["cells", "fuse"])
 @on_all_shapes
 def test_float64_gradients_are_those_of_the_cpu_backend(machine, case, kind, variant):
     problem = Problem(dataclasses.replace(case, variant=variant), mask=variant != "paper")
-    expected, before = problem.run(kind, native)
+    expected, before = problem.run(kind, cpu_native)
     given, (_, _, outcome) = machine.run(problem, kind)
     if (before[2] == Outcome.CONVERGED).all() and (outcome == Outcome.CONVERGED).all():
         assert distance(given, expected) <= (1e-9 if case.dim // case.groups > 2 else 1e-7)
@@ -64,8 +64,8 @@ def test_float64_gradients_are_those_of_the_cpu_backend(machine, case, kind, var
 @on_smooth_shapes
 def test_float32_is_as_exact_as_the_cpu_backend(machine, case, kind):
     problem = Problem(dataclasses.replace(case, dtype="f32"), mask=True)
-    truth, _ = problem.run(kind, native, dtype=torch.float64, tol=1e-13)
-    ours = distance(problem.run(kind, native)[0], truth)
+    truth, _ = problem.run(kind, cpu_native, dtype=torch.float64, tol=1e-13)
+    ours = distance(problem.run(kind, cpu_native)[0], truth)
     given, (*_, outcome) = machine.run(problem, kind)
     assert (outcome == Outcome.CONVERGED).all()
     assert distance(given, truth) <= 4 * ours + 64 * torch.finfo(torch.float32).eps

@@ -16,7 +16,7 @@ from cpu_cases import Case, assert_equal, named
 from cuda_cases import A100, CUTS, H100, Problem, device, distance, limit_for
 
 from deqfuse import Outcome
-from deqfuse.backends import cuda_native, native
+from deqfuse.backends import cpu_native, cuda_native
 from deqfuse.backends.maps import VARIANTS
 
 SMALL = [
@@ -37,7 +37,7 @@ def check_against_cpu(case: Case, cut: str, mask: bool) -> None:
     """Both solve to 1e-12; narrow groups stretch what is left by up to 300 (float64)."""
     problem = Problem(case, mask)
     for kind in ("cells", "fuse"):
-        expected, before = problem.run(kind, native)
+        expected, before = problem.run(kind, cpu_native)
         with device(limit_for(cut, case)):
             given, (residual, nfe, outcome) = problem.run(kind, cuda_native)
         assert residual.shape == before[0].shape
@@ -71,8 +71,8 @@ def check_float32(case: Case, limit: int) -> None:
     """Both measured against the float64 gradient at the same (rounded) inputs."""
     problem = Problem(case, mask=True)
     for kind in ("cells", "fuse"):
-        truth, _ = problem.run(kind, native, dtype=torch.float64, tol=1e-13)
-        ours = distance(problem.run(kind, native)[0], truth)
+        truth, _ = problem.run(kind, cpu_native, dtype=torch.float64, tol=1e-13)
+        ours = distance(problem.run(kind, cpu_native)[0], truth)
         with device(limit):
             given, (*_, outcome) = problem.run(kind, cuda_native)
         assert (outcome == Outcome.CONVERGED).all()
@@ -117,20 +117,22 @@ def test_what_the_kernels_cannot_read_is_refused():
         ((g, z.half(), x, flat), "float32 or float64"),
         ((g, z.mT.contiguous().mT, x, flat), "z: expected 408 contiguous values"),
     ]:
-        for backend in (cuda_native, native):
-            if message == "x" and backend is native:
+        for backend in (cpu_native, cuda_native):
+            if message == "x" and backend is cpu_native:
                 continue  # which casts it
             with pytest.raises(RuntimeError, match=message):
                 problem.run("cells", backend, given=bad)
     g, z, *rest = problem.fuse
-    for backend in (cuda_native, native):
+    for backend in (cpu_native, cuda_native):
         with pytest.raises(RuntimeError, match="z: expected 204 contiguous values"):
             problem.run("fuse", backend, given=(g, z.mT.contiguous().mT, *rest))
     layer = [*flat, *problem.fuse[4], torch.ones(2, dtype=z.dtype)]
     states = torch.cat([problem.cells[1], z[None]])
     how = (2, False, False, -1, 1e-9, 100, 6, 1.0, 1e-6)
     with pytest.raises(RuntimeError, match="states: expected 612 contiguous values"):
-        native.adjoint_layer(g, None, states.mT.contiguous().mT, list(x), layer, True, None, *how)
+        cpu_native.adjoint_layer(
+            g, None, states.mT.contiguous().mT, list(x), layer, True, None, *how
+        )
 
 
 @pytest.mark.parametrize(
@@ -150,7 +152,7 @@ def test_what_the_kernels_cannot_read_is_refused():
 )
 def test_how_problems_are_cut(dim, size, limit, cut, rows):
     with device(limit):
-        plan = native.module.host_plan(dim, 4, size)
+        plan = cpu_native.module.host_plan(dim, 4, size)
     assert (plan["cut"], plan["rows"]) == (cut, rows)
     assert plan["bytes"] <= limit or cut == "steps"
 

@@ -6,10 +6,10 @@ import logging
 
 import pytest
 import torch
-from adjoint_cases import CASES, TOLERANCE, Case, assert_equal, exact, name
+from adjoint_cases import CASES, TOLERANCE, Case, adjoint_of, assert_equal, exact
 
 from deqfuse import Implicit
-from deqfuse.backends import cuda, cuda_adjoint, cuda_native, native, reference
+from deqfuse.backends import cpu_native, cuda, cuda_adjoint, cuda_native, reference
 from deqfuse.outcome import Outcome
 from deqfuse.solvers.options import Neumann, OneStep
 
@@ -20,7 +20,7 @@ OTHERS = [OneStep(), Neumann(3), Implicit("neumann", tol=1e-10)]
 @pytest.fixture
 def library(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if the CUDA library were there: on CPU tensors its bodies run in the compiled module."""
-    if native.module is None:
+    if cpu_native.module is None:
         pytest.skip("the C++ extension was not built")
     monkeypatch.setattr(cuda_native, "load_error", lambda: None)
 
@@ -30,8 +30,8 @@ def library(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_gradients_are_those_of_the_reference(case: Case, kind: str) -> None:
     arguments = case.arguments(exact(case))[kind]
-    given = getattr(cuda, name(kind))(*arguments)
-    expected = getattr(reference, name(kind))(*arguments)
+    given = adjoint_of(cuda.BACKEND, kind)(*arguments)
+    expected = adjoint_of(reference.BACKEND, kind)(*arguments)
     assert (given[-1].outcome == Outcome.CONVERGED).all()
     assert_equal(given, expected, TOLERANCE[case.dtype])
 
@@ -41,8 +41,8 @@ def test_gradients_are_those_of_the_reference(case: Case, kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_other_gradients(adjoint, kind: str) -> None:
     arguments = Case().arguments(adjoint)[kind]
-    given = getattr(cuda, name(kind))(*arguments)
-    expected = getattr(reference, name(kind))(*arguments)
+    given = adjoint_of(cuda.BACKEND, kind)(*arguments)
+    expected = adjoint_of(reference.BACKEND, kind)(*arguments)
     assert_equal(given, expected, 1e-9)
 
 

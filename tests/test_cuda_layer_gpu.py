@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from deqfuse import Anderson, DEQFusion, Implicit, Neumann, OneStep
-from deqfuse.backends import cuda_native, native
+from deqfuse.backends import cpu_native, cuda_native
 from deqfuse.backends.maps import VARIANTS
 
 N = 3
@@ -32,7 +32,7 @@ each_width = pytest.mark.parametrize("dim", [12, 200, 300])
 def needs_its_library() -> None:
     if torch.get_default_device().type == "cuda" and (missing := cuda_native.load_error()):
         pytest.fail(missing)
-    if native.module is None:
+    if cpu_native.module is None:
         pytest.skip("the C++ extension was not built")
 
 

@@ -162,7 +162,7 @@ def test_solver_options(
 @pytest.mark.parametrize(
     ("options", "error", "parts"),
     [
-        ({"num_groups": 3}, ValueError, ("num_groups", "divisor of dim=8", "3", "[1, 2, 4, 8]")),
+        ({"num_groups": 3}, ValueError, ("num_groups", "divisor of dim=8", "3", "[1, 2, 4]")),
         ({"num_groups": 0}, ValueError, ("num_groups", "an int >= 1", "0")),
         ({"num_groups": 2.0}, TypeError, ("num_groups", "an int", "2.0")),
         ({"num_groups": True}, TypeError, ("num_groups", "an int", "True")),

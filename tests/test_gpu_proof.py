@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from benchmarks import gpu_profile
-from deqfuse.backends import cuda_native, native
+from deqfuse.backends import cpu_native, cuda_native
 from tools import gpu_kernels, gpu_parts, gpu_proof
 from tools.gpu_parts import Part
 
@@ -268,7 +268,7 @@ KERNEL = re.compile(r"^def (_\w+_kernel)\(", re.MULTILINE)
 
 
 @pytest.mark.triton
-@pytest.mark.skipif(native.module is None, reason="needs the compiled module's host policy")
+@pytest.mark.skipif(cpu_native.module is None, reason="needs the compiled module's host policy")
 @pytest.mark.parametrize(
     "program",
     [
@@ -295,15 +295,15 @@ def test_every_kernel_runs_under_the_interpreter(program: list[str]) -> None:
     assert set(re.findall(r"_\w+_kernel\b", last)) == kernels
 
 
-@pytest.mark.skipif(native.module is None, reason="needs the compiled module's host policy")
+@pytest.mark.skipif(cpu_native.module is None, reason="needs the compiled module's host policy")
 def test_the_adjoint_is_cut_in_every_way() -> None:
     """Within an H100's shared memory, which the host policy plays, and an A100's."""
     for limit in (227 * 1024, 163 * 1024):
-        native.module.host_device(limit)
+        cpu_native.module.host_device(limit)
         for dtype, widths in gpu_kernels.ADJOINT.items():
-            plans = [native.module.host_plan(d, 4, dtype.itemsize)["cut"] for d in widths]
+            plans = [cpu_native.module.host_plan(d, 4, dtype.itemsize)["cut"] for d in widths]
             assert tuple(plans) == gpu_kernels.CUTS
-    native.module.host_device()
+    cpu_native.module.host_device()
 
 
 def test_a_wrong_kernel_is_reported(

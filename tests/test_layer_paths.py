@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from deqfuse import DEQFusion
-from deqfuse.backends import native
+from deqfuse.backends import cpu_native
 
-BACKENDS = ["reference"] + (["cpu"] if native.module is not None else [])
+BACKENDS = ["reference"] + (["cpu"] if cpu_native.module is not None else [])
 
 
 def features(dim: int, n: int, rows: int = 5) -> list[torch.Tensor]:
@@ -74,7 +74,7 @@ def test_a_parameter_of_the_wrong_shape_is_named(backend: str, grad: bool) -> No
             layer(features(16, 2))
 
 
-@pytest.mark.skipif(native.module is None, reason="the compiled module is missing")
+@pytest.mark.skipif(cpu_native.module is None, reason="the compiled module is missing")
 def test_the_kernels_own_door_is_locked() -> None:
     """What would read or write beyond a tensor is refused, whoever calls."""
     layer, x = DEQFusion(8, 2, num_groups=2), torch.randn(2, 3, 8)
@@ -84,7 +84,9 @@ def test_the_kernels_own_door_is_locked() -> None:
         x: torch.Tensor = x, groups: int = 2, max_iter: int = 9, history: int = 5, steps: int = 0
     ) -> None:
         cast = [p.to(x.dtype) for p in params]
-        native.solve_cells(x, cast, None, groups, False, 1e-4, max_iter, history, 1.0, 1e-6, steps)
+        cpu_native.solve_cells(
+            x, cast, None, groups, False, 1e-4, max_iter, history, 1.0, 1e-6, steps
+        )
 
     solve()
     for wrong in (
@@ -98,13 +100,15 @@ def test_the_kernels_own_door_is_locked() -> None:
         with pytest.raises(RuntimeError, match="deqfuse"):
             solve(**wrong)  # type: ignore[arg-type]
     with pytest.raises(RuntimeError, match="deqfuse: params"):
-        native.solve_cells(x, params[:-1], None, 2, False, 1e-4, 9, 5, 1.0, 1e-6, 0)
+        cpu_native.solve_cells(x, params[:-1], None, 2, False, 1e-4, 9, 5, 1.0, 1e-6, 0)
     with pytest.raises(RuntimeError, match="deqfuse: params"):
-        native.solve_layer(
+        cpu_native.solve_layer(
             [x[0], x[1]], params, None, None, None, 2, False, False, 1e-4, 9, 5, 1.0, 1e-6, 0
         )
     with pytest.raises(RuntimeError, match="deqfuse: x"):
-        native.solve_layer([], params, None, None, None, 2, False, False, 1e-4, 9, 5, 1.0, 1e-6, 0)
+        cpu_native.solve_layer(
+            [], params, None, None, None, 2, False, False, 1e-4, 9, 5, 1.0, 1e-6, 0
+        )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -130,7 +134,7 @@ def test_a_loss_on_the_cells_alone_does_not_see_a_failed_fuse_row(backend: str) 
         torch.testing.assert_close(before, after, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.skipif(native.module is None, reason="the compiled module is missing")
+@pytest.mark.skipif(cpu_native.module is None, reason="the compiled module is missing")
 def test_a_huge_budget_is_a_budget() -> None:
     from deqfuse import Anderson
 

@@ -12,15 +12,17 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from deqfuse import Anderson, DEQFusion, Implicit, NewtonKrylov, OneStep, Picard, ops
-from deqfuse.backends import native
+from deqfuse import Anderson, DEQFusion, Implicit, NewtonKrylov, OneStep, Picard
+from deqfuse.backends import cpu_native
 from deqfuse.backends.maps import VARIANTS
+
+ops = torch.ops.deqfuse
 
 DIM, N, GROUPS = 12, 2, 2
 SOLVER = Anderson(tol=1e-10, max_iter=200)
 ADJOINT = Implicit(tol=1e-10, max_iter=200)
 OPERATORS = ("solve_cells", "solve_fuse", "adjoint_cells", "adjoint_fuse")
-BACKENDS = ["reference"] + (["compiled"] if native.module is not None else [])
+BACKENDS = ["reference"] + (["compiled"] if cpu_native.module is not None else [])
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
 ALL_CHECKS = (
     "test_schema",

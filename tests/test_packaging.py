@@ -326,7 +326,7 @@ def test_wheel_with_the_extension(source_copy: Path, tmp_path: Path) -> None:
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"deqfuse"}
     pip(["install", "--target", str(tmp_path / "there"), str(path)])
     output = check_python(
-        "from deqfuse.backends import native; print(native.module.__file__)",
+        "from deqfuse.backends import cpu_native; print(cpu_native.module.__file__)",
         path=[tmp_path / "there"],
     )
     assert output.startswith(str(tmp_path))

@@ -12,7 +12,8 @@ from solver_cases import FLOOR, STALL_STEPS, Affine, affine, ids, rotation
 from torch import Tensor
 
 from deqfuse import Anderson, Broyden, NewtonKrylov, Outcome, Picard
-from deqfuse.solvers.options import RESCUE_STEPS, SolverOption
+from deqfuse.solvers.anderson import RESCUE_STEPS
+from deqfuse.solvers.options import SolverOption
 from deqfuse.solvers.rows import row_norm
 from deqfuse.solvers.solve import solve
 

@@ -233,7 +233,6 @@ def test_empty_problems(option: SolverOption, shape: tuple[int, int]) -> None:
 
 
 def test_unknown_solver_is_refused() -> None:
-    with pytest.raises(
-        TypeError, match="solver: expected Anderson, Picard, Broyden or NewtonKrylov"
-    ):
+    expected = r"solver: expected Anderson\(\.\.\.\), .* or NewtonKrylov\(.*got 'anderson'"
+    with pytest.raises(TypeError, match=expected):
         solve(lambda z: z, torch.zeros(1, 1), "anderson")  # type: ignore[arg-type]

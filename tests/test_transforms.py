@@ -22,12 +22,13 @@ from deqfuse import (
     DEQFusion,
     Implicit,
     NewtonKrylov,
-    ops,
 )
-from deqfuse.backends import native
+from deqfuse.backends import cpu_native
 from deqfuse.errors import DoubleBackwardError
 
-BACKENDS = ["reference"] + (["compiled"] if native.module is not None else [])
+ops = torch.ops.deqfuse
+
+BACKENDS = ["reference"] + (["compiled"] if cpu_native.module is not None else [])
 DIM, N, ROWS, CALLS = 8, 2, 3, 4
 TIGHT = {
     "solver": Anderson(tol=1e-11, max_iter=200),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from adjoint_cases import CASES, TOLERANCE, Case, assert_equal, exact, name
+from adjoint_cases import CASES, TOLERANCE, Case, adjoint_of, assert_equal, exact
 from test_triton_cases import upcast  # noqa: F401 - only under TRITON_INTERPRET=1
 
 from deqfuse import Implicit
@@ -21,8 +21,8 @@ def no_library(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_gradients_are_those_of_the_reference(case: Case, kind: str) -> None:
     arguments = case.arguments(exact(case))[kind]
-    given = getattr(cuda, name(kind))(*arguments)
-    expected = getattr(reference, name(kind))(*arguments)
+    given = adjoint_of(cuda.BACKEND, kind)(*arguments)
+    expected = adjoint_of(reference.BACKEND, kind)(*arguments)
     assert (given[-1].outcome == Outcome.CONVERGED).all()
     assert_equal(given, expected, TOLERANCE[case.dtype])
 
@@ -31,6 +31,6 @@ def test_gradients_are_those_of_the_reference(case: Case, kind: str) -> None:
 @pytest.mark.parametrize("kind", ["shared", "fuse"])
 def test_other_gradients(adjoint, kind: str) -> None:
     arguments = Case(rows=3, n=2).arguments(adjoint)[kind]
-    given = getattr(cuda, name(kind))(*arguments)
-    expected = getattr(reference, name(kind))(*arguments)
+    given = adjoint_of(cuda.BACKEND, kind)(*arguments)
+    expected = adjoint_of(reference.BACKEND, kind)(*arguments)
     assert_equal(given, expected, 1e-9)

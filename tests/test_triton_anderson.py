@@ -10,7 +10,7 @@ from torch import Tensor
 from deqfuse import Outcome
 from deqfuse.solvers import anderson as reference
 from deqfuse.solvers import rows
-from deqfuse.solvers.options import Anderson
+from deqfuse.solvers.anderson import Anderson
 from deqfuse.solvers.rows import Solution
 from deqfuse.triton_kernels import anderson as kernels
 from deqfuse.triton_kernels.anderson import AndersonState, anderson_step

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from deqfuse import DEQFusion
-from deqfuse.backends.maps import CellParams, FuseParams
+from deqfuse.backends.maps import VARIANTS, CellParams, FuseParams
 from deqfuse.backends.reference import compute_dtype
 
 if os.environ.get("TRITON_INTERPRET") != "1":  # Triton reads it once, when it is imported
@@ -105,7 +105,7 @@ class SolveCase(Case):
         x, cell_sum = self.draw(self.n), self.draw(stored=False)
         z0 = self.draw(self.n) if self.start else None
         flat = [t for part in layer.cells for t in part.flat()]
-        rest = (self.groups, self.variant)
+        rest = (self.groups, VARIANTS[self.variant])
         z0_fuse = None if z0 is None else z0[0]
         fuse = (x.sum(0), cell_sum, layer.combine.flat(), self.drop(), z0_fuse, self.n)
         return [
@@ -121,7 +121,7 @@ class SolveCase(Case):
         flat += [torch.tensor(0.3).to(flat[0])] if self.variant != "paper" else []
         z0 = self.draw(self.n) if self.start else None
         z0_fuse = None if z0 is None else z0[0]
-        fixed = (flat, self.drop(), z0_fuse, z0, self.groups, self.variant)
+        fixed = (flat, self.drop(), z0_fuse, z0, self.groups, VARIANTS[self.variant])
         return functools.partial(backend.solve_layer, list(self.draw(self.n)), *fixed)
 
 

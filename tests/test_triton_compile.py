@@ -172,12 +172,12 @@ def test_the_docs_page_is_a_generated_one() -> None:
 
 
 SPECIALIZATIONS = """
-import json, sys
+import dataclasses, json, sys
 import torch
 from triton.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
 from deqfuse import Anderson, DEQFusion
-from deqfuse.backends import cuda
+from deqfuse.backends import BACKENDS, cuda
 from deqfuse.triton_kernels.launch import intercept
 from deqfuse.triton_kernels.resources import TARGETS
 
@@ -189,7 +189,9 @@ def note(call):
     found.add(str(bind(*call.args, **call.options)[1]))
 
 dim, groups = map(int, sys.argv[1:])
-cuda.unavailable, cuda.refuses = lambda: None, cuda.refuses_problem
+BACKENDS["cuda"] = dataclasses.replace(
+    cuda.BACKEND, unavailable=lambda: None, refuses=cuda.refuses_problem
+)
 layer = DEQFusion(dim, 3, num_groups=groups, on_failure="ignore", backend="cuda")
 solver = Anderson(trace=True, max_iter=2)
 stepped = DEQFusion(

@@ -37,7 +37,7 @@ from torch import Tensor
 from deqfuse import DEQ, Anderson, DEQFusion, Implicit, Outcome, Picard
 from deqfuse.backends import cuda, maps, reference
 from deqfuse.backends.linearization import CellLinearization, FuseLinearization
-from deqfuse.backends.maps import CellParams, FuseParams
+from deqfuse.backends.maps import PAPER, VARIANTS, CellParams, FuseParams
 from deqfuse.testing import gradient_errors
 
 pytestmark = MARK
@@ -96,7 +96,7 @@ def test_a_cell_and_its_vjp(dim, groups, dtype, variant):
 
     def exact():
         z_, x_, p = upcast(torch.float64, z, x, flat)
-        maps.residual_cell(z_, x_, CellParams.stack(p), groups, variant)
+        maps.residual_cell(z_, x_, CellParams.stack(p), groups, VARIANTS[variant])
 
     off = rows_off_kinks(exact, 1e-5)
     u, z, x = u[:, off], z[:, off], x[:, off]
@@ -107,10 +107,10 @@ def test_a_cell_and_its_vjp(dim, groups, dtype, variant):
     def reference(kind):
         u_, z_, x_, p = upcast(kind, u, z, x, flat)
         p = CellParams.stack(p)
-        at = CellLinearization(z_, x_, p, groups, variant)
+        at = CellLinearization(z_, x_, p, groups, VARIANTS[variant])
         dx, dp = at.vjp_operands(u_, True)
         vectors = torch.stack([dp.linear1_bias, dp.linear2_bias, *dp[4:]], 1)
-        step = maps.residual_cell(z_, x_, p, groups, variant)
+        step = maps.residual_cell(z_, x_, p, groups, VARIANTS[variant])
         return [step, at.vjp(u_), dx, dp.linear1_weight, dp.linear2_weight, vectors]
 
     assert_as_good_as_torch([f, *given], reference)
@@ -130,7 +130,7 @@ def test_purify_combine_and_its_vjp(dim, groups, dtype, variant):
     def exact():
         z_, x_, s, p, m = upcast(torch.float64, z, x, cell_sum, flat, mask)
         p = FuseParams(*p)
-        maps.purify_combine(z_, x_, maps.gate_constant(s, 2, p), m, 2, p, groups, variant)
+        maps.purify_combine(z_, x_, maps.gate_constant(s, 2, p), m, 2, p, groups, VARIANTS[variant])
 
     off = rows_off_kinks(exact, 1e-5)
     u, z, cell_sum, x = u[off], z[off], cell_sum[off], x[off]
@@ -143,9 +143,9 @@ def test_purify_combine_and_its_vjp(dim, groups, dtype, variant):
         u_, z_, x_, s, p, m = upcast(kind, u, z, x, cell_sum, flat, mask)
         p = FuseParams(*p)
         c = maps.gate_constant(s, 2, p)
-        at = FuseLinearization(z_, x_, s, m, 2, p, groups, variant)
+        at = FuseLinearization(z_, x_, s, m, 2, p, groups, VARIANTS[variant])
         dx, dsum, dp = at.vjp_operands(u_, True)
-        step = maps.purify_combine(z_, x_, c, m, 2, p, groups, variant)
+        step = maps.purify_combine(z_, x_, c, m, 2, p, groups, VARIANTS[variant])
         return [c, step, at.vjp(u_), dx, dsum, *dp]
 
     assert_as_good_as_torch([constant, f, *given[:3], *given.params], reference)
@@ -165,8 +165,8 @@ def test_tf32_steps_err_as_much_as_rounded_operands(dim, groups, monkeypatch):
     def reference(kind):
         z_, x_, c, p, q = upcast(kind, z, x, constant, cells, flat)
         return (
-            maps.residual_cell(z_, x_, CellParams.stack(p), groups, "paper"),
-            maps.purify_combine(z_[0], x_[0], c, None, 2, FuseParams(*q), groups, "paper"),
+            maps.residual_cell(z_, x_, CellParams.stack(p), groups, PAPER),
+            maps.purify_combine(z_[0], x_[0], c, None, 2, FuseParams(*q), groups, PAPER),
         )
 
     exact = reference(torch.float64)

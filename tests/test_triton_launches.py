@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import re
 from collections import deque
@@ -14,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from deqfuse import Anderson, Broyden, DEQFusion, Implicit, Picard, Unrolled, reporting
-from deqfuse.backends import Problem, cuda
+from deqfuse.backends import BACKENDS, Problem, cuda
 from deqfuse.triton_kernels import tiles
 from deqfuse.triton_kernels.launch import Launch, counted, intercept
 
@@ -53,8 +54,8 @@ def test_a_forward_is_two_launches_and_two_for_packing(monkeypatch: pytest.Monke
 def test_nothing_in_the_module_adds_to_them(monkeypatch: pytest.MonkeyPatch) -> None:
     """All of ``DEQFusion.forward``, on the backend that tensors on a GPU would take."""
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
-    monkeypatch.setattr(cuda, "unavailable", lambda: None)
-    monkeypatch.setattr(cuda, "refuses", cuda.refuses_problem)
+    answers = {"unavailable": lambda: None, "refuses": cuda.refuses_problem}
+    monkeypatch.setitem(BACKENDS, "cuda", dataclasses.replace(cuda.BACKEND, **answers))
     layer = DEQFusion(12, 3, num_groups=2, on_failure="ignore", backend="cuda")
     xs = list(torch.randn(3, 5, 12))
     for params_need_gradients in (False, True):
@@ -87,7 +88,8 @@ def test_a_warning_costs_two_copies_and_an_event(
         outcome = torch.zeros(4, 5, dtype=torch.int8, device="cuda")
         residual = torch.zeros(4, 5, device="cuda")
         with Operations() as operations:
-            reporting.report_layer(outcome, residual, Anderson(), "warn", backward=backward)
+            parts = reporting.backward(reporting.LAYER) if backward else reporting.LAYER
+            reporting.report(parts, outcome, residual, Anderson(), "warn")
     launched = [name for name in operations.names if name != "device"]  # a fake tensor's own
     assert launched == ["_to_copy", "_to_copy"]
     assert events == ["record"]

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from deqfuse import Anderson, DEQFusion, Outcome
 from deqfuse.backends import maps, reference
+from deqfuse.backends.maps import PAPER
 from deqfuse.triton_kernels import tiles
 
 DOCS = Path(__file__).parents[1] / "docs/kernels-gpu.md"
@@ -43,10 +44,10 @@ def solve_rounded(
             torch, "addmm", lambda c, a, w, **k: addmm(c, round_(a), round_(w.mT).mT, **k)
         )
         flat = [t for cell in layer.cells for t in cell.flat()]
-        cells = reference.solve_cells(x, flat, None, 4, "paper", solver)
+        cells = reference.solve_cells(x, flat, None, 4, PAPER, solver)
         parameters = layer.combine.flat()
         fuse = reference.solve_fuse(
-            x.sum(0), cells.z.sum(0), parameters, None, None, 3, 4, "paper", solver
+            x.sum(0), cells.z.sum(0), parameters, None, None, 3, 4, PAPER, solver
         )
     return [cells, fuse]
 

@@ -18,6 +18,7 @@ from test_triton_cases import (
 
 from deqfuse.backends import maps
 from deqfuse.backends.linearization import CellLinearization, FuseLinearization
+from deqfuse.backends.maps import VARIANTS
 from deqfuse.backends.reference import compute_dtype
 from deqfuse.triton_kernels import cell, cell_vjp, fuse, fuse_vjp, tiles
 from deqfuse.triton_kernels.launch import counted
@@ -68,7 +69,7 @@ def run_cell(case):
 
     def reference(dtype):
         z_, x_, p = upcast((z, x, params), dtype)
-        return [maps.residual_cell(z_, x_, stacked(p), case.groups, case.variant)]
+        return [maps.residual_cell(z_, x_, stacked(p), case.groups, VARIANTS[case.variant])]
 
     assert given.dtype == compute_dtype(x.dtype)
     assert_as_good_as_torch([given], reference)
@@ -86,7 +87,7 @@ def run_cell_vjp(case):
 
     def reference(dtype):
         u_, z_, x_, p = upcast((u, z, x, params), dtype)
-        at = CellLinearization(z_, x_, stacked(p), case.groups, case.variant)
+        at = CellLinearization(z_, x_, stacked(p), case.groups, VARIANTS[case.variant])
         dx, dp = at.vjp_operands(u_, True)
         vectors = torch.stack([dp.linear1_bias, dp.linear2_bias, *dp[4:]], 1)
         return [at.vjp(u_), dx, dp.linear1_weight, dp.linear2_weight, vectors]
@@ -134,7 +135,7 @@ def run_fuse(case):
     def reference(dtype):
         z_, x_, s, p, m = upcast((z, x, cell_sum, params, mask), dtype)
         c = maps.gate_constant(s, case.n, tupled(p))
-        rest = (tupled(p), case.groups, case.variant)
+        rest = (tupled(p), case.groups, VARIANTS[case.variant])
         return [c, maps.purify_combine(z_, x_, c, m, case.n, *rest)]
 
     assert_as_good_as_torch([constant, given], reference)
@@ -152,7 +153,7 @@ def run_fuse_vjp(case):
     def reference(dtype):
         u_, z_, x_, s, p, m = upcast((u, z, x, cell_sum, params, mask), dtype)
         at = FuseLinearization(
-            z_, x_, s, m, case.n, tupled(p), case.groups, case.variant
+            z_, x_, s, m, case.n, tupled(p), case.groups, VARIANTS[case.variant]
         )  # fmt: skip
         dx, dsum, dp = at.vjp_operands(u_, True)
         return [at.vjp(u_), dx, dsum, *dp]

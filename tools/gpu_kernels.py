@@ -8,6 +8,7 @@ The first run on a machine compiles the Triton kernels; later ones find them in 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -17,8 +18,9 @@ import torch
 from torch import Tensor
 
 from deqfuse import Anderson, DEQFusion, Implicit
-from deqfuse.backends import cpu_native, cuda, cuda_native, reference
+from deqfuse.backends import Backend, cpu_native, cuda, cuda_native, reference
 from deqfuse.backends.arguments import adjoint_numbers
+from deqfuse.backends.maps import PAPER
 from deqfuse.backends.problem import compute_dtype
 
 ROWS, MODALITIES, TOL = 21, 2, 1e-4  # rows: a whole tile and a ragged one
@@ -78,41 +80,47 @@ def operands(dim: int, groups: int, dtype: torch.dtype, device: str) -> Operands
     )
 
 
-def forward(backend: Any, given: Operands, solver: Anderson) -> list[Tensor]:
+def forward(backend: Backend, given: Operands, solver: Anderson) -> list[Tensor]:
     """Equilibria of the cells, then of the fuse step with a mask."""
     x, x_fuse, cells, fuse, mask, cell_sum, _, groups = given
     found = [
-        backend.solve_cells(x, cells, None, groups, "paper", solver),
-        backend.solve_fuse(x_fuse, cell_sum, fuse, mask, None, MODALITIES, groups, "paper", solver),
+        backend.cells.solve(x, cells, None, groups, PAPER, solver),
+        backend.fuse.solve(x_fuse, cell_sum, fuse, mask, None, MODALITIES, groups, PAPER, solver),
     ]
     return [solved.z for solved in found]
 
 
-def adjoint(backend: Any, given: Operands, z: Sequence[Tensor], option: Implicit) -> list[Tensor]:
+def adjoint(
+    backend: Backend, given: Operands, z: Sequence[Tensor], option: Implicit
+) -> list[Tensor]:
     """Gradients of inputs and parameters through both blocks."""
     x, x_fuse, cells, fuse, mask, cell_sum, g, groups = given
-    dx, flat, _ = backend.adjoint_cells(g, z[0], x, cells, groups, "paper", option, True)
-    how = (MODALITIES, groups, "paper", option, True)
-    dx_fuse, dsum, params, _ = backend.adjoint_fuse(g[0], z[1], x_fuse, cell_sum, fuse, mask, *how)
+    dx, flat, _ = backend.cells.adjoint(g, z[0], x, cells, groups, PAPER, option, True)
+    how = (MODALITIES, groups, PAPER, option, True)
+    dx_fuse, dsum, params, _ = backend.fuse.adjoint(g[0], z[1], x_fuse, cell_sum, fuse, mask, *how)
     return [dx, *flat, dx_fuse, dsum, *params]
 
 
-class Library:
-    """The CUDA library as a backend, whatever `cuda` would choose; on the CPU the host policy."""
+def _library_cells(*given: Any) -> Any:
+    *tensors, groups, _, option, want = given
+    how = (groups, False, *adjoint_numbers(option), _tf32())
+    dx, grads, *rest = cuda_native.adjoint_cells(*tensors, want, *how)
+    return dx, grads, rest
 
-    @staticmethod
-    def adjoint_cells(*given: Any) -> Any:
-        *tensors, groups, _, option, want = given
-        how = (groups, False, *adjoint_numbers(option), _tf32())
-        dx, grads, *rest = cuda_native.adjoint_cells(*tensors, want, *how)
-        return dx, grads, rest
 
-    @staticmethod
-    def adjoint_fuse(*given: Any) -> Any:
-        *tensors, mask, modalities, groups, _, option, want = given
-        how = (modalities, groups, False, *adjoint_numbers(option), _tf32())
-        dx, dsum, grads, *rest = cuda_native.adjoint_fuse(*tensors, want, mask, *how)
-        return dx, dsum, grads, rest
+def _library_fuse(*given: Any) -> Any:
+    *tensors, mask, modalities, groups, _, option, want = given
+    how = (modalities, groups, False, *adjoint_numbers(option), _tf32())
+    dx, dsum, grads, *rest = cuda_native.adjoint_fuse(*tensors, want, mask, *how)
+    return dx, dsum, grads, rest
+
+
+# Adjoints by the CUDA library, whatever `cuda` would choose; on the CPU the host policy's.
+LIBRARY = dataclasses.replace(
+    cuda.BACKEND,
+    cells=cuda.BACKEND.cells._replace(adjoint=_library_cells),
+    fuse=cuda.BACKEND.fuse._replace(adjoint=_library_fuse),
+)
 
 
 def _tf32() -> bool:
@@ -144,16 +152,18 @@ def runs(device: str) -> Iterator[tuple[str, Callable[[], float], float]]:
         cuts = zip(ADJOINT.get(dtype, ()), CUTS, strict=False)
         for dim, groups, cut in [*sizes, *((dim, 4, cut) for dim, cut in cuts)]:
             given, name = operands(dim, groups, dtype, device), f"{dtype} d={dim} {cut}"[6:]
-            truth = forward(reference, given.exact(), EXACT)
+            truth = forward(reference.BACKEND, given.exact(), EXACT)
             if not cut:
-                solve = functools.partial(forward, cuda, given, Anderson(tol=TOL, max_iter=12))
+                solve = functools.partial(
+                    forward, cuda.BACKEND, given, Anderson(tol=TOL, max_iter=12)
+                )
                 yield f"forward {name}", functools.partial(error, solve, truth), 10 * TOL
             if dtype.itemsize == 2:
                 continue  # the backward computes in float32
             z = [t.to(device, dtype) for t in truth]
-            exact = adjoint(reference, given.exact(), truth, tight)
+            exact = adjoint(reference.BACKEND, given.exact(), truth, tight)
             option = Implicit("bicgstab" if cut else "gmres", tol=TOL, max_iter=20)
-            solve = functools.partial(adjoint, Library if cut else cuda, given, z, option)
+            solve = functools.partial(adjoint, LIBRARY if cut else cuda.BACKEND, given, z, option)
             kind = "CUDA adjoint" if cut else "Triton VJPs"
             yield f"{kind} {name}", functools.partial(error, solve, exact), backward
 

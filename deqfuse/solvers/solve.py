@@ -26,6 +26,19 @@ SOLVERS: dict[type[SolverOption], Solver] = {
 }
 
 
+def registered(option: SolverOption) -> Solver:
+    """The solver that these options belong to.
+
+    Raises:
+        TypeError: no solver is registered for options of this class.
+    """
+    solver = SOLVERS.get(type(option))
+    if solver is None:
+        *first, last = (f"{kind.__name__}(...)" for kind in SOLVERS)
+        raise TypeError(f"solver: expected {', '.join(first)} or {last}, got {option!r}")
+    return solver
+
+
 def solve(
     f: Map,
     z0: Tensor,  # (R, n)
@@ -42,7 +55,7 @@ def solve(
         linearize: ``z -> (v -> J(z) v)`` where a cheaper JVP than forward-mode autograd is known.
         run: another implementation of the option's solver than the registered one.
     """
-    found = (run or SOLVERS[type(option)])(f, z0, option, linearize)
+    found = (run or registered(option))(f, z0, option, linearize)
     if isinstance(option, Anderson) and option.rescue:
         return rescue(f, z0, option, found, linearize)
     return found
