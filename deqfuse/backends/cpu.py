@@ -218,6 +218,23 @@ def adjoint_layer(
     return dx, grads, LayerStatistics(*statistics)
 
 
+def penalty_layer(
+    probes: Tensor,  # (K, N + 1, B, d)
+    states: Tensor,  # (N + 1, B, d)
+    x: list[Tensor],  # N tensors (B, d)
+    flat_params: list[Tensor],  # backends/layer.py
+    mask: Tensor | None,  # (B, d)
+    num_groups: int,
+    variant: Variant,
+    want_params: bool,
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """The Jacobian penalty, as :func:`deqfuse.backends.penalty.penalty_layer`, in one call."""
+    return native.penalty_layer(
+        probes, states, x, flat_params, want_params, mask,
+        num_groups, variant != "paper", variant == "released-mmimdb",
+    )  # fmt: skip
+
+
 def _forward(solver: SolverOption) -> tuple[float, int, int, float, float]:
     """tol, max_iter, history, beta, lam."""
     if isinstance(solver, Anderson):

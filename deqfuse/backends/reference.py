@@ -17,6 +17,7 @@ from deqfuse.backends.maps import (
     purify_combine,
     residual_cell,
 )
+from deqfuse.backends.penalty import penalty_layer as penalty_layer
 from deqfuse.backends.problem import (
     LayerStatistics,
     Problem,
