@@ -28,5 +28,14 @@ DEQFUSE_INLINE typename L::Value norm_symmetric(typename L::Value t, typename L:
   return rstd * (t - mean - x_hat * projected);
 }
 
+// S depends on the norm's input y. The gradient of <t, S s> with respect to y, from S t and S s: per group
+//   -rstd (x_hat mean(t S s) + mean(s x_hat) S t + mean(t x_hat) S s).
+template <class L>
+DEQFUSE_INLINE typename L::Value norm_slope(typename L::Value x_hat, typename L::Value both, typename L::Value of_t,
+                                            typename L::Value s_projected, typename L::Value of_s,
+                                            typename L::Value t_projected, typename L::Value rstd) {
+  return -rstd * L::fma(x_hat, both, L::fma(s_projected, of_t, t_projected * of_s));
+}
+
 }  // namespace DEQFUSE_ISA
 }  // namespace deqfuse

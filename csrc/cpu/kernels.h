@@ -85,6 +85,22 @@ struct LayerAdjointProblem {
   T *dweights, *dbias;   // null when the parameters' gradients are not wanted; dbias also without a bias
 };
 
+// The Jacobian penalty of a layer at given states: per row and block the sum over probes v of |J^T v|^2, and the gradients
+// of the sum of all of these, the states held constant.
+template <class T>
+struct PenaltyProblem {
+  int64_t modalities, rows, d, groups, probes;
+  bool skip, relu_last;
+  const T *states, *noise;              // (N + 1, B, d); the probes, (K, N + 1, B, d)
+  const T* const* x;                    // N times (B, d)
+  const T *mask, *weights, *bias;       // (B, d) or null; (N,); (1,) or null
+  const T* const* params;               // of the cells, then the fuse step's
+  T* value;                             // (N + 1, B)
+  T* const* dx;
+  T* const* dparams;                    // one per entry of params, or null when not wanted, as the next two
+  T *dweights, *dbias;                  // dbias also null without a bias
+};
+
 // One Anderson step of rows whose map is evaluated elsewhere; all arrays are updated in place.
 template <class T>
 struct StepProblem {
@@ -110,6 +126,7 @@ struct Kernels {
   void (*adjoint_cells)(const CellAdjointProblem<T>&, int threads, ParallelFor);
   void (*adjoint_fuse)(const FuseAdjointProblem<T>&, int threads, ParallelFor);
   void (*adjoint_layer)(const LayerAdjointProblem<T>&, int threads, ParallelFor);
+  void (*penalty_layer)(const PenaltyProblem<T>&, int threads, ParallelFor);
   void (*anderson_step)(const StepProblem<T>&, int threads, ParallelFor);
 };
 

@@ -26,6 +26,20 @@ DEQFUSE_INLINE void sum_features(int64_t count, Vec<T> (&sum)[NV], Body body) {
   for (int v = 0; v < NV; ++v) sum[v] = (part[0][v] + part[1][v]) + (part[2][v] + part[3][v]);
 }
 
+// Several such sums: body(k, v, part) adds its terms to part[0], part[1], ...
+template <class T, int NV, int kSums, class Body>
+DEQFUSE_INLINE void sum_features(int64_t count, Vec<T> (&sums)[NV][kSums], Body body) {
+  for (int v = 0; v < NV; ++v) {
+    Vec<T> part[4][kSums] = {};
+    int64_t k = 0;
+    for (; k + 4 <= count; k += 4)
+#pragma GCC unroll 4
+      for (int q = 0; q < 4; ++q) body(k + q, v, part[q]);
+    for (; k < count; ++k) body(k, v, part[0]);
+    for (int i = 0; i < kSums; ++i) sums[v][i] = (part[0][i] + part[1][i]) + (part[2][i] + part[3][i]);
+  }
+}
+
 // Mean and 1 / sqrt(var + eps) of one group of every sample, in two passes so that no digits cancel.
 template <class T, int NV>
 DEQFUSE_INLINE void moments(const T* y, int64_t width, bool rectify, Vec<T> (&mean)[NV], Vec<T> (&rstd)[NV]) {
@@ -98,46 +112,87 @@ void normalise(const T* __restrict y, T* __restrict x_hat, T* __restrict rstd, i
   }
 }
 
-// One group: out = S (gamma * t), S the symmetric part of GroupNorm's Jacobian,
+// One group: write(k, v, S s) for s = value(k, v), which is asked twice; S the symmetric part of GroupNorm's Jacobian,
 //   S s = rstd (s - mean(s) - x_hat mean(s x_hat)).
-// t is first set to zero where `gate_in` <= 0, the result where `gate_out` <= 0 (either may be null).
-template <class T, int NV>
-void norm_group_backward(const T* t, const T* gate_in, const T* gamma, const T* x_hat, const T* rstd,
-                         const T* gate_out, T* out, int64_t width) {
+// `projected` receives mean(s x_hat) unless it is null.
+template <class T, int NV, class Value, class Write>
+DEQFUSE_INLINE void norm_group_symmetric(const T* x_hat, const T* rstd, T* projected, int64_t width, Value value,
+                                         Write write) {
   constexpr int W = kLanes<T>, R = NV * W;
-  const Vec<T> inv = splat(T(1) / T(width)), zero{};
-  Vec<T> sum[NV], projected[NV];
-  sum_features<T, NV>(width, sum, [&](int64_t k, int v, Vec<T> s) {
-    const int64_t o = k * R + v * W;
-    Vec<T> a = load(t + o) * splat(gamma[k]);
-    if (gate_in) a = load(gate_in + o) > zero ? a : zero;
-    store(out + o, a);
-    return s + a;
-  });
-  sum_features<T, NV>(width, projected, [&](int64_t k, int v, Vec<T> s) {
-    const int64_t o = k * R + v * W;
-    return fma(load(out + o), load(x_hat + o), s);
+  const Vec<T> inv = splat(T(1) / T(width));
+  Vec<T> sums[NV][2];
+  sum_features<T, NV>(width, sums, [&](int64_t k, int v, Vec<T>(&s)[2]) {
+    const Vec<T> a = value(k, v);
+    s[0] += a;
+    s[1] = fma(a, load(x_hat + k * R + v * W), s[1]);
   });
   for (int v = 0; v < NV; ++v) {
-    const Vec<T> r = load(rstd + v * W), m = sum[v] * inv, p = projected[v] * inv;
-    for (int64_t k = 0; k < width; ++k) {
-      const int64_t o = k * R + v * W;
-      Vec<T> a = norm_symmetric<VecLane<T>>(load(out + o), m, load(x_hat + o), p, r);
-      if (gate_out) a = load(gate_out + o) > zero ? a : zero;
-      store(out + o, a);
-    }
+    const Vec<T> r = load(rstd + v * W), m = sums[v][0] * inv, p = sums[v][1] * inv;
+    if (projected) store(projected + v * W, p);
+    for (int64_t k = 0; k < width; ++k)
+      write(k, v, norm_symmetric<VecLane<T>>(value(k, v), m, load(x_hat + k * R + v * W), p, r));
   }
 }
 
+// One group: out = S (gamma * t). t is first set to zero where `gate_in` <= 0, the result where `gate_out` <= 0 (either
+// may be null). `projected` as above.
+template <class T, int NV>
+void norm_group_backward(const T* t, const T* gate_in, const T* gamma, const T* x_hat, const T* rstd,
+                         const T* gate_out, T* out, int64_t width, T* projected = nullptr) {
+  constexpr int W = kLanes<T>, R = NV * W;
+  const Vec<T> zero{};
+  norm_group_symmetric<T, NV>(
+      x_hat, rstd, projected, width,
+      [&](int64_t k, int v) {
+        const int64_t o = k * R + v * W;
+        Vec<T> a = load(t + o) * splat(gamma[k]);
+        if (gate_in) a = load(gate_in + o) > zero ? a : zero;
+        return a;
+      },
+      [&](int64_t k, int v, Vec<T> a) {
+        const int64_t o = k * R + v * W;
+        if (gate_out) a = load(gate_out + o) > zero ? a : zero;
+        store(out + o, a);
+      });
+}
+
+// All groups; `projected`: (groups, R) or null.
 template <class T, int NV>
 void group_norm_backward(const T* t, const T* gate_in, const T* gamma, const T* x_hat, const T* rstd,
-                         const T* gate_out, T* out, int64_t d, int64_t groups) {
+                         const T* gate_out, T* out, int64_t d, int64_t groups, T* projected = nullptr) {
   constexpr int R = NV * kLanes<T>;
   const int64_t width = d / groups;
   for (int64_t g = 0, at = 0; g < groups; ++g, at += width) {
     const int64_t o = at * R;
     norm_group_backward<T, NV>(t + o, gate_in ? gate_in + o : nullptr, gamma + at, x_hat + o, rstd + g * R,
-                               gate_out ? gate_out + o : nullptr, out + o, width);
+                               gate_out ? gate_out + o : nullptr, out + o, width,
+                               projected ? projected + g * R : nullptr);
+  }
+}
+
+// One group of what a function <t, S s> of a norm's derivative passes on: each(k, v, S t, its gradient with respect to
+// the norm's input). `s`: S s, whose x_hat component before S was `projected` = mean(s x_hat).
+template <class T, int NV, class Each>
+DEQFUSE_INLINE void norm_group_slope(const T* t, const T* s, const T* projected, const T* x_hat, const T* rstd,
+                                     int64_t width, Each each) {
+  constexpr int W = kLanes<T>, R = NV * W;
+  const Vec<T> inv = splat(T(1) / T(width));
+  Vec<T> sums[NV][3];
+  sum_features<T, NV>(width, sums, [&](int64_t k, int v, Vec<T>(&part)[3]) {
+    const int64_t o = k * R + v * W;
+    const Vec<T> a = load(t + o);
+    part[0] += a;
+    part[1] = fma(a, load(x_hat + o), part[1]);
+    part[2] = fma(a, load(s + o), part[2]);
+  });
+  for (int v = 0; v < NV; ++v) {
+    const Vec<T> r = load(rstd + v * W), before = load(projected + v * W);
+    const Vec<T> mean = sums[v][0] * inv, along = sums[v][1] * inv, both = sums[v][2] * inv;
+    for (int64_t k = 0; k < width; ++k) {
+      const int64_t o = k * R + v * W;
+      const Vec<T> x = load(x_hat + o), pulled = norm_symmetric<VecLane<T>>(load(t + o), mean, x, along, r);
+      each(k, v, pulled, norm_slope<VecLane<T>>(x, both, pulled, before, load(s + o), along, r));
+    }
   }
 }
 

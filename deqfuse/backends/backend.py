@@ -30,6 +30,7 @@ class Backend:
         unavailable: None, or why it cannot run on this machine and what would change that.
         refuses: None, or why it cannot take this problem.
         cells, fuse, layer: what it runs for each kind of block.
+        penalty: the layer's Jacobian penalty, as :func:`deqfuse.backends.penalty.penalty_layer`.
         takes_rows: whether ``anderson`` can run this solve of a map of any kind.
         anderson: Anderson mixing on the rows of any map, ``(f, z0, option) -> Solution``.
     """
@@ -40,5 +41,6 @@ class Backend:
     cells: Launchers
     fuse: Launchers
     layer: Launchers
+    penalty: Callable[..., Any]
     takes_rows: Callable[[Tensor, SolverOption], bool]
     anderson: Callable[..., Any]

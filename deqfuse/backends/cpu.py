@@ -212,6 +212,23 @@ def adjoint_layer(
     return dx, grads, LayerStatistics(*statistics)
 
 
+def penalty_layer(
+    probes: Tensor,  # (K, N + 1, B, d)
+    states: Tensor,  # (N + 1, B, d)
+    x: list[Tensor],  # N tensors (B, d)
+    flat_params: list[Tensor],  # backends/layer.py
+    mask: Tensor | None,  # (B, d)
+    num_groups: int,
+    variant: Variant,
+    want_params: bool,
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """The Jacobian penalty, as :func:`deqfuse.backends.penalty.penalty_layer`, in one call."""
+    return cpu_native.penalty_layer(
+        probes, states, x, flat_params, want_params, mask,
+        num_groups, variant.skip, variant.relu_last,
+    )  # fmt: skip
+
+
 BACKEND = Backend(
     summary="Whole solves and adjoints as compiled C++ on the CPU.",
     unavailable=unavailable,
@@ -219,6 +236,7 @@ BACKEND = Backend(
     cells=Launchers(solve_cells, adjoint_cells),
     fuse=Launchers(solve_fuse, adjoint_fuse),
     layer=Launchers(solve_layer, adjoint_layer),
+    penalty=penalty_layer,
     takes_rows=takes_rows,
     anderson=anderson,
 )

@@ -47,6 +47,10 @@ _SCHEMAS = {
         "bool want_params, Tensor? mask, int num_groups, bool skip, bool relu_last, "
         f"int mode, {_SOLVE}) -> (Tensor[], Tensor[], Tensor, Tensor, Tensor, bool)"
     ),
+    "cpu_penalty_layer": (
+        "(Tensor probes, Tensor states, Tensor[] x, Tensor[] params, bool want_params, "
+        "Tensor? mask, int num_groups, bool skip, bool relu_last) -> (Tensor, Tensor[], Tensor[])"
+    ),
     "cpu_anderson_step": (
         "(Tensor fz, Tensor(a!) z, Tensor(b!) best, Tensor(c!) images, Tensor(d!) residuals, "
         "Tensor(e!) gram, Tensor(f!) best_residual, Tensor(g!) nfe, Tensor(h!) best_at, "
@@ -93,6 +97,14 @@ def _fake_adjoint_layer(grad_z, grad_cells, states, x, params, want, *rest):  # 
     return dx, empty_grads(params, want), *empty_statistics(states), False
 
 
+@torch.library.register_fake("deqfuse::cpu_penalty_layer")
+def _fake_penalty_layer(probes, states, x, params, want, *rest):  # type: ignore[no-untyped-def]
+    def like(tensors: Sequence[Tensor]) -> list[Tensor]:
+        return [t.new_empty(t.shape, dtype=states.dtype) for t in tensors]
+
+    return states.new_empty(states.shape[:-1]), like(x), like(params) if want else []
+
+
 module: ModuleType | None = None
 load_error = ""
 try:
@@ -106,4 +118,5 @@ solve_layer = torch.ops.deqfuse.cpu_solve_layer.default
 adjoint_cells = torch.ops.deqfuse.cpu_adjoint_cells.default
 adjoint_fuse = torch.ops.deqfuse.cpu_adjoint_fuse.default
 adjoint_layer = torch.ops.deqfuse.cpu_adjoint_layer.default
+penalty_layer = torch.ops.deqfuse.cpu_penalty_layer.default
 anderson_step = torch.ops.deqfuse.cpu_anderson_step.default

@@ -24,6 +24,7 @@ from deqfuse.backends import cuda_adjoint, layer, reference
 from deqfuse.backends.backend import Backend, Launchers
 from deqfuse.backends.layer import LayerParams
 from deqfuse.backends.maps import Variant
+from deqfuse.backends.penalty import penalty_layer
 from deqfuse.backends.problem import Problem, Solved, SolvedLayer, compute_dtype
 from deqfuse.solvers.anderson import Anderson, Picard
 from deqfuse.solvers.newton_krylov import Map
@@ -251,6 +252,7 @@ BACKEND = Backend(
     cells=Launchers(solve_cells, cuda_adjoint.adjoint_cells),
     fuse=Launchers(solve_fuse, cuda_adjoint.adjoint_fuse),
     layer=Launchers(solve_layer, cuda_adjoint.adjoint_layer),
+    penalty=penalty_layer,
     takes_rows=takes_rows,
     anderson=anderson,
 )

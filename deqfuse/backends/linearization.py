@@ -35,6 +35,24 @@ class _Norm:
         out = t_ - t_.mean(-1, keepdim=True) - x_ * (t_ * x_).mean(-1, keepdim=True)
         return (self.rstd * out).flatten(-2)
 
+    def slope(self, t: Tensor, s: Tensor, s_pulled: Tensor) -> tuple[Tensor, Tensor]:
+        """``S t`` and the gradient of ``<t, S s>`` with respect to the norm's input.
+
+        Args:
+            t, s: (..., d).
+            s_pulled: (..., d) ``S s``; it may be zero where t is, where only these entries of the
+                gradient are wanted.
+
+        The gradient is ``-rstd (x_hat mean(t S s) + mean(s x_hat) S t + mean(t x_hat) S s)``.
+        """
+        shape = (self.num_groups, t.shape[-1] // self.num_groups)
+        x_ = self.x_hat.unflatten(-1, shape)
+        mean = lambda a, b: (a.unflatten(-1, shape) * b).mean(-1, keepdim=True)  # noqa: E731
+        t_pulled = self.symmetric(t)
+        pulled = [a.unflatten(-1, shape) for a in (t_pulled, s_pulled)]
+        out = x_ * mean(t, pulled[1]) + mean(s, x_) * pulled[0] + mean(t, x_) * pulled[1]
+        return t_pulled, (-self.rstd * out).flatten(-2)
+
 
 class CellLinearization:
     """N residual cells linearised at z (N, B, d)."""
@@ -65,7 +83,7 @@ class CellLinearization:
             t = t + v
         return self.gamma3 * self.norm3.symmetric(torch.where(self.sign2, t, 0.0))
 
-    def _pull(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def pull(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Cotangents at GN2's output, W2's output (which is also x's) and W1's output."""
         de = torch.where(self.sign2, self.norm3.symmetric(self.gamma3 * u), 0.0)
         dy2 = self.norm2.symmetric(self.gamma2 * de)
@@ -74,7 +92,7 @@ class CellLinearization:
 
     def vjp(self, u: Tensor) -> Tensor:
         """J^T u for u (N, B, d)."""
-        de, _, dn1 = self._pull(u)
+        de, _, dn1 = self.pull(u)
         dz = torch.bmm(self.norm1.symmetric(self.gamma1 * dn1), self.params.linear1_weight)
         return dz + de if self.skip else dz
 
@@ -83,7 +101,7 @@ class CellLinearization:
 
         Weight gradients are matrix products over all rows.
         """
-        de, dy2, dn1 = self._pull(u)
+        de, dy2, dn1 = self.pull(u)
         if not want_params:
             return dy2, None
         dy1 = self.norm1.symmetric(self.gamma1 * dn1)
@@ -120,7 +138,7 @@ class FuseLinearization:
         constant = gate_constant(cell_sum, num_modalities, params)
         self.gate = torch.addmm(constant, z, params.gate_weight.mT, alpha=num_modalities)
         self.q = z * self.gate
-        e = self._masked(torch.addmm(params.fuse_bias, self.q, params.fuse_weight.mT)) + x_fuse
+        e = self.masked(torch.addmm(params.fuse_bias, self.q, params.fuse_weight.mT)) + x_fuse
         self.relu_last = variant.relu_last
         if self.relu_last:
             self.norm = _Norm(e, num_groups)
@@ -129,44 +147,44 @@ class FuseLinearization:
             self.sign = e > 0
             self.norm = _Norm(torch.relu(e), num_groups)
 
-    def _masked(self, t: Tensor) -> Tensor:
+    def masked(self, t: Tensor) -> Tensor:
         return t if self.mask is None else t * self.mask
 
-    def _signed(self, t: Tensor) -> Tensor:
+    def signed(self, t: Tensor) -> Tensor:
         return torch.where(self.sign, t, 0.0)
 
     def jvp(self, v: Tensor) -> Tensor:
         """J v for v (B, d)."""
         dq = v * self.gate + self.n * self.z * (v @ self.params.gate_weight.mT)
-        t = self._masked(dq @ self.params.fuse_weight.mT)
+        t = self.masked(dq @ self.params.fuse_weight.mT)
         if self.relu_last:
-            return self._signed(self.params.norm_weight * self.norm.symmetric(t))
-        return self.params.norm_weight * self.norm.symmetric(self._signed(t))
+            return self.signed(self.params.norm_weight * self.norm.symmetric(t))
+        return self.params.norm_weight * self.norm.symmetric(self.signed(t))
 
-    def _pull(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def pull(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Cotangents at the norm's affine output, at e (which is also x_fuse's) and at q."""
         if self.relu_last:
-            u = self._signed(u)
+            u = self.signed(u)
             de = self.norm.symmetric(self.params.norm_weight * u)
         else:
-            de = self._signed(self.norm.symmetric(self.params.norm_weight * u))
-        return u, de, self._masked(de) @ self.params.fuse_weight
+            de = self.signed(self.norm.symmetric(self.params.norm_weight * u))
+        return u, de, self.masked(de) @ self.params.fuse_weight
 
     def vjp(self, u: Tensor) -> Tensor:
         """J^T u for u (B, d)."""
-        dq = self._pull(u)[2]
+        dq = self.pull(u)[2]
         return dq * self.gate + self.n * ((dq * self.z) @ self.params.gate_weight)
 
     def vjp_operands(
         self, u: Tensor, want_params: bool
     ) -> tuple[Tensor, Tensor, FuseParams | None]:
         """Gradients with respect to x_fuse and the sum of the cells (B, d), and the parameters."""
-        du, de, dq = self._pull(u)
+        du, de, dq = self.pull(u)
         dgate = dq * self.z
         dcell_sum = dgate @ self.params.gate_weight
         if not want_params:
             return de, dcell_sum, None
-        dcombined = self._masked(de)
+        dcombined = self.masked(de)
         return (
             de,
             dcell_sum,

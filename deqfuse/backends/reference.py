@@ -18,6 +18,7 @@ from deqfuse.backends.maps import (
     purify_combine,
     residual_cell,
 )
+from deqfuse.backends.penalty import penalty_layer
 from deqfuse.backends.problem import (
     LayerStatistics,
     Problem,
@@ -193,6 +194,7 @@ BACKEND = Backend(
     cells=Launchers(solve_cells, adjoint_cells),
     fuse=Launchers(solve_fuse, adjoint_fuse),
     layer=Launchers(solve_layer, adjoint_layer),
+    penalty=penalty_layer,
     takes_rows=takes_rows,
     anderson=anderson,
 )
