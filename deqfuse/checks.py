@@ -11,6 +11,7 @@ from torch import Tensor
 from deqfuse.reporting import ON_FAILURE
 from deqfuse.scalars import flag as flag
 from deqfuse.scalars import one_of as one_of
+from deqfuse.scalars import positive_float as positive_float
 from deqfuse.scalars import positive_int as positive_int
 from deqfuse.solvers.options import GradientOption, Unrolled
 from deqfuse.solvers.solve import registered

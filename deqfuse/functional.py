@@ -14,6 +14,7 @@ from torch import Tensor
 from deqfuse import backends, checks, operators, reporting
 from deqfuse.backends import BackendName, maps, reference
 from deqfuse.backends.maps import VARIANTS, CellParams, FuseParams, VariantName
+from deqfuse.backends.penalty import draw_probes
 from deqfuse.backends.problem import Solved, SolvedLayer
 from deqfuse.equilibrium import ITERATES, block_info, fixed_point, uncompiled
 from deqfuse.operators.bodies import full_precision
@@ -244,6 +245,38 @@ def solve_layer(
         known = solved.all_converged
         reporting.report(reporting.LAYER, *statistics, solver, on_failure, all_converged=known)
     return solved, name
+
+
+def layer_penalty(
+    x: Sequence[Tensor],  # N tensors (B, d)
+    params: Sequence[Tensor],  # backends/layer.py
+    mask: Tensor | None,  # (B, d)
+    states: Tensor,  # (N + 1, B, d)
+    num_probes: int,
+    num_groups: int,
+    variant: VariantName,
+    backend: str,
+) -> Tensor:
+    """Jacobian penalty of a layer that :func:`solve_layer` has solved, in closed form.
+
+    Args:
+        x, params, mask: as the solve was given them; differentiated in x and params.
+        states: (N + 1, B, d) the equilibria that it found, held constant.
+        num_probes: Gaussian probes per row and block, drawn from torch's default generator.
+        num_groups, variant: as in the solve.
+        backend: the name of the backend that ran it.
+
+    Returns:
+        Scalar ``sum_b |J_bb^T v|^2 / (B (N + 1) d)``, averaged over the probes.
+    """
+    checks.positive_int("num_probes", num_probes)
+    if states.numel() == 0:
+        return states.new_zeros(())
+    states = states.detach()
+    probes = draw_probes(states, num_probes)
+    options = (num_groups, variant, backend)
+    total = operators.penalty_layer(probes, states, x, params, mask, options)
+    return total / probes.numel()
 
 
 def require_backend(

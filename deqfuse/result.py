@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from deqfuse import reporting
+from deqfuse import checks, reporting
 from deqfuse.outcome import Outcome
+from deqfuse.torch_private import in_transform_or_forward_mode
 
 __all__ = ["BlockInfo", "SolveInfo"]
 
@@ -55,6 +56,14 @@ class BlockInfo:
         )
 
 
+class SolvedMap(NamedTuple):
+    """A map and its equilibrium, of which Jacobians can be measured."""
+
+    f: Callable[[Tensor], Tensor]  # (..., d) -> (..., d), row by row
+    z: Tensor  # (..., d)
+    linearize: Callable[[], Callable[[Tensor], Tensor]] | None = None  # -> (v -> J^T v), if known
+
+
 @dataclass(frozen=True)
 class SolveInfo:
     """What happened in one forward solve.
@@ -68,13 +77,17 @@ class SolveInfo:
     fuse: BlockInfo  # (...)
     cells: BlockInfo | None  # (N, ...); None for DEQ, which has a single block
     backend: str  # the backend that ran, never "auto"
-    # Each gives (f, z*) of one kind of block, for the Jacobian measurements below. () where there
-    # is no equilibrium or it is in closed form (J = 0), None where nothing was kept to measure.
-    blocks: tuple[Callable[[], Any], ...] | None = field(default=(), repr=False, compare=False)
+    # Each gives one kind of block, for the Jacobian measurements below. () where there is no
+    # equilibrium or it is in closed form (J = 0), None where nothing was kept to measure.
+    blocks: tuple[Callable[[], SolvedMap], ...] | None = field(
+        default=(), repr=False, compare=False
+    )
+    # The whole layer's penalty for a number of probes, where there is an operator for it.
+    penalty: Callable[[int], Tensor] | None = field(default=None, repr=False, compare=False)
 
     def __getstate__(self) -> dict[str, Any]:
         """What pickle and deepcopy keep: the statistics, not the closures over the graph."""
-        return {**vars(self), "blocks": None if self.blocks else self.blocks}
+        return {**vars(self), "blocks": None if self.blocks else self.blocks, "penalty": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -123,45 +136,78 @@ class SolveInfo:
             return self.fuse.nfe
         return torch.maximum(self.fuse.nfe, self.cells.nfe.amax(0))
 
-    def jacobian_penalty(self, num_probes: int = 1) -> Tensor:
+    def jacobian_penalty(self, num_probes: int = 1, *, probability: float = 1.0) -> Tensor:
         """Scalar ``sum_b |J_bb^T v|^2 / (B (N+1) d)`` with Gaussian probes v, for the loss.
 
-        Differentiable where gradients are on, a plain number under ``torch.no_grad()``. The
-        equilibrium is held constant (its own dependence on the parameters is not followed), as in
-        the authors' released code; in the loss it keeps the layer contractive in training. One
-        double VJP per probe and block, on the reference path. Blocks in closed form count as 0,
-        and so does ``ProFusion(steps=)``; with ``weight_tied_steps`` it is the Jacobian of one more
-        step.
+        An estimate of the squared Frobenius norm of the Jacobian J_bb of every block b, per element
+        of the state (Bai et al., "Stabilizing Equilibrium Models by Jacobian Regularization",
+        arXiv 2106.14342). In the loss it keeps the layer contractive in training. The equilibrium
+        is held constant (its own dependence on the parameters is not followed), as in the authors'
+        released code.
+
+        For the equations of the paper and of the released code it is one operator, which computes
+        value and gradients in closed form; for ablations, ``DEQ`` and ``ProFusion`` one double VJP
+        per probe and block. Blocks in closed form count as 0, and so does ``ProFusion(steps=)``;
+        with ``weight_tied_steps`` it is the Jacobian of one more step.
+
+        Args:
+            num_probes: probes per row and block, drawn from torch's default generator.
+            probability: chance that the penalty is computed at all; otherwise 0 is returned. What
+                is computed is divided by it, so that the expectation stays the same.
+
+        Returns:
+            A scalar, differentiable where gradients are on.
 
         Raises:
             RuntimeError: the solve or this call under ``torch.inference_mode()``; or this record
                 is a copy, which keeps nothing to measure.
+            DoubleBackwardError: its gradient is differentiated again (one operator only).
         """
-        from deqfuse.diagnostics.jacobian import jacobian_penalty
+        from deqfuse.diagnostics.jacobian import check_differentiable, jacobian_penalty
 
-        return jacobian_penalty(self._blocks("jacobian_penalty"), num_probes)
+        checks.positive_int("num_probes", num_probes)
+        if not 0 < checks.positive_float("probability", probability) <= 1:
+            raise ValueError(f"probability: expected a number in (0, 1], got {probability!r}")
+        blocks = self._measurable("jacobian_penalty")
+        if probability < 1 and torch.rand(()) >= probability:
+            return self.fuse.residual.new_zeros(())
+        if blocks and self.penalty is not None and not in_transform_or_forward_mode():
+            check_differentiable("jacobian_penalty", self.fuse.residual)
+            return self.penalty(num_probes) / probability
+        return jacobian_penalty([block()[:2] for block in blocks], num_probes) / probability
 
     def spectral_radius(self, num_iters: int = 60) -> Tensor:
         """(blocks, ...) largest ``|eigenvalue|`` of each row's J_bb, by power iteration.
 
         The cells come first, the fuse block last; blocks in closed form are left out. Below 1 the
-        plain iteration converges. Raises as :meth:`jacobian_penalty`.
-        """
-        from deqfuse.diagnostics.jacobian import spectral_radius
+        plain iteration converges.
 
-        rows = self.fuse.residual.shape
-        radii = [spectral_radius(f, z, num_iters) for f, z in self._blocks("spectral_radius")]
+        Args:
+            num_iters: products with J^T, at least 2.
+
+        Raises:
+            RuntimeError: as in :meth:`jacobian_penalty`.
+        """
+        from deqfuse.diagnostics.jacobian import check_differentiable, radius_of, spectral_radius
+
+        rows, radii = self.fuse.residual.shape, []
+        for f, z, linearize in (block() for block in self._measurable("spectral_radius")):
+            check_differentiable("spectral_radius", z)
+            if linearize is None:
+                radii.append(spectral_radius(f, z, num_iters))
+            else:
+                radii.append(radius_of(linearize(), z, num_iters))
         if not radii:
             return self.fuse.residual.new_zeros(0, *rows)
         # (N, B) for the cells, (B,) for the fuse block; spelled out, as -1 is ambiguous for B = 0.
         parts = [r.reshape(r.shape[0] if r.dim() > 1 else 1, *rows) for r in radii]
         return torch.cat(parts)
 
-    def _blocks(self, what: str) -> list[tuple[Callable[[Tensor], Tensor], Tensor]]:
-        """(f, z*) of every kind of block that has a Jacobian."""
+    def _measurable(self, what: str) -> tuple[Callable[[], SolvedMap], ...]:
+        """Every kind of block that has a Jacobian."""
         if self.blocks is None:
             raise RuntimeError(
                 f"{what}: expected the record that forward returned, got a copy of it (pickle, "
                 "deepcopy), which keeps the statistics only. Remedy: measure before copying"
             )
-        return [block() for block in self.blocks]
+        return self.blocks

@@ -7,6 +7,7 @@ None of it is promised to stay. Each function says what it needs the private nam
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -52,6 +53,12 @@ def apply_function(function: type[torch.autograd.Function], *inputs: Any) -> Any
         for t in inputs
     ]
     return super(torch.autograd.Function, function).apply(*plain)  # type: ignore[misc]
+
+
+def scaled(tensors: Sequence[Tensor], factor: Tensor) -> Sequence[Tensor]:
+    """``factor * t`` for each of the tensors, in one call: dozens of them take 60 us in Python."""
+    result: Sequence[Tensor] = torch._foreach_mul(list(tensors), factor) if tensors else []
+    return result
 
 
 def dynamo_is_loaded() -> bool:

@@ -30,7 +30,7 @@ def jacobian_penalty(blocks: Sequence[tuple[Map, Tensor]], num_probes: int) -> T
     if not blocks:
         return torch.zeros(())
     for _, z in blocks:
-        _check_autograd("jacobian_penalty", z)
+        check_differentiable("jacobian_penalty", z)
     elements = sum(z.numel() for _, z in blocks)
     total = blocks[0][1].new_zeros(())
     if elements == 0:
@@ -61,29 +61,39 @@ def spectral_radius(f: Map, z: Tensor, num_iters: int = 60) -> Tensor:
     Raises:
         RuntimeError: inside ``torch.inference_mode()``, or z was made there.
     """
-    checks.positive_int("num_iters", num_iters)
-    if num_iters < 2:
-        raise ValueError(f"num_iters: expected an int >= 2, got {num_iters}")
-    _check_autograd("spectral_radius", z)
+    check_differentiable("spectral_radius", z)
     with torch.enable_grad():
         z = z.detach().requires_grad_()
         fz = f(z)
     if not fz.requires_grad:
         return torch.zeros_like(z[..., 0])
+
+    def vjp(v: Tensor) -> Tensor:
+        (out,) = torch.autograd.grad(
+            fz, z, v, retain_graph=True, allow_unused=True, materialize_grads=True
+        )
+        return out
+
+    return radius_of(vjp, z, num_iters)
+
+
+@torch.no_grad()
+def radius_of(vjp: Map, z: Tensor, num_iters: int) -> Tensor:
+    """:func:`spectral_radius` of a Jacobian that is known by its products ``v -> J^T v``."""
+    checks.positive_int("num_iters", num_iters)
+    if num_iters < 2:
+        raise ValueError(f"num_iters: expected an int >= 2, got {num_iters}")
     v = torch.randn_like(z)
     log_growth, counted = torch.zeros_like(z[..., 0]), 0
     for i in range(num_iters):
-        v = v / torch.linalg.vector_norm(v, dim=-1, keepdim=True).clamp_min(1e-30)
-        (v,) = torch.autograd.grad(
-            fz, z, v, retain_graph=True, allow_unused=True, materialize_grads=True
-        )
+        v = vjp(v / torch.linalg.vector_norm(v, dim=-1, keepdim=True).clamp_min(1e-30))
         if i >= num_iters // 2:
             log_growth = log_growth + torch.linalg.vector_norm(v, dim=-1).clamp_min(1e-30).log()
             counted += 1
-    return (log_growth / counted).exp().detach()
+    return (log_growth / counted).exp()
 
 
-def _check_autograd(what: str, z: Tensor) -> None:
+def check_differentiable(what: str, z: Tensor) -> None:
     """Where autograd records nothing, every Jacobian would look like zero."""
     if torch.is_inference_mode_enabled() or z.is_inference():
         raise RuntimeError(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from deqfuse import checks, functional
 from deqfuse.reporting import OnFailure
-from deqfuse.result import SolveInfo
+from deqfuse.result import SolvedMap, SolveInfo
 from deqfuse.solvers.anderson import Anderson
 from deqfuse.solvers.options import GradientOption, Implicit, SolverOption
 
@@ -90,7 +90,7 @@ class DEQ(nn.Module):
             on_failure=self.on_failure,
         )
         star = z.detach()
-        info = SolveInfo(block, None, backend, (lambda: (rows, star),))
+        info = SolveInfo(block, None, backend, (lambda: SolvedMap(rows, star),))
         return layout.unflatten(z), info
 
 

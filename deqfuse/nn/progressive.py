@@ -13,7 +13,7 @@ from deqfuse import checks, functional
 from deqfuse.nn.sites import EncoderRun, RandomState, Site, find_site, tensors, version
 from deqfuse.nn.solving import last_step
 from deqfuse.reporting import OnFailure
-from deqfuse.result import SolveInfo
+from deqfuse.result import SolvedMap, SolveInfo
 from deqfuse.solvers.anderson import Anderson
 from deqfuse.solvers.options import GradientOption, Implicit, SolverOption, Unrolled
 
@@ -209,7 +209,7 @@ class ProFusion(nn.Module):
             on_failure=self.on_failure,
         )
         star = z.detach()
-        info = SolveInfo(block, None, backend, (lambda: (rows, star),))
+        info = SolveInfo(block, None, backend, (lambda: SolvedMap(rows, star),))
         return [z.view_as(first)], lambda: info
 
     def extra_repr(self) -> str:

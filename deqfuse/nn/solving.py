@@ -16,10 +16,11 @@ from torch import Tensor
 from deqfuse import functional
 from deqfuse.backends import BackendName, maps
 from deqfuse.backends.layer import fuse_injection
+from deqfuse.backends.linearization import CellLinearization, FuseLinearization
 from deqfuse.backends.maps import VARIANTS, CellParams, FuseParams, VariantName
 from deqfuse.backends.problem import compute_dtype
 from deqfuse.reporting import OnFailure
-from deqfuse.result import BlockInfo, SolveInfo
+from deqfuse.result import BlockInfo, SolvedMap, SolveInfo
 from deqfuse.solvers.options import GradientOption, SolverOption, Unrolled
 from deqfuse.solvers.rows import Rows
 
@@ -49,20 +50,42 @@ class Equations(NamedTuple):
 
     def cells_map(self, x: Tensor) -> Callable[[Tensor], Tensor]:
         """One step of the cells in the compute dtype, x (N, B, d)."""
-        dtype = compute_dtype(x.dtype)
-        params, x = CellParams.stack([t.to(dtype) for t in self.cells]), x.to(dtype)
-        rest = (self.num_groups, VARIANTS[self.variant])
-        return lambda z: maps.residual_cell(z, x, params, *rest)
+        x, *rest = self._of_cells(x)
+        return lambda z: maps.residual_cell(z, x, *rest)
+
+    def solved_cells(self, x: Tensor, z: Tensor) -> SolvedMap:
+        """The cells at their equilibria z (N, B, d), for Jacobian measurements."""
+        linearize = lambda: CellLinearization(z, *self._of_cells(x)).vjp  # noqa: E731
+        return SolvedMap(self.cells_map(x), z, torch.no_grad()(linearize))
 
     def fuse_map(
         self, x_fuse: Tensor, cell_sum: Tensor, mask: Tensor | None
     ) -> Callable[[Tensor], Tensor]:
         """One step of the combination in the compute dtype, all operands (B, d)."""
+        x_fuse, cell_sum, mask, n, params, *rest = self._of_fuse(x_fuse, cell_sum, mask)
+        constant = maps.gate_constant(cell_sum, n, params)
+        return lambda z: maps.purify_combine(z, x_fuse, constant, mask, n, params, *rest)
+
+    def solved_fuse(
+        self, x_fuse: Tensor, cell_sum: Tensor, mask: Tensor | None, z: Tensor
+    ) -> SolvedMap:
+        """The combination at its equilibrium z (B, d), for Jacobian measurements."""
+        operands = x_fuse, cell_sum, mask
+        linearize = lambda: FuseLinearization(z, *self._of_fuse(*operands)).vjp  # noqa: E731
+        return SolvedMap(self.fuse_map(*operands), z, torch.no_grad()(linearize))
+
+    def _of_cells(self, x: Tensor) -> tuple[Any, ...]:
+        """What the cells' map takes behind z, in the compute dtype."""
+        dtype = compute_dtype(x.dtype)
+        params = CellParams.stack([t.to(dtype) for t in self.cells])
+        return x.to(dtype), params, self.num_groups, VARIANTS[self.variant]
+
+    def _of_fuse(self, x_fuse: Tensor, cell_sum: Tensor, mask: Tensor | None) -> tuple[Any, ...]:
+        """What the combination's linearisation takes behind z, in the compute dtype."""
         dtype, n = compute_dtype(x_fuse.dtype), self.num_modalities
-        params, x_fuse = FuseParams(*(t.to(dtype) for t in self.fuse)), x_fuse.to(dtype)
-        constant = maps.gate_constant(cell_sum.to(dtype), n, params)
+        params = FuseParams(*(t.to(dtype) for t in self.fuse))
         rest = (n, params, self.num_groups, VARIANTS[self.variant])
-        return lambda z: maps.purify_combine(z, x_fuse, constant, mask, *rest)
+        return x_fuse.to(dtype), cell_sum.to(dtype), mask, *rest
 
 
 class How(NamedTuple):
@@ -127,13 +150,17 @@ def _whole_layer(
             trace = solved.trace[:, at] if how.solver.trace else None
             return BlockInfo(solved.residual[at], solved.nfe[at], solved.outcome[at], trace)
 
-        def fuse() -> tuple[Callable[[Tensor], Tensor], Tensor]:
+        def fuse() -> SolvedMap:
             x_fuse = equations.x_fuse(x)
             assert x_fuse is not None
-            return equations.fuse_map(x_fuse, states[:-1].sum(0), mask), states[-1]
+            return equations.solved_fuse(x_fuse, states[:-1].sum(0), mask, states[-1])
 
-        blocks = (lambda: (equations.cells_map(x), states[:-1]), fuse)
-        return SolveInfo(block(-1), block(slice(None, -1)), backend, blocks)
+        def penalty(num_probes: int) -> Tensor:
+            which = (equations.num_groups, equations.variant, backend)
+            return functional.layer_penalty(xs, params, mask, states, num_probes, *which)
+
+        blocks = (lambda: equations.solved_cells(x, states[:-1]), fuse)
+        return SolveInfo(block(-1), block(slice(None, -1)), backend, blocks, penalty)
 
     return Found(solved.z, lambda: solved.states[:-1], info)
 
@@ -151,7 +178,7 @@ def _block_by_block(
     rows, blocks = tuple(x.shape[:-1]), []
     if equations.cells:
         zs, cells, backend = functional.solve_cells(x, equations.cells, z0=start_cells, **options)
-        blocks.append(lambda: (equations.cells_map(x), zs.detach()))
+        blocks.append(lambda: equations.solved_cells(x, zs.detach()))
     else:
         zs, cells, backend = x, BlockInfo.exact(x, rows, 0), "reference"
 
@@ -168,7 +195,8 @@ def _block_by_block(
             z0=start_fuse,
             **options,
         )
-        blocks.append(lambda: (equations.fuse_map(x_fuse, cell_sum.detach(), mask), z.detach()))
+        given = x_fuse, cell_sum.detach(), mask
+        blocks.append(lambda: equations.solved_fuse(*given, z.detach()))
     else:
         z = equations.closed_form.evaluate(x[0], zs.to(x.dtype), x_fuse, mask)
         fuse = BlockInfo.exact(x, rows[1:], equations.closed_form.nfe)
@@ -204,9 +232,9 @@ def weight_tied(
             cells = last_step(before[1], zs, how.solver, steps)
         blocks = []
         if equations.cells:
-            blocks.append(lambda: (step_cells, zs.detach()))
+            blocks.append(lambda: SolvedMap(step_cells, zs.detach()))
         if equations.closed_form is None:
-            blocks.append(lambda: (step, z.detach()))
+            blocks.append(lambda: SolvedMap(step, z.detach()))
         return SolveInfo(fuse, cells, "reference", tuple(blocks))
 
     return Found(z.clone(), lambda: zs, info)

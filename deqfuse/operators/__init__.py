@@ -1,4 +1,5 @@
-"""The operators: kinds of block (``blocks``), what runs (``bodies``), the gradient (``rule``).
+"""The operators: kinds of block (``blocks``), what runs (``bodies``), the gradient (``rule``), and
+the Jacobian penalty (``penalty``), which is no solve.
 
 :func:`solve` is the one way in. It takes a call to the form that those who look at it can follow:
 the registered operator for compilers, a ``torch.autograd.Function`` in eager mode or under
@@ -15,9 +16,10 @@ from torch import Tensor
 
 from deqfuse.operators import bodies, eager, registered, transforms
 from deqfuse.operators.blocks import CELLS, FUSE, LAYER, Block
+from deqfuse.operators.penalty import penalty_layer
 from deqfuse.torch_private import in_transform_or_forward_mode, traced
 
-__all__ = ["CELLS", "FUSE", "LAYER", "Block", "registered", "solve"]
+__all__ = ["CELLS", "FUSE", "LAYER", "Block", "penalty_layer", "registered", "solve"]
 
 
 def solve(
