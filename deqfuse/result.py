@@ -12,7 +12,6 @@ from torch import Tensor
 
 from deqfuse import checks, reporting
 from deqfuse.outcome import Outcome
-from deqfuse.torch_private import in_transform_or_forward_mode
 
 __all__ = ["BlockInfo", "SolveInfo"]
 
@@ -171,7 +170,7 @@ class SolveInfo:
         blocks = self._measurable("jacobian_penalty")
         if probability < 1 and torch.rand(()) >= probability:
             return self.fuse.residual.new_zeros(())
-        if blocks and self.penalty is not None and not in_transform_or_forward_mode():
+        if blocks and self.penalty is not None:
             check_differentiable("jacobian_penalty", self.fuse.residual)
             return self.penalty(num_probes) / probability
         return jacobian_penalty([block()[:2] for block in blocks], num_probes) / probability

@@ -57,7 +57,9 @@ def apply_function(function: type[torch.autograd.Function], *inputs: Any) -> Any
 
 def scaled(tensors: Sequence[Tensor], factor: Tensor) -> Sequence[Tensor]:
     """``factor * t`` for each of the tensors, in one call: dozens of them take 60 us in Python."""
-    result: Sequence[Tensor] = torch._foreach_mul(list(tensors), factor) if tensors else []
+    if in_transform() or not tensors:  # vmap has no rule for the one call
+        return [factor * t for t in tensors]
+    result: Sequence[Tensor] = torch._foreach_mul(list(tensors), factor)
     return result
 
 

@@ -18,7 +18,13 @@ from deqfuse import backends
 from deqfuse.backends.maps import VARIANTS
 from deqfuse.operators.bodies import full_precision
 from deqfuse.operators.rule import NoSecond
-from deqfuse.torch_private import apply_function, scaled, traced
+from deqfuse.operators.transforms import FORWARD_MODE, select
+from deqfuse.torch_private import (
+    apply_function,
+    in_transform_or_forward_mode,
+    scaled,
+    traced,
+)
 
 torch.library.define(
     "deqfuse::penalty_layer",
@@ -49,25 +55,19 @@ def penalty_layer(
     Returns:
         A scalar in the compute dtype.
     """
-    fixed = (probes, states, mask, *options)
+    fixed = (probes, states, mask)
     if traced(states):
-        return _operator(*_arguments(fixed, x, params, _any_requires_grad(params)))[0]
+        want_params = torch.is_grad_enabled() and any(t.requires_grad for t in params)
+        total: Tensor = _operator(
+            probes, states, list(x), list(params), mask, *options, want_params
+        )[0]
+        return total
+    if in_transform_or_forward_mode():
+        return _Followed.apply(len(x), options, *fixed, *x, *params)[0]
     if torch.is_grad_enabled():
-        result: Tensor = apply_function(_Penalty, len(x), fixed, *x, *params)
-        return result
-    return _body(*_arguments(fixed, x, params, False))[0]
-
-
-def _any_requires_grad(tensors: Sequence[Tensor]) -> bool:
-    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-
-
-def _arguments(
-    fixed: tuple[Any, ...], x: Sequence[Tensor], params: Sequence[Tensor], want_params: bool
-) -> tuple[Any, ...]:
-    """In the operator's order."""
-    probes, states, mask, *options = fixed
-    return probes, states, list(x), list(params), mask, *options, want_params
+        total = apply_function(_Penalty, len(x), options, *fixed, *x, *params)
+        return total
+    return _body(probes, states, list(x), list(params), mask, *options, False)[0]
 
 
 def _body(
@@ -101,26 +101,56 @@ class _Penalty(torch.autograd.Function):
     """The operator in eager mode; why there is such a second form: ``eager.py``."""
 
     @staticmethod
-    def forward(ctx: Any, num_x: int, fixed: tuple[Any, ...], *tensors: Tensor) -> Tensor:
-        x, params = tensors[:num_x], tensors[num_x:]
-        want_params = any(ctx.needs_input_grad[2 + num_x :])
-        total, dx, dparams = _body(*_arguments(fixed, x, params, want_params))
+    def forward(
+        ctx: Any, num_x: int, options: Any, probes: Tensor, states: Tensor, mask: Any, *tensors: Any
+    ) -> Tensor:
+        x, params = list(tensors[:num_x]), list(tensors[num_x:])
+        want_params = any(ctx.needs_input_grad[5 + num_x :])
+        total, dx, dparams = _body(probes, states, x, params, mask, *options, want_params)
         _remember(ctx, tensors, [*dx, *dparams])
         return total
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        return None, None, *_gradients(ctx, grad)
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
+        return *[None] * 5, *_gradients(ctx, grad)
+
+
+class _Followed(torch.autograd.Function):
+    """The operator in a form that transforms of ``torch.func`` follow."""
+
+    generate_vmap_rule = True
+    backward = _Penalty.backward
+
+    @staticmethod
+    def forward(
+        num_x: int, options: Any, probes: Tensor, states: Tensor, mask: Any, *tensors: Any
+    ) -> tuple[Tensor, ...]:
+        x, params = list(tensors[:num_x]), list(tensors[num_x:])
+        total, dx, dparams = _operator(probes, states, x, params, mask, *options, True)
+        return total, *dx, *dparams
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.mark_non_differentiable(*output[1:])
+        _remember(ctx, inputs[5:], output[1:])
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise NotImplementedError(FORWARD_MODE)
 
 
 def _remember(ctx: Any, inputs: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
     ctx.num_inputs = len(inputs)
     ctx.save_for_backward(*inputs, *grads)
+    ctx.set_materialize_grads(False)
 
 
-def _gradients(ctx: Any, grad: Tensor) -> list[Tensor | None]:
+def _gradients(ctx: Any, grad: Tensor | None) -> list[Tensor | None]:
     """Of every input, None where it was not computed."""
-    inputs, kept = ctx.saved_tensors[: ctx.num_inputs], ctx.saved_tensors[ctx.num_inputs :]
+    if grad is None:
+        return [None] * ctx.num_inputs
+    saved = ctx.saved_tensors
+    inputs, kept = saved[: ctx.num_inputs], saved[ctx.num_inputs :]
     grads = [g.to(t.dtype) for g, t in zip(scaled(kept, grad), inputs, strict=False)]
     if torch.is_grad_enabled():  # with create_graph=True
         grads = list(NoSecond.apply(len(grads), *grads, grad, *inputs))
@@ -140,6 +170,15 @@ def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
     return None, None, grads[: ctx.num_x], grads[ctx.num_x :], *[None] * len(ctx.rest)
 
 
+def _vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+    """One call after the other: parameters have gradients of their own in each."""
+    calls = [_operator(*select(args, in_dims, i)) for i in range(info.batch_size)]
+    total, dx, dparams = zip(*calls, strict=True)
+    stacked = [[torch.stack(each) for each in zip(*lists, strict=True)] for lists in (dx, dparams)]
+    return (torch.stack(total), *stacked), (0, *([0] * len(each) for each in stacked))
+
+
 torch.library.impl("deqfuse::penalty_layer", "CompositeExplicitAutograd")(_body)
 torch.library.register_fake("deqfuse::penalty_layer")(_fake)
 torch.library.register_autograd("deqfuse::penalty_layer", _backward, setup_context=_setup)
+torch.library.register_vmap("deqfuse::penalty_layer", _vmap)

@@ -34,10 +34,7 @@ def _vmap(
     at += block.num_equilibria + 1 if backward else 0
     new_dim = functools.partial(_new_dim, block, backward)
     if (backward and args[-1]) or any(dim is not None for dim in in_dims[at]):
-        calls = [
-            operator(*(_map(_select, a, d, i) for a, d in zip(args, in_dims, strict=True)))
-            for i in range(size)
-        ]
+        calls = [operator(*select(args, in_dims, i)) for i in range(size)]
         outputs = [_stack(parts, new_dim(k)) for k, parts in enumerate(zip(*calls, strict=True))]
     else:
         joined = [
@@ -68,6 +65,11 @@ def _map(f: Callable[..., Any], value: Any, dims: Any, *rest: Any) -> Any:
         each = [None] * len(value) if dims is None else dims
         return [_map(f, v, d, *rest) for v, d in zip(value, each, strict=True)]
     return f(value, dims, *rest) if isinstance(value, Tensor) else value
+
+
+def select(args: Sequence[Any], in_dims: Sequence[Any], i: int) -> list[Any]:
+    """The arguments of the i-th of some mapped calls."""
+    return [_map(_select, a, d, i) for a, d in zip(args, in_dims, strict=True)]
 
 
 def _select(t: Tensor, dim: int | None, i: int) -> Tensor:
