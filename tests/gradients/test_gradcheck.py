@@ -11,6 +11,7 @@ import functools
 
 import pytest
 import torch
+from parameters import scatter_parameters
 from torch import Tensor
 
 from deqfuse import (
@@ -39,14 +40,7 @@ each_variant = pytest.mark.parametrize("variant", VARIANTS)
 def make(n: int, **options) -> DEQFusion:
     torch.manual_seed(n)
     fusion = DEQFusion(D, n, **{"num_groups": 2, **TIGHT, **options}).double()
-    with torch.no_grad():
-        for part in fusion.modules():
-            if isinstance(part, torch.nn.GroupNorm):
-                part.weight.uniform_(0.6, 1.4)
-                part.bias.uniform_(-0.3, 0.3)
-        if fusion.variant != "paper":
-            for cell in fusion.cells:
-                cell.norm3.weight.mul_(0.1)
+    scatter_parameters(fusion)
     return fusion
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_triton_cases import poison  # noqa: F401 - a fixture
 from torch import Tensor
+from triton_cases import poison  # noqa: F401 - a fixture
 
 from deqfuse import Outcome
 from deqfuse.solvers import anderson as reference

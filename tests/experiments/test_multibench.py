@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 from deqfuse import Anderson, DEQFusion, ProFusion, SolveInfo
 from deqfuse.nn import WithInfo
 
-EXAMPLE = Path(__file__).parents[1] / "examples" / "multibench.py"
+EXAMPLE = Path(__file__).parents[2] / "examples" / "multibench.py"
 
 
 class Model(nn.Module):

@@ -9,6 +9,7 @@ import os
 
 import pytest
 import torch
+from parameters import scatter_parameters
 from torch import Tensor
 
 from deqfuse import (
@@ -53,14 +54,7 @@ class Case:
         torch.manual_seed(1000 * self.dim + self.n)
         given = {"num_groups": self.groups, "variant": self.variant, "init": self.init}
         layer = DEQFusion(self.dim, self.n, on_failure="ignore", **{**given, **options})
-        with torch.no_grad():
-            for part in layer.modules():
-                if isinstance(part, torch.nn.GroupNorm):
-                    part.weight.uniform_(0.6, 1.4)
-                    part.bias.uniform_(-0.3, 0.3)
-            if self.variant != "paper":
-                for cell in layer.cells:
-                    cell.norm3.weight.mul_(0.1)
+        scatter_parameters(layer)
         return layer.to(DTYPES[self.dtype])
 
     def draw(self, *shape: int) -> Tensor:

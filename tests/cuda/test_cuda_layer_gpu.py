@@ -11,6 +11,7 @@ import copy
 import pytest
 import torch
 from devices import every_device  # noqa: F401 - autouse
+from parameters import scatter_parameters
 from torch import Tensor
 from torch.func import functional_call
 
@@ -39,12 +40,7 @@ def needs_its_library() -> None:
 def make(dim: int = 12, **options) -> DEQFusion:
     torch.manual_seed(dim)
     layer = DEQFusion(dim, N, num_groups=2, **{"on_failure": "raise", **TIGHT, **options})
-    with torch.no_grad():
-        for name, p in layer.named_parameters():
-            if "norm" in name:
-                p.add_(0.1 * torch.randn_like(p))
-            if "norm3" in name and layer.variant != "paper":  # the skip alone is no contraction
-                p.mul_(0.1)
+    scatter_parameters(layer)
     return layer.double()
 
 

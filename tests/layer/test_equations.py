@@ -10,6 +10,7 @@ import math
 
 import pytest
 import torch
+from parameters import scatter_norms, scatter_parameters
 from torch import Tensor
 
 from deqfuse import Anderson, DEQFusion, PurifyCombine, ResidualCell, functional, testing
@@ -29,15 +30,6 @@ SIZES = [  # d, groups, N, B
 each_variant = pytest.mark.parametrize("variant", VARIANTS)
 
 
-def scatter_norms(module: torch.nn.Module) -> None:
-    """Norm weights and biases away from 1 and 0, so that a misplaced one is seen."""
-    with torch.no_grad():
-        for part in module.modules():
-            if isinstance(part, torch.nn.GroupNorm):
-                part.weight.uniform_(0.6, 1.4)
-                part.bias.uniform_(-0.3, 0.3)
-
-
 def make(dim: int, num_modalities: int, **options) -> DEQFusion:
     """A float64 layer with scattered norms and weights, contractive in every variant.
 
@@ -47,15 +39,7 @@ def make(dim: int, num_modalities: int, **options) -> DEQFusion:
     torch.manual_seed(dim * 10 + num_modalities)
     options = {"solver": TIGHT, "num_groups": 2, **options}
     fusion = DEQFusion(dim, num_modalities, **options).double()
-    scatter_norms(fusion)
-    with torch.no_grad():
-        if fusion.modality_weights is not None:
-            fusion.modality_weights.uniform_(0.5, 1.5)
-        if fusion.injection_bias is not None:
-            fusion.injection_bias.fill_(0.2)
-        if fusion.variant != "paper":  # the skip: a small last norm makes the equilibrium unique
-            for cell in fusion.cells:
-                cell.norm3.weight.mul_(0.1)
+    scatter_parameters(fusion)
     return fusion
 
 

@@ -25,7 +25,7 @@ PINNED_SPLIT = [19354, 19700, 10374]  # sums of the first 100 row numbers of eac
 WIDTHS = {"fac": 216, "fou": 76, "kar": 64, "mor": 6, "pix": 240, "zer": 47}
 ROSMAP = Path(
     os.environ.get(
-        "DEQFUSE_ROSMAP", Path(__file__).resolve().parents[2] / "shared" / "data" / "ROSMAP"
+        "DEQFUSE_ROSMAP", Path(__file__).resolve().parents[3] / "shared" / "data" / "ROSMAP"
     )
 )
 

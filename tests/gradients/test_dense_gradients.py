@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from parameters import scatter_parameters
 from torch import Tensor
 
 from deqfuse import (
@@ -33,18 +34,7 @@ def make(dim: int = 12, n: int = 3, **options) -> DEQFusion:
     """A layer whose parameters are all away from their initial zeros and ones."""
     torch.manual_seed(100 * dim + n)
     fusion = DEQFusion(dim, n, **{"num_groups": 2, **options})
-    with torch.no_grad():
-        for part in fusion.modules():
-            if isinstance(part, torch.nn.GroupNorm):
-                part.weight.uniform_(0.6, 1.4)
-                part.bias.uniform_(-0.3, 0.3)
-        if fusion.modality_weights is not None:
-            fusion.modality_weights.uniform_(0.5, 1.5)
-        if fusion.injection_bias is not None:
-            fusion.injection_bias.fill_(0.2)
-        if fusion.variant != "paper":
-            for cell in fusion.cells:
-                cell.norm3.weight.mul_(0.3)
+    scatter_parameters(fusion, last_norm=0.3)
     return fusion
 
 

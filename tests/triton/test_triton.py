@@ -1,7 +1,8 @@
 """Triton's kernels without a GPU: the interpreter's tests in a process of their own, and imports.
 
 Triton decides when it is imported whether kernels are compiled or interpreted, so one process
-cannot do both. ``TRITON_INTERPRET=1 pytest tests/test_triton_steps.py`` runs a file directly.
+cannot do both. ``TRITON_INTERPRET=1 pytest tests/triton/test_triton_steps.py`` runs one file of
+them directly.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def test_under_the_interpreter(file: str, marks: str) -> None:
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-m", marks, "--tb=short", HERE / file],
         env={**os.environ, "TRITON_INTERPRET": "1"},
-        cwd=HERE.parent,
+        cwd=HERE.parents[1],
         capture_output=True,
         text=True,
     )
@@ -57,7 +58,7 @@ def test_under_the_interpreter(file: str, marks: str) -> None:
 
 def test_every_interpreted_file_is_run() -> None:
     """And those with slow tests once more, for these."""
-    shared = ("from test_triton_cases", "from gpu_cases")
+    shared = ("from triton_cases", "from gpu_cases")
     texts = {p.name: p.read_text() for p in HERE.glob("test_triton*.py")}
     files = {name for name, text in texts.items() if any(s in text for s in shared)}
     assert files == set(INTERPRETED) | {Path(__file__).name}

@@ -31,7 +31,7 @@ from gpu_cases import (
     solves,
     tf32,  # noqa: F401 - a fixture
 )
-from test_triton_precision import tf32 as truncated
+from rounding import tf32 as truncated
 from torch import Tensor
 
 from deqfuse import DEQ, Anderson, DEQFusion, Implicit, Outcome, Picard

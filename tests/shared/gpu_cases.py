@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from parameters import scatter_parameters
 from torch.overrides import TorchFunctionMode
 
 from deqfuse import Anderson, DEQFusion
@@ -85,13 +86,10 @@ def anderson(**options: Any) -> Anderson:
 
 
 def layer_of(dim: int, groups: int, n: int, dtype: torch.dtype, seed: int = 0) -> DEQFusion:
-    """A layer on the device whose norms are away from zeros and ones."""
+    """A layer on the device, with parameters away from their initial values."""
     torch.manual_seed(seed)
     layer = DEQFusion(dim, n, num_groups=groups, solver=anderson()).requires_grad_(False)
-    for part in layer.modules():
-        if isinstance(part, torch.nn.GroupNorm):
-            part.weight.uniform_(0.6, 1.4)
-            part.bias.uniform_(-0.3, 0.3)
+    scatter_parameters(layer)
     return layer.to(DEVICE, dtype)
 
 

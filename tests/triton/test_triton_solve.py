@@ -6,8 +6,8 @@ import dataclasses
 
 import pytest
 import torch
-from test_triton_cases import SolveCase as Case
-from test_triton_cases import poison  # noqa: F401 - a fixture
+from triton_cases import SolveCase as Case
+from triton_cases import poison  # noqa: F401 - a fixture
 
 from deqfuse import Anderson, Outcome, Picard
 from deqfuse.backends import cuda, reference

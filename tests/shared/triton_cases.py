@@ -8,6 +8,7 @@ import os
 
 import pytest
 import torch
+from parameters import scatter_parameters
 from torch import Tensor
 
 from deqfuse import DEQFusion
@@ -16,7 +17,7 @@ from deqfuse.backends.reference import compute_dtype
 
 if os.environ.get("TRITON_INTERPRET") != "1":  # Triton reads it once, when it is imported
     pytest.skip(
-        "runs in a process of its own, under TRITON_INTERPRET=1: tests/test_triton.py",
+        "runs in a process of its own, under TRITON_INTERPRET=1: tests/triton/test_triton.py",
         allow_module_level=True,
     )
 
@@ -90,13 +91,7 @@ class SolveCase(Case):
         torch.manual_seed(1000 * self.dim + self.n)
         given = {"num_groups": self.groups, "variant": self.variant, "init": self.init}
         layer = DEQFusion(self.dim, self.n, **given).requires_grad_(False)
-        for part in layer.modules():
-            if isinstance(part, torch.nn.GroupNorm):
-                part.weight.uniform_(0.6, 1.4)
-                part.bias.uniform_(-0.3, 0.3)
-        if self.variant != "paper":
-            for cell in layer.cells:
-                cell.norm3.weight.mul_(0.1)
+        scatter_parameters(layer)
         return layer.to(self.draw(1).dtype)
 
     def solves(self, backend) -> list[functools.partial]:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from devices import every_device, own_backend  # noqa: F401 - autouse
+from parameters import scatter_parameters
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
@@ -44,12 +45,7 @@ def make(backend: str, block: str = "layer", **options) -> DEQFusion:
     torch.manual_seed(0)
     given = {"num_groups": 2, "backend": own_backend(backend), **TIGHT, **BLOCKS[block], **options}
     layer = DEQFusion(DIM, N, **given).double()
-    with torch.no_grad():
-        for name, p in layer.named_parameters():
-            if "norm" in name:
-                p.add_(0.2 * torch.randn_like(p))
-            if "norm3" in name and "variant" in options:  # the skip is no contraction by itself
-                p.mul_(0.1)
+    scatter_parameters(layer)
     return layer
 
 

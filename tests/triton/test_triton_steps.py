@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_triton_cases import (
+from triton_cases import (
     Case,
     assert_as_good_as_torch,
     poison,  # noqa: F401 - a fixture

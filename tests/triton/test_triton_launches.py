@@ -8,10 +8,10 @@ from collections import deque
 
 import pytest
 import torch
-from test_triton_cases import SolveCase as Case
-from test_triton_cases import poison  # noqa: F401 - a fixture
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from triton_cases import SolveCase as Case
+from triton_cases import poison  # noqa: F401 - a fixture
 
 from deqfuse import Anderson, Broyden, DEQFusion, Implicit, Picard, Unrolled, reporting
 from deqfuse.backends import Problem, cuda

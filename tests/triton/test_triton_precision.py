@@ -11,22 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from rounding import bf16, tf32
 from torch import Tensor
 
 from deqfuse import Anderson, DEQFusion, Outcome
 from deqfuse.backends import maps, reference
 from deqfuse.triton_kernels import tiles
 
-DOCS = Path(__file__).parents[1] / "docs/kernels-gpu.md"
-
-
-def tf32(t: Tensor) -> Tensor:
-    """The leading 10 of 23 bits, cut off as tensor cores do with what they are given."""
-    return (t.view(torch.int32) & ~0x1FFF).view(torch.float32)
-
-
-def bf16(t: Tensor) -> Tensor:
-    return t.bfloat16().float()
+DOCS = Path(__file__).parents[2] / "docs/kernels-gpu.md"
 
 
 def solve_rounded(

@@ -14,8 +14,8 @@ import torch.distributed
 
 from deqfuse.backends import native
 
-TESTS = Path(__file__).parent
-EXAMPLE = TESTS.parent / "examples" / "train_distributed.py"
+HERE = Path(__file__).parent
+EXAMPLE = HERE.parents[1] / "examples" / "train_distributed.py"
 # Solved to 1e-13 in float64 and to 1e-6 in float32. A row's answer does not depend on its batch, so
 # what remains is the order in which ranks sum the rows' gradients.
 BOUNDS = {"float32": 1e-6, "float64": 1e-12}
@@ -48,7 +48,7 @@ def ranks(
     if request.param == "cuda" and torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
     folder = tmp_path_factory.mktemp("ranks")
-    torchrun(TESTS / "distributed_worker.py", folder, request.param)
+    torchrun(HERE / "distributed_worker.py", folder, request.param)
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from adjoint_cases import CASES, TOLERANCE, Case, assert_equal, exact, name
-from test_triton_cases import upcast  # noqa: F401 - only under TRITON_INTERPRET=1
+from triton_cases import upcast  # noqa: F401 - only under TRITON_INTERPRET=1
 
 from deqfuse import Implicit
 from deqfuse.backends import cuda, cuda_native, reference
