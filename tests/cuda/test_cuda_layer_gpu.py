@@ -11,7 +11,7 @@ import copy
 import pytest
 import torch
 from devices import every_device  # noqa: F401 - autouse
-from parameters import scatter_parameters
+from parameters import scatter_injection, scatter_norms
 from torch import Tensor
 from torch.func import functional_call
 
@@ -40,7 +40,8 @@ def needs_its_library() -> None:
 def make(dim: int = 12, **options) -> DEQFusion:
     torch.manual_seed(dim)
     layer = DEQFusion(dim, N, num_groups=2, **{"on_failure": "raise", **TIGHT, **options})
-    scatter_parameters(layer)
+    scatter_norms(layer)
+    scatter_injection(layer)
     return layer.double()
 
 

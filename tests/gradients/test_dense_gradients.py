@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from parameters import scatter_parameters
+from parameters import scatter_injection, scatter_norms
 from torch import Tensor
 
 from deqfuse import (
@@ -34,7 +34,8 @@ def make(dim: int = 12, n: int = 3, **options) -> DEQFusion:
     """A layer whose parameters are all away from their initial zeros and ones."""
     torch.manual_seed(100 * dim + n)
     fusion = DEQFusion(dim, n, **{"num_groups": 2, **options})
-    scatter_parameters(fusion, last_norm=0.3)
+    scatter_norms(fusion, last_norm=0.3)
+    scatter_injection(fusion)
     return fusion
 
 

@@ -11,7 +11,7 @@ import functools
 
 import pytest
 import torch
-from parameters import scatter_parameters
+from parameters import scatter_norms
 from torch import Tensor
 
 from deqfuse import (
@@ -40,7 +40,7 @@ each_variant = pytest.mark.parametrize("variant", VARIANTS)
 def make(n: int, **options) -> DEQFusion:
     torch.manual_seed(n)
     fusion = DEQFusion(D, n, **{"num_groups": 2, **TIGHT, **options}).double()
-    scatter_parameters(fusion)
+    scatter_norms(fusion)
     return fusion
 
 

@@ -10,7 +10,7 @@ import math
 
 import pytest
 import torch
-from parameters import scatter_norms, scatter_parameters
+from parameters import scatter_injection, scatter_norms
 from torch import Tensor
 
 from deqfuse import Anderson, DEQFusion, PurifyCombine, ResidualCell, functional, testing
@@ -39,7 +39,8 @@ def make(dim: int, num_modalities: int, **options) -> DEQFusion:
     torch.manual_seed(dim * 10 + num_modalities)
     options = {"solver": TIGHT, "num_groups": 2, **options}
     fusion = DEQFusion(dim, num_modalities, **options).double()
-    scatter_parameters(fusion)
+    scatter_norms(fusion)
+    scatter_injection(fusion)
     return fusion
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from devices import every_device, own_backend  # noqa: F401 - autouse
-from parameters import scatter_parameters
+from parameters import scatter_injection, scatter_norms
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
@@ -45,7 +45,8 @@ def make(backend: str, block: str = "layer", **options) -> DEQFusion:
     torch.manual_seed(0)
     given = {"num_groups": 2, "backend": own_backend(backend), **TIGHT, **BLOCKS[block], **options}
     layer = DEQFusion(DIM, N, **given).double()
-    scatter_parameters(layer)
+    scatter_norms(layer)
+    scatter_injection(layer)
     return layer
 
 

@@ -9,7 +9,7 @@ import os
 
 import pytest
 import torch
-from parameters import scatter_parameters
+from parameters import scatter_norms
 from torch import Tensor
 
 from deqfuse import (
@@ -54,7 +54,7 @@ class Case:
         torch.manual_seed(1000 * self.dim + self.n)
         given = {"num_groups": self.groups, "variant": self.variant, "init": self.init}
         layer = DEQFusion(self.dim, self.n, on_failure="ignore", **{**given, **options})
-        scatter_parameters(layer)
+        scatter_norms(layer)
         return layer.to(DTYPES[self.dtype])
 
     def draw(self, *shape: int) -> Tensor:

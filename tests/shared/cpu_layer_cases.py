@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from cpu_cases import TIGHT, Case
+from parameters import scatter_injection
 from torch import Tensor
 
 from deqfuse import Anderson, DEQFusion, Implicit, ops
@@ -19,7 +20,10 @@ optional = pytest.mark.parametrize("full", [False, True], ids=["plain", "mask,wa
 
 
 def layer_of(case: Case, **options) -> DEQFusion:
-    return case.layer(**{"backend": "cpu", **EXACT, **options})
+    """Also the parameters of the injection are away from their initial values."""
+    layer = case.layer(**{"backend": "cpu", **EXACT, **options})
+    scatter_injection(layer)
+    return layer
 
 
 def flat(layer: DEQFusion) -> list[Tensor]:

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from parameters import scatter_parameters
+from parameters import scatter_norms
 from torch.overrides import TorchFunctionMode
 
 from deqfuse import Anderson, DEQFusion
@@ -86,10 +86,10 @@ def anderson(**options: Any) -> Anderson:
 
 
 def layer_of(dim: int, groups: int, n: int, dtype: torch.dtype, seed: int = 0) -> DEQFusion:
-    """A layer on the device, with parameters away from their initial values."""
+    """A layer on the device, whose norms are away from their initial values."""
     torch.manual_seed(seed)
     layer = DEQFusion(dim, n, num_groups=groups, solver=anderson()).requires_grad_(False)
-    scatter_parameters(layer)
+    scatter_norms(layer)
     return layer.to(DEVICE, dtype)
 
 

@@ -8,7 +8,7 @@ import os
 
 import pytest
 import torch
-from parameters import scatter_parameters
+from parameters import scatter_norms
 from torch import Tensor
 
 from deqfuse import DEQFusion
@@ -91,7 +91,7 @@ class SolveCase(Case):
         torch.manual_seed(1000 * self.dim + self.n)
         given = {"num_groups": self.groups, "variant": self.variant, "init": self.init}
         layer = DEQFusion(self.dim, self.n, **given).requires_grad_(False)
-        scatter_parameters(layer)
+        scatter_norms(layer)
         return layer.to(self.draw(1).dtype)
 
     def solves(self, backend) -> list[functools.partial]:
