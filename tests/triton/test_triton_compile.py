@@ -123,6 +123,7 @@ def assert_documented(table: list[dict]) -> None:
         assert {target: page[key].get(target) for target in row} == row, key
 
 
+@pytest.mark.ci
 def test_the_shipped_kernels_compile_and_fit() -> None:
     targets = ("sm_80", "sm_90")
     table = compiled("--targets", ",".join(targets))
@@ -130,6 +131,7 @@ def test_the_shipped_kernels_compile_and_fit() -> None:
     assert_documented(table)
 
 
+@pytest.mark.ci
 def test_steps_compile_and_fit_elsewhere() -> None:
     targets = ("sm_100", "gfx942")
     table = compiled("--kind", "step", "--dim", "128", "--targets", ",".join(targets))

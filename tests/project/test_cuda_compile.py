@@ -51,6 +51,7 @@ def check_resources(arch: str, folder: Path) -> None:
         assert written[name] == [f"{r.registers} / {r.spilled}" for r in found]
 
 
+@pytest.mark.ci
 def test_kernels_for_sm_90_spill_nothing(folder: Path) -> None:
     check_resources("9.0", folder)
 
@@ -100,6 +101,7 @@ print(*cuda_native.versions(ctypes.CDLL(sys.argv[1], os.RTLD_LAZY)))
 """
 
 
+@pytest.mark.ci
 def test_library_needs_nothing_of_torch_but_its_stable_interface(folder: Path) -> None:
     """Linked from the operators and the kernels; with sm_90 alone, to be quick."""
     library = build.build_library("9.0", folder / "9.0", ["c++"], strict=True)
