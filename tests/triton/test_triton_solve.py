@@ -113,7 +113,7 @@ def test_whole_solvers(solver) -> None:
 def test_statistics_are_those_of_the_reference(solver, dtype) -> None:
     """At torch's init rows end in several ways. Over 8 steps rounding stays small."""
     rtol = 1e-6 if dtype == "f64" else 1e-2
-    rows = 20 if dtype == "f32" else 6
+    rows = 16 if dtype == "f32" else 6  # one tile: the interpreter takes as long for two rows
     case = Case(rows=rows, dim=20, groups=5, dtype=dtype, init="torch")
     for given, expected in both(case, solver):
         steady = torch.isclose(given.residual, expected.residual, rtol=rtol, atol=0)
@@ -135,7 +135,7 @@ def test_traces_are_those_of_the_reference() -> None:
 
 def test_a_row_that_finds_nothing_better_has_stalled() -> None:
     solver, case = Picard(max_iter=60), Case(rows=24, dtype="f32", init="torch")
-    given, expected = both(case, solver)[1]
+    given, expected = (case.solves(backend)[1](solver) for backend in (cuda, reference))
     stalled = expected.outcome == Outcome.STALLED
     assert stalled.any()
     agree = (given.outcome == Outcome.STALLED) == stalled
