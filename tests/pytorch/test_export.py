@@ -99,6 +99,7 @@ print("agreed")
 """
 
 
+@pytest.mark.ci
 @pytest.mark.skipif(
     shutil.which(os.environ.get("CXX", "c++")) is None and not in_ci,
     reason="AOTInductor needs a C++ compiler",
