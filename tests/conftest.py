@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
+
+# So that what is asserted there tells its values, as in the tests.
+pytest.register_assert_rewrite(*(p.stem for p in Path(__file__).with_name("shared").glob("*.py")))
 
 
 @pytest.hookimpl(tryfirst=True)  # pytest-benchmark reads its options in the same hook
