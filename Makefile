@@ -49,7 +49,7 @@ demo: module
 # $(call tests,what,options) on all cores: with worksteal a worker that is done takes tests from
 # another, for a few tests take as long as hundreds. A borrowed Python may lack pytest-xdist.
 tests = echo "== Tests: $(1)"; \
-	$(PY) -m pytest $$($(PY) -c 'import xdist' 2>/dev/null && echo -n auto --maxprocesses 8 --dist worksteal) $(2) $(ARGS)
+	$(PY) -m pytest $$($(PY) -c 'import xdist' 2>/dev/null && echo --numprocesses auto --maxprocesses 8 --dist worksteal) $(2) $(ARGS)
 
 # Folders whose tests start few processes and compile nothing.
 QUICK := $(addprefix tests/,api cpu cuda deq gradients layer solvers)
