@@ -40,6 +40,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a test runs on is decided by the test."""
     monkeypatch.delenv("DEQFUSE_BACKEND", raising=False)
+    # A pytest that a test starts is no worker: pytest-benchmark would refuse to measure in one.
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
 
 
 @pytest.fixture
