@@ -24,12 +24,14 @@ SETUP := $(VENV)/.installed
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-full lint bench bench-full gpu gpu-test gpu-bench has-gpu sanitize clean check-python use-python module
+.PHONY: help demo quick test test-ci test-full lint bench bench-full gpu gpu-test gpu-bench has-gpu sanitize clean check-python use-python module
 
 help:
 	@echo "make demo       train on real data, write deqfuse-report/    ARGS='--help' lists its options"
-	@echo "make test       lint, type check and tests (minutes)         ARGS='-k name' picks tests"
-	@echo "make test-full  the same with the tests marked slow"
+	@echo "make quick      lint, type check and the fast proofs (a minute)"
+	@echo "make test       the same with all tests that take seconds (minutes)    ARGS='-k name' picks tests"
+	@echo "make test-ci    the tests that compile for long: shipped kernels, sanitizers (minutes)"
+	@echo "make test-full  all tests, the slow grids too"
 	@echo "make lint       ruff and mypy only"
 	@echo "make bench      speed, memory and convergence against others (5 minutes); writes README.md's table"
 	@echo "make bench-full the same for every case, regime and sweep; takes long"
@@ -44,13 +46,24 @@ demo: module
 	@echo "== Demo: deqfuse demo $(ARGS)"
 	@$(PY) -m deqfuse.cli.main demo $(ARGS)
 
+# $(call tests,what,options) on all cores: with worksteal a worker that is done takes tests from
+# another, for a few tests take as long as hundreds. A borrowed Python may lack pytest-xdist.
+tests = echo "== Tests: $(1)"; \
+	$(PY) -m pytest $$($(PY) -c 'import xdist' 2>/dev/null && echo --numprocesses auto --maxprocesses 8 --dist worksteal) $(2) $(ARGS)
+
+# Folders whose tests start few processes and compile nothing.
+QUICK := $(addprefix tests/,api cpu cuda deq gradients layer solvers)
+quick: lint module
+	@$(call tests,the fast proofs,-m "not slow and not ci" $(QUICK))
+
 test: lint module
-	@echo "== Tests without the slow ones: pytest"
-	@$(PY) -m pytest -m "not slow" $(ARGS)
+	@$(call tests,all but those marked slow or ci,-m "not slow and not ci")
+
+test-ci: module
+	@$(call tests,those marked ci,-m "ci and not slow")
 
 test-full: lint module
-	@echo "== Tests with the slow ones: pytest"
-	@$(PY) -m pytest $(ARGS)
+	@$(call tests,all)
 
 # $(call tool,module,command...) runs a lint tool; only a borrowed Python may lack it.
 tool = if $(PY) -c 'import $(1)' 2>/dev/null; then $(PY) -m $(2); \

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
+
+# So that what is asserted there tells its values, as in the tests.
+pytest.register_assert_rewrite(*(p.stem for p in Path(__file__).with_name("shared").glob("*.py")))
 
 
 @pytest.hookimpl(tryfirst=True)  # pytest-benchmark reads its options in the same hook
@@ -36,6 +40,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a test runs on is decided by the test."""
     monkeypatch.delenv("DEQFUSE_BACKEND", raising=False)
+    # A pytest that a test starts is no worker: pytest-benchmark would refuse to measure in one.
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
 
 
 @pytest.fixture

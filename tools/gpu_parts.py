@@ -45,13 +45,13 @@ def all_parts(out: Path, gpu: dict[str, str]) -> list[Part]:
     tests = [
         Part(
             name,
-            [[*pytest, "-m", "gpu and not slow", f"tests/{file}.py"]],
+            [[*pytest, "-m", "gpu and not slow", f"tests/triton/{file}.py"]],
             modules=["pytest"],
             says=PASSED,
         )
         for name, file in files.items()
     ]
-    others = ["tests", *(f"--ignore=tests/{file}.py" for file in files.values())]
+    others = ["tests", *(f"--ignore=tests/triton/{file}.py" for file in files.values())]
     tests += [
         Part(
             "tests-cuda",

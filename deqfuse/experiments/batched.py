@@ -1,7 +1,7 @@
 """Many small models of the synthetic study trained at once: every product is one ``bmm``.
 
 Model ``t`` of a batch sees only its own data (n, ...) and has only its own parameters, so this is
-the same as training them one after another (``tests/test_experiments_studies.py``).
+the same as training them one after another (``tests/experiments/test_experiments_models.py``).
 """
 
 from __future__ import annotations

@@ -21,6 +21,7 @@ def has_sanitizers(folder: Path) -> bool:
     return subprocess.run(command, cwd=folder, capture_output=True).returncode == 0
 
 
+@pytest.mark.ci
 def test_kernels_are_clean(tmp_path: Path) -> None:
     if not has_sanitizers(tmp_path):
         pytest.skip("needs a C++ compiler with ASan and UBSan")

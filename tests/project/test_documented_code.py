@@ -1,0 +1,64 @@
+"""Every Python block of the pages and of the docstrings runs as it is written."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import inspect
+import pkgutil
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import deqfuse
+
+ROOT = Path(__file__).resolve().parents[2]
+BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+
+
+def pages() -> list[pytest.ParameterSet]:
+    """Pages with Python in them; a page that compiles is slow."""
+    found = []
+    for path in [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/**/*.md"))]:
+        if BLOCK.search(text := path.read_text(encoding="utf-8")):
+            marks = pytest.mark.slow if "aoti_compile" in text else ()
+            found.append(pytest.param(path, id=path.relative_to(ROOT).as_posix(), marks=marks))
+    return found
+
+
+def examples() -> list[pytest.ParameterSet]:
+    """Docstrings with an example: the source of its prompts."""
+    found = {}
+    for info in pkgutil.walk_packages(deqfuse.__path__, "deqfuse."):
+        if not info.name.startswith(("deqfuse.triton_kernels", "deqfuse._")):
+            module = importlib.import_module(info.name)
+            for test in doctest.DocTestFinder(recurse=True).find(module):
+                if test.examples:
+                    found[test.name] = "".join(e.source for e in test.examples)
+    return [pytest.param(source, id=name) for name, source in found.items()]
+
+
+@pytest.mark.parametrize("page", pages())
+def test_blocks_of_a_page_in_their_order(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # for what they write
+    torch.manual_seed(0)
+    namespace: dict[str, object] = {}
+    for block in BLOCK.findall(page.read_text(encoding="utf-8")):
+        exec(block, namespace)
+
+
+@pytest.mark.parametrize("source", examples())
+def test_examples_of_docstrings(source: str) -> None:
+    torch.manual_seed(0)
+    exec(source, {})
+
+
+def test_nothing_is_left_out() -> None:
+    """The search above finds what is there to be found."""
+    assert {p.id for p in pages()} >= {"README.md", "docs/compile.md", "docs/progressive.md"}
+    documented = [inspect.getdoc(getattr(deqfuse, name)) or "" for name in deqfuse.__all__]
+    assert len(examples()) >= sum("Example:" in text for text in documented) >= 3
