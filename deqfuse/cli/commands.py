@@ -1,4 +1,4 @@
-"""``deqfuse demo`` and ``deqfuse train``: turn options into an experiment."""
+"""``deqfuse demo`` and ``deqfuse train``: turn options and data into a comparison."""
 
 from __future__ import annotations
 
@@ -9,11 +9,7 @@ from dataclasses import replace
 
 import torch
 
-from deqfuse.cli.errors import UserError
-from deqfuse.cli.experiment import Experiment
-from deqfuse.cli.output import OutputFolder
-from deqfuse.cli.runner import run_experiment
-from deqfuse.cli.training import Recipe
+from deqfuse.cli.compare import run_comparison
 from deqfuse.data import (
     MultiviewData,
     Splits,
@@ -22,6 +18,9 @@ from deqfuse.data import (
     split_numerals,
     split_stratified,
 )
+from deqfuse.experiments.comparison import RECIPE, Comparison
+from deqfuse.reports.errors import UserError
+from deqfuse.reports.folder import OutputFolder
 
 __all__ = ["demo", "train"]
 
@@ -93,23 +92,18 @@ def _run(
     arguments: Sequence[str],
     metrics: tuple[str, ...] | None = None,
 ) -> int:
-    batch_size = min(Recipe.batch_size, max(1, splits.train.num_rows // STEPS_PER_EPOCH))
-    recipe = replace(Recipe(), epochs=options.epochs, batch_size=batch_size)
+    batch_size = min(RECIPE.batch_size or 1, max(1, splits.train.num_rows // STEPS_PER_EPOCH))
+    recipe = replace(RECIPE, epochs=options.epochs, batch_size=batch_size)
     if options.quick:
         recipe = replace(recipe, epochs=QUICK_EPOCHS, batch_size=QUICK_ROWS // 2)
-    experiment = Experiment(
-        title=title,
-        about_data=about,
-        splits=splits,
-        recipe=recipe,
-        seeds=1 if options.quick else options.seeds,
-        out=OutputFolder(options.out),
-        device=_device(options.device),
-        threads=options.threads,
-        command=shlex.join(["deqfuse", *arguments]),
-        metrics=metrics,
+    seeds = 1 if options.quick else options.seeds
+    return run_comparison(
+        Comparison(title, about, splits, recipe, seeds, metrics),
+        OutputFolder(options.out),
+        _device(options.device),
+        options.threads,
+        shlex.join(["deqfuse", *arguments]),
     )
-    return run_experiment(experiment)
 
 
 def _device(name: str) -> torch.device:

@@ -18,18 +18,16 @@ import torch
 from torch import Tensor
 
 from deqfuse import ProFusion
-from deqfuse.cli.errors import UserError
-from deqfuse.cli.plots import to_png
-from deqfuse.cli.report import Picture, Section
-from deqfuse.cli.summary import Table
 from deqfuse.data import MultiviewData, Splits
 from deqfuse.data.digits import Recordings, load_images, load_recordings, spectrogram
-from deqfuse.experiments import charts
 from deqfuse.experiments.audiovisual_models import LABELS, AudiovisualModel
-from deqfuse.experiments.markdown import file_name
-from deqfuse.experiments.statistics import NOTHING, describe, percent, versus
-from deqfuse.experiments.study import Record, Report, Study, Trial, select
+from deqfuse.experiments.statistics import describe, percent, versus
+from deqfuse.experiments.study import Record, Study, Trial, select
 from deqfuse.experiments.training import Recipe, evaluate, fit
+from deqfuse.reports import charts
+from deqfuse.reports.charts import to_png
+from deqfuse.reports.errors import UserError
+from deqfuse.reports.page import NOTHING, Picture, Report, Section, Table, file_name
 
 __all__ = ["AudiovisualStudy", "pair_digits"]
 

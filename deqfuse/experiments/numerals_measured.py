@@ -6,14 +6,12 @@ from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
 
-from deqfuse.cli.plots import to_png
-from deqfuse.cli.report import Picture
-from deqfuse.cli.summary import Table
-from deqfuse.experiments import charts
-from deqfuse.experiments.markdown import file_name
-from deqfuse.experiments.numerals_models import FUSIONS, LABELS, PRO_EQUILIBRIA
+from deqfuse.experiments.models import FUSIONS, LABELS, PRO_EQUILIBRIA
 from deqfuse.experiments.statistics import percent, spread, versus
 from deqfuse.experiments.study import Record, select
+from deqfuse.reports import charts
+from deqfuse.reports.charts import to_png
+from deqfuse.reports.page import Picture, Table, file_name
 from deqfuse.robustness import effective_robustness, robust_auc
 
 __all__ = [

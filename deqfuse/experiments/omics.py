@@ -17,12 +17,13 @@ from typing import Any
 import torch
 
 from deqfuse.backends import Backend
-from deqfuse.cli.errors import UserError
 from deqfuse.data import MultiviewData, Splits, load_mogonet, split_stratified
 from deqfuse.experiments import omics_report
 from deqfuse.experiments.mmdynamics import ADJOINT, DROPOUT, SOLVER, MMDynamics
-from deqfuse.experiments.study import Record, Report, Study, Trial
+from deqfuse.experiments.study import Record, Study, Trial
 from deqfuse.experiments.training import History, Recipe, evaluate, fit, train_step
+from deqfuse.reports.errors import UserError
+from deqfuse.reports.page import Report
 
 __all__ = ["OmicsStudy"]
 

@@ -6,14 +6,13 @@ from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
 
-from deqfuse.cli.plots import to_png
-from deqfuse.cli.report import Picture, Section
-from deqfuse.cli.summary import METRIC_NAMES, Table
 from deqfuse.data import MultiviewData
-from deqfuse.experiments import charts
-from deqfuse.experiments.markdown import file_name
-from deqfuse.experiments.statistics import NOTHING, Paired, describe, paired, percent, versus
-from deqfuse.experiments.study import Record, Report, select
+from deqfuse.experiments.metrics import METRIC_NAMES
+from deqfuse.experiments.statistics import Paired, describe, paired, percent, versus
+from deqfuse.experiments.study import Record, select
+from deqfuse.reports import charts
+from deqfuse.reports.charts import to_png
+from deqfuse.reports.page import NOTHING, Picture, Report, Section, Table, file_name
 
 __all__ = ["FILES", "build"]
 

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
-__all__ = ["NOTHING", "Paired", "describe", "paired", "percent", "spread", "versus"]
+from deqfuse.reports.page import NOTHING
 
-NOTHING = "-"  # a cell without a meaning
+__all__ = ["Paired", "describe", "paired", "percent", "spread", "versus"]
 
 
 def describe(values: Sequence[float | None]) -> dict[str, Any]:

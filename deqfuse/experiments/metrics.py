@@ -5,7 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["accuracy", "auc", "evaluate_metrics", "f1_scores"]
+__all__ = ["METRIC_NAMES", "accuracy", "auc", "evaluate_metrics", "f1_scores"]
+
+# Of what evaluate_metrics() computes, as headers of a table.
+METRIC_NAMES = {
+    "accuracy": "accuracy %",
+    "f1": "F1 %",
+    "auc": "AUC %",
+    "weighted_f1": "weighted F1 %",
+    "macro_f1": "macro F1 %",
+}
 
 
 def accuracy(predicted: Tensor, labels: Tensor) -> float:  # both (B,) int64
