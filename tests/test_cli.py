@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from data_cases import write_mogonet
 
 from deqfuse import ConvergenceWarning
 from deqfuse.cli.main import main
@@ -344,7 +345,7 @@ def test_curve_holds_the_last_residual_of_stopped_rows() -> None:
 
 def test_convergence_warnings_are_counted_and_others_pass() -> None:
     def count() -> list[str]:
-        with training.count_convergence_warnings() as messages:
+        with training.collect_warnings(ConvergenceWarning) as messages:
             for category in (ConvergenceWarning, ConvergenceWarning, RuntimeWarning):
                 warnings.warn(f"a {category.__name__}", category, stacklevel=1)
         return messages
@@ -356,16 +357,3 @@ def test_convergence_warnings_are_counted_and_others_pass() -> None:
 
 def snapshot(folder: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def write_mogonet(folder: Path, classes: int) -> None:
-    """Two views of 40 training and 10 test rows that tell the classes apart."""
-    folder.mkdir()
-    generator = torch.Generator().manual_seed(0)
-    for part, rows in (("tr", 40), ("te", 10)):
-        labels = torch.arange(rows) % classes
-        for view, width in ((1, 5), (2, 3)):
-            values = torch.randn(rows, width, generator=generator) + labels[:, None]
-            lines = [",".join(map(str, row)) for row in values.tolist()]
-            (folder / f"{view}_{part}.csv").write_text("\n".join(lines) + "\n")
-        (folder / f"labels_{part}.csv").write_text("\n".join(map(str, labels.tolist())) + "\n")

@@ -289,6 +289,7 @@ def test_best_epoch_on_validation_rows_is_kept(scores: list[float], chosen: int)
     history = fit(model, data, data, recipe, seed=0)
     assert history.chosen_epoch == chosen
     assert history.validation == scores
+    assert history.train_loss == pytest.approx([0.0, -1.0, -2.0], abs=1e-3)  # before each step
     assert round(model.step.item()) == chosen
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 
@@ -10,6 +11,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from torch import Tensor
 
+from deqfuse import ConvergenceWarning
 from deqfuse.cli.progress import Stage, make_console
 from deqfuse.data import Splits
 from deqfuse.experiments import comparison_report
@@ -27,9 +29,10 @@ from deqfuse.experiments.comparison_tables import (
     comparison_table,
     comparison_text,
     convergence_text,
+    non_finite_text,
 )
 from deqfuse.experiments.measurements import Curve, noise_curve, residual_curves
-from deqfuse.experiments.training import predict
+from deqfuse.experiments.training import collect_warnings, predict
 from deqfuse.reports.facts import machine_facts
 from deqfuse.reports.folder import OutputFolder
 from deqfuse.reports.page import Table
@@ -72,8 +75,10 @@ def _run(
     console: Console,
 ) -> int:
     started = time.monotonic()
-    console.print(f"[bold]{comparison.title}[/bold]")
+    console.print(comparison.title, style="bold")
     console.print(comparison.about_data)
+    for doubt in comparison.doubts:
+        console.print(doubt, style="yellow")
     console.print(comparison.terms + "\n")
 
     splits = comparison.splits.to(device)
@@ -82,9 +87,9 @@ def _run(
     console.print()
     console.print(_rich_table(table))
     for note in table.notes:
-        console.print(f"[dim]{note}[/dim]")
-    sentences = comparison_text(runs), convergence_text(runs)
-    console.print("\n" + "\n".join(sentences))
+        console.print(note, style="dim")
+    sentences = comparison_text(runs), non_finite_text(runs), convergence_text(runs)
+    console.print("\n" + "\n".join(filter(None, sentences)))
 
     check = _check_gradients(runs, splits, console)
     console.print(check.text, style=None if check.passed else "bold red")
@@ -109,9 +114,7 @@ def _train_all(comparison: Comparison, splits: Splits, console: Console) -> list
                 name = f"seed {seed + 1}/{comparison.seeds}, {kind.label}"
 
                 def on_epoch(epoch: int, validation: float, name: str = name) -> None:
-                    note = (
-                        f"{name}: epoch {epoch}/{recipe.epochs}, validation {100 * validation:.1f}%"
-                    )
+                    note = f"{name}: epoch {epoch}/{recipe.epochs}, validation {_shown(validation)}"
                     stage.advance(note)
 
                 run = train_one(kind, seed, splits, recipe, on_epoch)
@@ -119,11 +122,16 @@ def _train_all(comparison: Comparison, splits: Splits, console: Console) -> list
                 history = run.history
                 best = history.validation[history.chosen_epoch - 1]
                 stage.line(
-                    f"  {name:<28} test {100 * run.test['accuracy']:5.1f}%  (validation "
-                    f"{100 * best:5.1f}% at epoch {history.chosen_epoch}; "
+                    f"  {name:<28} test {_shown(run.test['accuracy'])}  (validation "
+                    f"{_shown(best)} at epoch {history.chosen_epoch}; "
                     f"{sum(history.epoch_seconds):.1f} s)"
                 )
     return runs
+
+
+def _shown(share: float | None) -> str:
+    """A share of rows as a percentage, of one width."""
+    return "   NaN" if share is None or math.isnan(share) else f"{100 * share:5.1f}%"
 
 
 def _check_gradients(runs: Sequence[Run], splits: Splits, console: Console) -> GradientCheck:
@@ -156,7 +164,8 @@ def _measure(
 
 def _backend(runs: Sequence[Run], splits: Splits) -> str:
     run = next(run for run in runs if run.kind.key == "deq")
-    _, info = predict(run.model, splits.test.rows(torch.arange(1)))
+    with collect_warnings(ConvergenceWarning):  # the table has the share of converged rows
+        _, info = predict(run.model, splits.test.rows(torch.arange(1)))
     return info.backend if info is not None else "none"
 
 

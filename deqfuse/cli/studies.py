@@ -13,17 +13,19 @@ from typing import Any
 import torch
 
 from deqfuse.cli.progress import Stage, make_console
+from deqfuse.data import DataWarning
 from deqfuse.experiments.audiovisual import AudiovisualStudy
 from deqfuse.experiments.numerals import NumeralsStudy
 from deqfuse.experiments.omics import OmicsStudy
 from deqfuse.experiments.provenance import run_facts
 from deqfuse.experiments.runner import run_trials
 from deqfuse.experiments.store import TrialStore
-from deqfuse.experiments.study import Study, Trial
+from deqfuse.experiments.study import Record, Study, Trial
 from deqfuse.experiments.synthetic import Size, SyntheticStudy
-from deqfuse.experiments.training import Recipe
+from deqfuse.experiments.training import Recipe, collect_warnings
 from deqfuse.reports.facts import machine_facts
 from deqfuse.reports.folder import MANIFEST, OutputFolder
+from deqfuse.reports.page import Section
 from deqfuse.reports.writer import MARKDOWN, write_report
 
 __all__ = ["experiment", "run_study"]
@@ -104,9 +106,10 @@ def run_study(study: Study, out: OutputFolder, jobs: int, threads: int, command:
         UserError: the folder belongs to somebody else, or to other settings.
     """
     out.check([*MARKDOWN.files, *study.files()])
-    settings, trials = study.settings(), study.trials()  # reads the data: mistakes come first
+    with collect_warnings(DataWarning) as doubts:
+        settings, trials = study.settings(), study.trials()  # reads the data: mistakes come first
     with TrialStore(out.path) as store:
-        return _run_study(study, out, store, settings, trials, jobs, threads, command)
+        return _run_study(study, out, store, settings, trials, doubts, jobs, threads, command)
 
 
 def _run_study(
@@ -115,6 +118,7 @@ def _run_study(
     store: TrialStore,
     settings: dict[str, Any],
     trials: Sequence[Trial],
+    doubts: Sequence[str],
     jobs: int,
     threads: int,
     command: str,
@@ -126,8 +130,10 @@ def _run_study(
     started = time.monotonic()
     todo = [trial for trial in trials if trial.key not in done]
     kept = len(trials) - len(todo)
-    console.print(f"[bold]deqfuse experiment {study.name}[/bold]: {len(trials)} trials", end="")
-    console.print(f", {kept} of them done before" if kept else "")
+    console.print(f"deqfuse experiment {study.name}", style="bold", end="")
+    console.print(f": {len(trials)} trials" + (f", {kept} of them done before" if kept else ""))
+    for doubt in doubts:
+        console.print(doubt, style="yellow")
     rendered = machine_facts(command, torch.device("cpu"), _backend())
     run = {**rendered, "jobs": jobs, "threads": threads}
     number = store.begin(study, run) if todo else None
@@ -143,11 +149,22 @@ def _run_study(
 
     records = [done[trial.key] for trial in trials]
     report = study.report(records)
+    broken = [record.key for record in records if _non_finite(record)]
+    if broken:
+        text = "NOT FINITE are answers of these models, and their scores undefined: "
+        doubts = [*doubts, text + "; ".join(broken) + "."]
+        console.print(doubts[-1], style="bold red")
+    sections = [*([Section("Doubts", tuple(doubts))] if doubts else []), *report.sections]
     whole = {"study": study.name, "settings": settings, **report.summary}
     facts = run_facts(records, store.runs, rendered)
-    page = write_report(out, replace(report, summary=whole), facts, MARKDOWN)
+    page = write_report(out, replace(report, sections=sections, summary=whole), facts, MARKDOWN)
     console.print(f"\nReport: {page}  ({seconds:.0f} s in all)")
     return 0
+
+
+def _non_finite(record: Record) -> bool:
+    test = record.values.get("test")
+    return isinstance(test, dict) and "non_finite_rows" in test
 
 
 def _backend() -> str:

@@ -35,7 +35,7 @@ def build(
     comparison: Comparison,
     runs: Sequence[Run],
     table: Table,
-    sentences: tuple[str, str],
+    sentences: tuple[str, str, str],
     check: GradientCheck,
     curves: Sequence[Sequence[Curve]],
     noise: Sequence[tuple[FusionKind, Tensor]],
@@ -46,7 +46,8 @@ def build(
         comparison: what was compared.
         runs: all of them.
         table: of their scores.
-        sentences: whether the table ranks the fusions, and how training converged.
+        sentences: whether the table ranks the fusions, whose answers are not finite, and how
+            training converged.
         check: of the gradients.
         curves: residuals of every trained equilibrium.
         noise: per fusion the accuracies (seeds, views, levels).
@@ -54,11 +55,12 @@ def build(
     train, test = comparison.splits.train, comparison.splits.test
     kinds = "; ".join(f"{kind.label}: {kind.what}" for kind in KINDS)
     sections = [
-        Section("Comparison", (sentences[0],), table),
+        Section("Comparison", sentences[:2], table),
         Section(
             "What is compared",
             (
                 comparison.about_data,
+                *comparison.doubts,
                 "Each view passes through its own encoder (linear, ReLU, dropout), the fusion "
                 f"joins the encodings, a linear head classifies. {kinds}.",
                 comparison.terms,
@@ -69,7 +71,7 @@ def build(
         ),
         Section(
             "Convergence",
-            (sentences[1],),
+            (sentences[2],),
             picture=Picture(
                 to_png(_convergence(curves)),
                 "Relative residual per solver step",
@@ -171,7 +173,8 @@ def _training(runs: Sequence[Run]) -> Figure:
         losses.append(charts.Line(kind.label, epochs, [run.history.train_loss for run in group]))
         score = 100 * torch.tensor([run.history.validation for run in group])
         scores.append(charts.Line(kind.label, epochs, score.tolist()))
-        lowest = min(lowest, score[:, score.shape[1] // 8 :].min().item())
+        late = score[:, score.shape[1] // 8 :]
+        lowest = min([lowest, *late[late.isfinite()].tolist()])
     bottom = max(0.0, lowest - 2)  # the first epochs would flatten everything else
     return charts.lines(
         [

@@ -11,7 +11,13 @@ from deqfuse.experiments.metrics import METRIC_NAMES
 from deqfuse.experiments.statistics import percent
 from deqfuse.reports.page import NOTHING, Table
 
-__all__ = ["comparison_table", "comparison_text", "convergence_text", "runs_as_json"]
+__all__ = [
+    "comparison_table",
+    "comparison_text",
+    "convergence_text",
+    "non_finite_text",
+    "runs_as_json",
+]
 
 
 def comparison_table(runs: Sequence[Run], metrics: Sequence[str] | None) -> Table:
@@ -47,7 +53,8 @@ def comparison_table(runs: Sequence[Run], metrics: Sequence[str] | None) -> Tabl
         )
     spread = f"mean ± standard deviation over {seeds} seeds" if seeds > 1 else "one seed, no spread"
     notes = (
-        f"Test scores: {spread}; the epoch was chosen on the validation rows.",
+        f"Test scores: {spread}; the epoch was chosen on the validation rows. {NOTHING}: undefined "
+        "for a run.",
         "Steps: evaluations of the map per test row, median / maximum, at the layer's tolerance.",
         "Converged: test rows whose every block reached the tolerance.",
         "ms/epoch: median wall time of a training epoch, without validation.",
@@ -60,6 +67,9 @@ def comparison_text(runs: Sequence[Run]) -> str:
     groups = [(kind, [run.test["accuracy"] for run in group]) for kind, group in by_fusion(runs)]
     if len(groups[0][1]) < 2:
         return "With one seed there is no spread: these accuracies do not rank the fusions."
+    groups = [(kind, scores) for kind, scores in groups if None not in scores]
+    if not groups:
+        return "No fusion has a mean accuracy: this table does not rank them."
     means = {kind.label: 100 * fmean(scores) for kind, scores in groups}
     spreads = {kind.label: 100 * stdev(scores) for kind, scores in groups}
     best = max(means, key=lambda label: means[label])
@@ -81,6 +91,22 @@ def comparison_text(runs: Sequence[Run]) -> str:
         f"Best mean accuracy: {best}{tied}; lowest: {worst}, {gap:.1f} points below. Differences "
         "smaller than the spread mean nothing, and a few seeds on one split say little about "
         "other data."
+    )
+
+
+def non_finite_text(runs: Sequence[Run]) -> str:
+    """Which models answer with NaN or infinity, in a sentence; "" if none does."""
+    broken = [
+        f"{run.kind.label}, seed {run.seed + 1} ({run.test['non_finite_rows']})"
+        for run in runs
+        if "non_finite_rows" in run.test
+    ]
+    if not broken:
+        return ""
+    return (
+        f"NOT FINITE are the answers of {'; '.join(broken)}; in brackets the number of test rows. "
+        f"Their scores are undefined ({NOTHING}), and so are the means over their seeds. Remedy: "
+        "look for outliers in the data."
     )
 
 

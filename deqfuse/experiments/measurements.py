@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deqfuse import Anderson, Picard
+from deqfuse import Anderson, ConvergenceWarning, Picard
 from deqfuse.data import MultiviewData, Splits
 from deqfuse.experiments.metrics import accuracy
 from deqfuse.experiments.models import FusionClassifier
-from deqfuse.experiments.training import count_convergence_warnings, predict
+from deqfuse.experiments.training import collect_warnings, predict
 from deqfuse.robustness import robustness_curve
 
 __all__ = [
@@ -72,7 +72,7 @@ def residual_curves(model: FusionClassifier, data: MultiviewData, max_iter: int)
         ("Anderson", Anderson(tol=TRACE_TOL, max_iter=max_iter, trace=True)),
         ("plain iteration", Picard(tol=TRACE_TOL, max_iter=max_iter, trace=True)),
     ):
-        with count_convergence_warnings():
+        with collect_warnings(ConvergenceWarning):
             _, info = predict(_with_solver(model, solver), data)
         assert info is not None
         for block, statistics in (("cells", info.cells), ("fuse", info.fuse)):
@@ -86,9 +86,9 @@ def stopped_accuracy(model: FusionClassifier, data: MultiviewData) -> dict[str, 
     """Accuracy of the trained model if its solver has to stop after k evaluations."""
     result = {}
     for k in STOPS:
-        with count_convergence_warnings():
+        with collect_warnings(ConvergenceWarning):
             logits, _ = predict(_with_solver(model, Anderson(max_iter=k)), data)
-        result[str(k)] = accuracy(logits.argmax(1), data.labels)
+        result[str(k)] = accuracy(logits, data.labels)
     return result
 
 
@@ -119,9 +119,9 @@ def noise_curve(
     """
 
     def score(noisy: list[Tensor]) -> float:
-        with count_convergence_warnings():
+        with collect_warnings(ConvergenceWarning):
             logits, _ = predict(model, replace(data, views=noisy))
-        return accuracy(logits.argmax(1), data.labels)
+        return accuracy(logits, data.labels)
 
     return robustness_curve(score, data.views, levels, modalities=views, seed=seed)
 
@@ -134,7 +134,7 @@ def probe_steps(model: FusionClassifier, splits: Splits) -> list[list[float]]:
     assert model.pro is not None
     model.eval()
     parts = (splits.train, splits.validation, splits.test)
-    with torch.no_grad(), count_convergence_warnings():
+    with torch.no_grad(), collect_warnings(ConvergenceWarning):
         encoded = [_representations(model, part.views) for part in parts]
     labels = [part.labels for part in parts]
     return [
@@ -171,10 +171,10 @@ def ridge_probe(
     best, chosen = -1.0, gram
     for ridge in RIDGES:
         weight = torch.linalg.solve(gram + ridge * len(train) * torch.eye(len(gram)), cross)
-        score = accuracy((validation @ weight).argmax(1), labels[1])
+        score = accuracy(validation @ weight, labels[1])
         if score > best:
             best, chosen = score, weight
-    return accuracy((test @ chosen).argmax(1), labels[2])
+    return accuracy(test @ chosen, labels[2])
 
 
 def median_ms(actions: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:

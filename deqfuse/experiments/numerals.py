@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deqfuse import Anderson, Implicit, ProFusion
+from deqfuse import Anderson, ConvergenceWarning, Implicit, ProFusion
 from deqfuse.data import MultiviewData, Splits, load_numerals, split_numerals, split_stratified
 from deqfuse.experiments import measurements, numerals_measured, numerals_report
 from deqfuse.experiments.comparison import RECIPE
@@ -32,7 +32,7 @@ from deqfuse.experiments.study import Record, Study, Trial
 from deqfuse.experiments.training import (
     History,
     Recipe,
-    count_convergence_warnings,
+    collect_warnings,
     evaluate,
     fit,
     predict,
@@ -159,7 +159,7 @@ class NumeralsStudy(Study):
             optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
             steps[name] = functools.partial(_one_step, model, batch, optimizer, self.recipe)
             forwards[name] = functools.partial(predict, model, batch)
-        with count_convergence_warnings():
+        with collect_warnings(ConvergenceWarning):
             return {
                 "step_ms": measurements.median_ms(steps, self.timed),
                 "forward_ms": measurements.median_ms(forwards, self.timed),

@@ -79,7 +79,7 @@ def build(records: Sequence[Record], settings: dict[str, Any]) -> Report:
     return Report("Numerals: all fusions", lead, sections, summary)
 
 
-def _accuracy(runs: Sequence[Record], rows: int, model: str) -> list[float]:
+def _accuracy(runs: Sequence[Record], rows: int, model: str) -> list[float | None]:
     return [r.values["test"]["accuracy"] for r in select(runs, rows=rows, model=model)]
 
 

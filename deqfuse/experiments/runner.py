@@ -5,11 +5,14 @@ from __future__ import annotations
 import multiprocessing
 import signal
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 
 import torch
 
+from deqfuse.data import DataWarning
 from deqfuse.experiments.study import Record, Study, Trial
+from deqfuse.reports.page import plain
 
 __all__ = ["run_trials"]
 
@@ -39,6 +42,7 @@ _study: Study  # of this worker process
 
 def _begin(study: Study, threads: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears Ctrl-C and ends the pool
+    warnings.simplefilter("ignore", DataWarning)  # the parent read the same data and told
     global _study
     _study = study
     torch.set_num_threads(threads)
@@ -56,7 +60,7 @@ def _run_one(study: Study, trial: Trial, threads: int) -> Record:
         # The caller's random state is not ours to change, nor may it change the trial.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            values = study.run(trial)
+            values = plain(study.run(trial))
     finally:
         torch.set_num_threads(before)
     return Record(trial.key, trial.params, time.perf_counter() - started, values)

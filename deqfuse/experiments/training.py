@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +23,7 @@ __all__ = [
     "Classifier",
     "History",
     "Recipe",
-    "count_convergence_warnings",
+    "collect_warnings",
     "evaluate",
     "fit",
     "predict",
@@ -91,7 +92,7 @@ class History:
         out: dict[str, Any] = {
             "chosen_epoch": self.chosen_epoch,
             "epochs": self.epochs,
-            "validation_accuracy": max(self.validation, default=None),
+            "validation_accuracy": max(filter(math.isfinite, self.validation), default=None),
             "step_ms": round(1000 * median(self.step_seconds), 3),
         }
         if self.converged:
@@ -129,8 +130,8 @@ def fit(
     schedule = _schedule(optimizer, recipe)
     order = torch.Generator().manual_seed(seed)  # its own stream: same batches for every model
     history = History()
-    best, best_state = (-1.0, float("-inf")), copy.deepcopy(model.state_dict())
-    with count_convergence_warnings() as messages:
+    best, best_state = (-1.0, -math.inf), copy.deepcopy(model.state_dict())
+    with collect_warnings(ConvergenceWarning) as messages:
         for epoch in range(1, recipe.epochs + 1):
             started = time.perf_counter()
             model.train()
@@ -147,11 +148,13 @@ def fit(
                 history.chosen_epoch = epoch
                 continue
             logits, _ = predict(model, validation)
-            score = accuracy(logits.argmax(1), validation.labels)
+            score = accuracy(logits, validation.labels)
             loss = nn.functional.cross_entropy(logits, validation.labels).item()
             history.validation.append(score)
-            if (score, -loss) > best:
-                best, best_state = (score, -loss), copy.deepcopy(model.state_dict())
+            # NaN compares with nothing: any epoch with finite answers is better.
+            rank = (score, -loss) if math.isfinite(score) else (-1.0, -math.inf)
+            if history.chosen_epoch == 0 or rank > best:
+                best, best_state = rank, copy.deepcopy(model.state_dict())
                 history.chosen_epoch = epoch
             on_epoch(epoch, score)
             if recipe.patience is not None and epoch - history.chosen_epoch >= recipe.patience:
@@ -198,17 +201,20 @@ def evaluate(model: nn.Module, data: MultiviewData) -> dict[str, Any]:
     """Metrics of a trained model on rows that it has not seen, and how their solves went.
 
     Returns:
-        The metrics of :func:`evaluate_metrics`, and for an equilibrium ``converged``, the share of
-        rows whose every block converged, and ``fuse_nfe`` and (where there are cells)
-        ``cells_nfe``: median and maximum over the rows of the evaluations. What is undefined is
-        None.
+        The metrics of :func:`evaluate_metrics`, None where undefined; ``non_finite_rows``, if there
+        are rows whose logits are not finite; for an equilibrium ``converged``, the share of rows
+        whose every block converged, and ``fuse_nfe`` and (where there are cells) ``cells_nfe``:
+        median and maximum over the rows of the evaluations.
     """
-    with count_convergence_warnings():  # the share of converged rows says it
+    with collect_warnings(ConvergenceWarning):  # the share of converged rows says it
         logits, info = predict(model, data)
     values: dict[str, Any] = {
-        name: None if value != value else value  # AUC of one class: NaN is no JSON
+        name: value if math.isfinite(value) else None  # NaN is no JSON
         for name, value in evaluate_metrics(logits, data.labels).items()
     }
+    broken = int((~logits.isfinite().all(1)).sum())
+    if broken:
+        values["non_finite_rows"] = broken
     if info is not None:
         values["converged"] = info.converged.double().mean().item()
         for name, block in (("fuse_nfe", info.fuse), ("cells_nfe", info.cells)):
@@ -219,14 +225,14 @@ def evaluate(model: nn.Module, data: MultiviewData) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def count_convergence_warnings() -> Iterator[list[str]]:
-    """Collect the messages of ``ConvergenceWarning`` instead of printing each; pass others on."""
+def collect_warnings(category: type[Warning]) -> Iterator[list[str]]:
+    """Collect the messages of one kind of warning instead of printing each; pass others on."""
     messages: list[str] = []
     with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", ConvergenceWarning)
+        warnings.simplefilter("always", category)
         yield messages
     for item in caught:
-        if issubclass(item.category, ConvergenceWarning):
+        if issubclass(item.category, category):
             messages.append(str(item.message))
         else:
             warnings.warn_explicit(item.message, item.category, item.filename, item.lineno)

@@ -120,10 +120,11 @@ def dots(
             spread = np.linspace(-0.3, 0.3, len(seeds)) * width if len(seeds) > 1 else [0.0]
             axis.scatter(center + np.asarray(spread), seeds, s=11, color=colour, zorder=3)
     axis.set_xticks(range(len(groups)), groups)
-    everything = [v for values in series.values() for seeds in values for v in seeds]
-    low, high = min(everything), max(everything)
-    margin = 0.1 * (high - low) or 1.0
-    axis.set_ylim(low - margin, high + margin)
+    everything = np.array([v for values in series.values() for seeds in values for v in seeds])
+    known = everything[np.isfinite(everything)]
+    if len(known):
+        margin = 0.1 * (known.max() - known.min()) or 1.0
+        axis.set_ylim(known.min() - margin, known.max() + margin)
     if len(series) > 1:
         figure.legend(loc="outside upper center", ncols=len(series), frameon=False, fontsize=8)
     return figure

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["NOTHING", "Picture", "Report", "Section", "Table", "file_name"]
+__all__ = ["NOTHING", "Picture", "Report", "Section", "Table", "file_name", "plain"]
 
 NOTHING = "-"  # a table's cell without a meaning
 
@@ -59,3 +60,12 @@ class Report:
 def file_name(alt: str) -> str:
     """Name of the picture with this description."""
     return re.sub(r"[^a-z0-9]+", "-", alt.lower()).strip("-") + ".png"
+
+
+def plain(value: Any) -> Any:
+    """The same without what JSON does not know: a number that is not finite becomes None."""
+    if isinstance(value, Mapping):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from deqfuse.reports import html_page, markdown_page
 from deqfuse.reports.folder import OutputFolder
-from deqfuse.reports.page import Report
+from deqfuse.reports.page import Report, plain
 
 __all__ = ["HTML", "MARKDOWN", "Form", "write_report"]
 
@@ -46,18 +44,9 @@ def write_report(out: OutputFolder, report: Report, facts: Mapping[str, str], fo
     Raises:
         OutputRefused: the folder or one of the files is somebody else's, or the disk is full.
     """
-    numbers = _plain({**report.summary, "facts": dict(facts)})
+    numbers = plain({**report.summary, "facts": dict(facts)})
     text = json.dumps(numbers, indent=1, allow_nan=False) + "\n"
     pictures = [section.picture for section in report.sections if section.picture is not None]
     files = {form.page: form.render(report, facts).encode(), form.numbers: text.encode()}
     out.write({**files, **{picture.name: picture.png for picture in pictures}})
     return out.path / form.page
-
-
-def _plain(value: Any) -> Any:
-    """The same without what JSON does not know: a number that is not finite becomes null."""
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
