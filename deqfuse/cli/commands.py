@@ -1,4 +1,4 @@
-"""``deqfuse demo`` and ``deqfuse train``: turn options into an experiment."""
+"""``deqfuse demo`` and ``deqfuse train``: turn options and data into a comparison."""
 
 from __future__ import annotations
 
@@ -9,12 +9,9 @@ from dataclasses import replace
 
 import torch
 
-from deqfuse.cli.errors import UserError
-from deqfuse.cli.experiment import Experiment
-from deqfuse.cli.output import OutputFolder
-from deqfuse.cli.runner import run_experiment
-from deqfuse.cli.training import Recipe
+from deqfuse.cli.compare import run_comparison
 from deqfuse.data import (
+    DataWarning,
     MultiviewData,
     Splits,
     load_mogonet,
@@ -22,6 +19,10 @@ from deqfuse.data import (
     split_numerals,
     split_stratified,
 )
+from deqfuse.experiments.comparison import RECIPE, Comparison
+from deqfuse.experiments.training import collect_warnings
+from deqfuse.reports.errors import UserError
+from deqfuse.reports.folder import OutputFolder
 
 __all__ = ["demo", "train"]
 
@@ -58,7 +59,8 @@ def demo(options: argparse.Namespace, arguments: Sequence[str]) -> int:
 def train(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     """Compare the fusions on a folder in MOGONET layout."""
     try:
-        learning, test = load_mogonet(options.data)
+        with collect_warnings(DataWarning) as doubts:
+            learning, test = load_mogonet(options.data)
     except (ValueError, OSError) as error:
         raise UserError(str(error)) from error
     if learning.num_rows < 4:
@@ -72,7 +74,10 @@ def train(options: argparse.Namespace, arguments: Sequence[str]) -> int:
             f"--validation {options.validation:g} of {learning.num_rows} rows leaves no "
             "validation row. Remedy: a larger share."
         )
-    splits = Splits(learning.rows(kept), learning.rows(held), test).standardized()
+    try:
+        splits = Splits(learning.rows(kept), learning.rows(held), test).standardized()
+    except ValueError as error:
+        raise UserError(f"{options.data}: {error}") from error
     splits = _quick(splits) if options.quick else splits
     widths = ", ".join(map(str, learning.widths))
     about = _OWN.format(
@@ -82,7 +87,8 @@ def train(options: argparse.Namespace, arguments: Sequence[str]) -> int:
         seed=options.split_seed,
         **_sizes(splits),
     )
-    return _run(f"DEQ Fusion on {options.data}", about, splits, options, arguments)
+    title = f"DEQ Fusion on {options.data}"
+    return _run(title, about, splits, options, arguments, doubts=tuple(doubts))
 
 
 def _run(
@@ -92,24 +98,20 @@ def _run(
     options: argparse.Namespace,
     arguments: Sequence[str],
     metrics: tuple[str, ...] | None = None,
+    doubts: tuple[str, ...] = (),
 ) -> int:
-    batch_size = min(Recipe.batch_size, max(1, splits.train.num_rows // STEPS_PER_EPOCH))
-    recipe = replace(Recipe(), epochs=options.epochs, batch_size=batch_size)
+    batch_size = min(RECIPE.batch_size or 1, max(1, splits.train.num_rows // STEPS_PER_EPOCH))
+    recipe = replace(RECIPE, epochs=options.epochs, batch_size=batch_size)
     if options.quick:
         recipe = replace(recipe, epochs=QUICK_EPOCHS, batch_size=QUICK_ROWS // 2)
-    experiment = Experiment(
-        title=title,
-        about_data=about,
-        splits=splits,
-        recipe=recipe,
-        seeds=1 if options.quick else options.seeds,
-        out=OutputFolder(options.out),
-        device=_device(options.device),
-        threads=options.threads,
-        command=shlex.join(["deqfuse", *arguments]),
-        metrics=metrics,
+    seeds = 1 if options.quick else options.seeds
+    return run_comparison(
+        Comparison(title, about, splits, recipe, seeds, metrics, doubts),
+        OutputFolder(options.out),
+        _device(options.device),
+        options.threads,
+        shlex.join(["deqfuse", *arguments]),
     )
-    return run_experiment(experiment)
 
 
 def _device(name: str) -> torch.device:

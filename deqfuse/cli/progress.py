@@ -15,9 +15,12 @@ LOG_WIDTH = 120
 
 
 def make_console() -> Console:
-    """Standard output; wide enough for the table when it goes to a file."""
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=LOG_WIDTH)
+    """Standard output, texts as they are; wide enough for the table when it goes to a file."""
+    # A folder may be called "x[old]" or "a:b:", which rich would read as markup and as an emoji.
+    console = Console(highlight=False, markup=False, emoji=False)
+    if not console.is_terminal:
+        console.width = LOG_WIDTH
+    return console
 
 
 class Stage:
@@ -36,11 +39,11 @@ class Stage:
         self._bars: Progress | None = None
         if console.is_terminal and not console.is_dumb_terminal:
             self._bars = Progress(
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(bar_width=24),
                 MofNCompleteColumn(),
                 TimeRemainingColumn(),
-                TextColumn("[dim]{task.fields[note]}"),
+                TextColumn("{task.fields[note]}", style="dim", markup=False),
                 console=console,
                 transient=True,
             )

@@ -9,8 +9,10 @@ from deqfuse.data.multiview import Splits as Splits
 from deqfuse.data.multiview import split_stratified as split_stratified
 from deqfuse.data.numerals import load_numerals as load_numerals
 from deqfuse.data.numerals import split_numerals as split_numerals
+from deqfuse.data.tables import DataWarning as DataWarning
 
 __all__ = [
+    "DataWarning",
     "MultiviewData",
     "Splits",
     "load_mogonet",

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-__all__ = ["MultiviewData", "Splits", "split_stratified"]
+__all__ = ["MultiviewData", "Splits", "checked", "split_stratified"]
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,9 @@ class Splits:
         Validation and test rows get the training rows' shift and scale: statistics of their own
         would tell the model about data that it is not supposed to have seen. A feature that is
         constant in the training rows is only shifted.
+
+        Raises:
+            ValueError: a standardised value is not finite in float32.
         """
         moments = []
         for view in self.train.views:
@@ -86,15 +89,31 @@ class Splits:
 
         def apply(part: MultiviewData) -> MultiviewData:
             pairs = zip(part.views, moments, strict=True)
-            return replace(
-                part, views=[((view.double() - mean) / std).float() for view, (mean, std) in pairs]
-            )
+            views = [((view.double() - mean) / std).float() for view, (mean, std) in pairs]
+            return checked(replace(part, views=views))
 
         return Splits(apply(self.train), apply(self.validation), apply(self.test))
 
     def to(self, device: torch.device | str) -> Splits:
         """The same splits on ``device``."""
         return Splits(self.train.to(device), self.validation.to(device), self.test.to(device))
+
+
+def checked(scaled: MultiviewData) -> MultiviewData:
+    """The data as given, if scaling by the training rows has left every value finite.
+
+    Raises:
+        ValueError: it has not; the message names the view and the feature.
+    """
+    for name, view in zip(scaled.view_names, scaled.views, strict=True):
+        broken = torch.nonzero(~view.isfinite().all(0)).flatten()
+        if len(broken):
+            raise ValueError(
+                f"view {name}, column {int(broken[0]) + 1}: expected values that stay within the "
+                "range of float32 (3.4e38) when scaled by the training rows' spread, got some that "
+                "do not. Remedy: look for outliers, or leave the feature out."
+            )
+    return scaled
 
 
 def split_stratified(

@@ -18,18 +18,16 @@ import torch
 from torch import Tensor
 
 from deqfuse import ProFusion
-from deqfuse.cli.errors import UserError
-from deqfuse.cli.plots import to_png
-from deqfuse.cli.report import Picture, Section
-from deqfuse.cli.summary import Table
 from deqfuse.data import MultiviewData, Splits
 from deqfuse.data.digits import Recordings, load_images, load_recordings, spectrogram
-from deqfuse.experiments import charts
 from deqfuse.experiments.audiovisual_models import LABELS, AudiovisualModel
-from deqfuse.experiments.markdown import file_name
-from deqfuse.experiments.statistics import NOTHING, describe, percent, versus
-from deqfuse.experiments.study import Record, Report, Study, Trial, select
+from deqfuse.experiments.statistics import describe, numbers, percent, versus
+from deqfuse.experiments.study import Record, Study, Trial, select
 from deqfuse.experiments.training import Recipe, evaluate, fit
+from deqfuse.reports import charts
+from deqfuse.reports.charts import to_png
+from deqfuse.reports.errors import UserError
+from deqfuse.reports.page import NOTHING, Picture, Report, Section, Table, file_name
 
 __all__ = ["AudiovisualStudy", "pair_digits"]
 
@@ -110,7 +108,7 @@ class AudiovisualStudy(Study):
             f"Mean ± standard deviation over {self.seeds} seeds. Overhead: parameters that "
             "progressive fusion adds (the paper's models: 1.8% to 4.3%)."
         )
-        series = {"": [[100 * v for v in scores[key]] for key in LABELS]}
+        series = {"": [numbers(scores[key], 100) for key in LABELS]}
         figure = charts.dots("", "test accuracy, %", list(LABELS.values()), series)
         picture = Picture(to_png(figure), PICTURE, "Lines: mean over seeds. Dots: the seeds.")
         settings = self.settings()
@@ -134,7 +132,9 @@ class AudiovisualStudy(Study):
         return [file_name(PICTURE)]
 
 
-def _row(key: str, group: Sequence[Record], scores: dict[str, list[float]]) -> tuple[str, ...]:
+def _row(
+    key: str, group: Sequence[Record], scores: dict[str, list[float | None]]
+) -> tuple[str, ...]:
     values = [record.values for record in group]
     overhead = values[0]["overhead"]
     converged = [v["train_converged"] for v in values if "train_converged" in v]

@@ -7,20 +7,17 @@ depend on each other.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deqfuse import Anderson, DEQFusion, ProFusion, SolveInfo
-from deqfuse.data import MultiviewData
+from deqfuse.experiments.models import DIM, PRO_EQUILIBRIA, CrossEntropyModel, Joined
 
 __all__ = ["LABELS", "AudiovisualModel"]
 
-DIM = 64
 CHANNELS, IMAGE_LAYERS, AUDIO_LAYERS = 6, 4, 6
 LABELS = {
     "image": "image only",
@@ -32,9 +29,6 @@ LABELS = {
     "pro penalised": "Pro-Fusion, equilibrium, penalty",
     "deq": "DEQ Fusion",
 }
-
-
-PRO_EQUILIBRIA = ("pro equilibrium", "pro penalised")
 
 
 class Encoder(nn.Module):
@@ -56,18 +50,7 @@ class Encoder(nn.Module):
         return torch.relu(self.project(self.features(x)))
 
 
-class Joined(nn.Module):
-    """A layer on the concatenation."""
-
-    def __init__(self, count: int) -> None:
-        super().__init__()
-        self.layer = nn.Linear(count * DIM, DIM)
-
-    def forward(self, xs: Sequence[Tensor]) -> Tensor:
-        return torch.relu(self.layer(torch.cat(tuple(xs), dim=-1)))
-
-
-class AudiovisualModel(nn.Module):
+class AudiovisualModel(CrossEntropyModel):
     """A classifier of the study; ``key`` is one of ``LABELS``."""
 
     def __init__(self, key: str, num_classes: int = 10) -> None:
@@ -99,10 +82,3 @@ class AudiovisualModel(nn.Module):
         if self.key in PRO_EQUILIBRIA:
             return self.fusion(chosen, return_info=True)
         return self.fusion(chosen), None
-
-    def loss(self, batch: MultiviewData) -> tuple[Tensor, SolveInfo | None]:
-        """Cross-entropy; unpenalised equilibria hide their solve from the Jacobian penalty."""
-        logits, info = self.logits(batch.views)
-        if info is not None and self.key == "pro equilibrium":
-            info = dataclasses.replace(info, blocks=())
-        return F.cross_entropy(logits, batch.labels), info

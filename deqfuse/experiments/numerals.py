@@ -8,44 +8,44 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from deqfuse import Anderson, Implicit, ProFusion
-from deqfuse.cli.metrics import accuracy
-from deqfuse.cli.models import DIM, DROPOUT, TIED_STEPS
-from deqfuse.cli.training import count_convergence_warnings
-from deqfuse.data import Splits, load_numerals, split_numerals, split_stratified
+from deqfuse import Anderson, ConvergenceWarning, Implicit, ProFusion
+from deqfuse.data import MultiviewData, Splits, load_numerals, split_numerals, split_stratified
 from deqfuse.experiments import measurements, numerals_measured, numerals_report
-from deqfuse.experiments.numerals_models import (
+from deqfuse.experiments.comparison import RECIPE
+from deqfuse.experiments.models import (
+    DIM,
+    DROPOUT,
     FUSIONS,
     LABELS,
     MODELS,
     PRO_EQUILIBRIA,
-    NumeralsModel,
+    TIED_STEPS,
+    FusionClassifier,
 )
-from deqfuse.experiments.study import Record, Report, Study, Trial
-from deqfuse.experiments.training import History, Recipe, evaluate, fit, predict, train_step
-from deqfuse.robustness import robustness_curve
+from deqfuse.experiments.study import Record, Study, Trial
+from deqfuse.experiments.training import (
+    History,
+    Recipe,
+    collect_warnings,
+    evaluate,
+    fit,
+    predict,
+    train_step,
+)
+from deqfuse.reports.page import Report
 
 __all__ = ["NumeralsStudy"]
 
 NOISE_LEVELS = (0.0, 0.5, 1.0, 2.0, 3.0, 4.0)  # standard deviations of the feature
 STUDY_VERSION = 1  # rises when the same settings give other results; older trials are refused
 STEPS = (1, 2, 3, 4, 6, 8)  # R of the cost measurement
-
-# The demonstration's recipe.
-RECIPE = Recipe(
-    epochs=60,
-    learning_rate=2e-3,
-    weight_decay=1e-2,
-    clip_norm=1.0,
-    batch_size=100,
-    optimizer="adamw",
-)
+TRACE_STEPS = 20  # of the residual curves
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class NumeralsStudy(Study):
     """
 
     seeds: int = 5
-    recipe: Recipe = field(default_factory=lambda: RECIPE)
+    recipe: Recipe = RECIPE
     train_rows: tuple[int, ...] = (500, 100)
     held_rows: int | None = None
     models: tuple[str, ...] = MODELS
@@ -101,7 +101,7 @@ class NumeralsStudy(Study):
         rows, key, seed = (trial.params[name] for name in ("rows", "model", "seed"))
         splits = self._splits(rows, seed)
         torch.manual_seed(seed)
-        model = NumeralsModel(key, splits.train.widths, splits.train.num_classes)
+        model = FusionClassifier(key, splits.train.widths, splits.train.num_classes)
         batch_size = min(self.recipe.batch_size or rows, max(rows // 5, 1))
         recipe = replace(self.recipe, batch_size=batch_size)
         history = fit(model, splits.train, splits.validation, recipe, seed)
@@ -117,7 +117,7 @@ class NumeralsStudy(Study):
             values["overhead"] = model.pro.parameter_overhead
             values["probes"] = measurements.probe_steps(model, splits)
         if key in ("deq", *PRO_EQUILIBRIA):
-            values["residuals"] = measurements.residual_curves(model, splits.test)
+            values["residuals"] = _residuals(model, splits.test)
             values["stopped"] = measurements.stopped_accuracy(model, splits.test)
         return values
 
@@ -152,14 +152,14 @@ class NumeralsStudy(Study):
         for name in names:
             torch.manual_seed(0)
             key = "pro 2" if name.startswith("R") else name
-            model = NumeralsModel(key, train.widths, train.num_classes)
+            model = FusionClassifier(key, train.widths, train.num_classes)
             if name.startswith("R"):
                 assert isinstance(model.pro, ProFusion)
                 model.pro.steps = int(name.split()[2])
             optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
             steps[name] = functools.partial(_one_step, model, batch, optimizer, self.recipe)
             forwards[name] = functools.partial(predict, model, batch)
-        with count_convergence_warnings():
+        with collect_warnings(ConvergenceWarning):
             return {
                 "step_ms": measurements.median_ms(steps, self.timed),
                 "forward_ms": measurements.median_ms(forwards, self.timed),
@@ -169,25 +169,29 @@ class NumeralsStudy(Study):
 
 
 def _one_step(
-    model: NumeralsModel, batch: Any, optimizer: torch.optim.Optimizer, recipe: Recipe
+    model: FusionClassifier, batch: MultiviewData, optimizer: torch.optim.Optimizer, recipe: Recipe
 ) -> None:
     model.train()
     train_step(model, batch, optimizer, recipe, History())
 
 
-def _noise(model: NumeralsModel, splits: Splits, seed: int) -> dict[str, list[float]]:
+def _residuals(model: FusionClassifier, test: MultiviewData) -> dict[str, list[list[float]]]:
+    """Relative residual per solver step: "block, solver" -> [median, 97.5th percentile]."""
+    return {
+        f"{curve.block}, {curve.label}": [
+            [float(f"{v:.3g}") for v in values.tolist()] for values in (curve.median, curve.high)
+        ]
+        for curve in measurements.residual_curves(model, test, TRACE_STEPS)
+    }
+
+
+def _noise(model: FusionClassifier, splits: Splits, seed: int) -> dict[str, list[float]]:
     """Test accuracy per noise level: on all views at once, and on one view (mean over views)."""
-    test = splits.test
 
-    def score(views: list[Tensor]) -> float:
-        with count_convergence_warnings():
-            logits, _ = predict(model, replace(test, views=views))
-        return accuracy(logits.argmax(1), test.labels)
+    def curve(view: int | None) -> Tensor:
+        return measurements.noise_curve(model, splits.test, NOISE_LEVELS, view, seed)
 
-    def curve(views: Sequence[int] | int | None) -> Tensor:
-        return robustness_curve(score, test.views, NOISE_LEVELS, modalities=views, seed=seed)
-
-    single = torch.stack([curve(i) for i in range(len(test.views))])
+    single = torch.stack([curve(i) for i in range(len(splits.test.views))])
     return {"all views": curve(None).tolist(), "one view": single.mean(0).tolist()}
 
 

@@ -6,14 +6,15 @@ from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
 
-from deqfuse.cli.plots import to_png
-from deqfuse.cli.report import Picture
-from deqfuse.cli.summary import Table
-from deqfuse.experiments import charts
-from deqfuse.experiments.markdown import file_name
-from deqfuse.experiments.numerals_models import FUSIONS, LABELS, PRO_EQUILIBRIA
-from deqfuse.experiments.statistics import percent, spread, versus
+import torch
+from torch import Tensor
+
+from deqfuse.experiments.models import FUSIONS, LABELS, PRO_EQUILIBRIA
+from deqfuse.experiments.statistics import numbers, percent, spread, versus
 from deqfuse.experiments.study import Record, select
+from deqfuse.reports import charts
+from deqfuse.reports.charts import to_png
+from deqfuse.reports.page import Picture, Table, file_name
 from deqfuse.robustness import effective_robustness, robust_auc
 
 __all__ = [
@@ -129,13 +130,11 @@ def robustness(runs: Sequence[Record], sizes: Sequence[int], levels: Sequence[fl
     table = []
     for model in (m for m in FUSIONS if select(runs, model=m)):
         baseline = "base" if model.startswith("pro") else "concat"
+        pair = (model, baseline)
         cells = []
         for rows in sizes:
             for measure, kind in _MEASURES.values():
-                ours, theirs = (
-                    [r.values["noise"][kind] for r in select(runs, rows=rows, model=m)]
-                    for m in (model, baseline)
-                )
+                ours, theirs = (_noise(select(runs, rows=rows, model=m), kind) for m in pair)
                 cells.append(spread(measure(ours, theirs, levels).tolist()))
         table.append((LABELS[model], LABELS[baseline], *cells))
     headers = ("fusion", "baseline", *(f"{name}, {r} rows" for r in sizes for name in _MEASURES))
@@ -148,6 +147,11 @@ def robustness(runs: Sequence[Record], sizes: Sequence[int], levels: Sequence[fl
     return Table(headers, tuple(table), (note,))
 
 
+def _noise(group: Sequence[Record], kind: str) -> Tensor:
+    """Accuracy per seed and level."""
+    return torch.tensor([numbers(r.values["noise"][kind]) for r in group], dtype=torch.float64)
+
+
 def noise_picture(runs: Sequence[Record], sizes: Sequence[int], levels: Sequence[float]) -> Picture:
     panels = []
     for kind in ("all views", "one view"):
@@ -155,7 +159,7 @@ def noise_picture(runs: Sequence[Record], sizes: Sequence[int], levels: Sequence
         for model in FUSIONS:
             group = select(runs, rows=sizes[0], model=model)
             if group:
-                values = [[100 * v for v in r.values["noise"][kind]] for r in group]
+                values = (100 * _noise(group, kind)).tolist()
                 drawn.append(charts.Line(LABELS[model], levels, values))
         panels.append(
             charts.Panel(f"noise on {kind}", "noise, standard deviations", "accuracy, %", drawn)
@@ -170,7 +174,7 @@ def noise_picture(runs: Sequence[Record], sizes: Sequence[int], levels: Sequence
 def _probe_means(runs: Sequence[Record], rows: int, model: str) -> list[list[float]]:
     """Per seed the accuracy per step, mean over views."""
     group = select(runs, rows=rows, model=model)
-    return [[fmean(step) for step in r.values["probes"]] for r in group]
+    return [[fmean(numbers(step)) for step in r.values["probes"]] for r in group]
 
 
 def probes(runs: Sequence[Record], sizes: Sequence[int]) -> Table:

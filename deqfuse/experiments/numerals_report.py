@@ -6,12 +6,11 @@ from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
 
-from deqfuse.cli.report import Section
-from deqfuse.cli.summary import Table
 from deqfuse.experiments import numerals_measured as measured
-from deqfuse.experiments.numerals_models import ABLATIONS, FUSIONS, LABELS
-from deqfuse.experiments.statistics import NOTHING, describe, paired, percent, versus
-from deqfuse.experiments.study import Record, Report, select
+from deqfuse.experiments.models import ABLATIONS, FUSIONS, LABELS
+from deqfuse.experiments.statistics import describe, paired, percent, versus
+from deqfuse.experiments.study import Record, select
+from deqfuse.reports.page import NOTHING, Report, Section, Table
 
 __all__ = ["build"]
 
@@ -80,7 +79,7 @@ def build(records: Sequence[Record], settings: dict[str, Any]) -> Report:
     return Report("Numerals: all fusions", lead, sections, summary)
 
 
-def _accuracy(runs: Sequence[Record], rows: int, model: str) -> list[float]:
+def _accuracy(runs: Sequence[Record], rows: int, model: str) -> list[float | None]:
     return [r.values["test"]["accuracy"] for r in select(runs, rows=rows, model=model)]
 
 

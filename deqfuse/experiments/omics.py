@@ -16,13 +16,23 @@ from typing import Any
 
 import torch
 
+from deqfuse import ConvergenceWarning
 from deqfuse.backends import BackendName
-from deqfuse.cli.errors import UserError
 from deqfuse.data import MultiviewData, Splits, load_mogonet, split_stratified
+from deqfuse.data.multiview import checked
 from deqfuse.experiments import omics_report
 from deqfuse.experiments.mmdynamics import ADJOINT, DROPOUT, SOLVER, MMDynamics
-from deqfuse.experiments.study import Record, Report, Study, Trial
-from deqfuse.experiments.training import History, Recipe, evaluate, fit, train_step
+from deqfuse.experiments.study import Record, Study, Trial
+from deqfuse.experiments.training import (
+    History,
+    Recipe,
+    collect_warnings,
+    evaluate,
+    fit,
+    train_step,
+)
+from deqfuse.reports.errors import UserError
+from deqfuse.reports.page import Report
 
 __all__ = ["OmicsStudy"]
 
@@ -170,10 +180,11 @@ class OmicsStudy(Study):
                     model.fusion.backend = backend
                 optimizer = torch.optim.Adam(model.parameters(), lr=self.recipe.learning_rate)
                 runs[name] = (model, optimizer, History())
-            for _ in range(TIMED_STEPS):  # taking turns: a slow moment slows all of them
-                for model, optimizer, history in runs.values():
-                    model.train()
-                    train_step(model, train, optimizer, self.recipe, history)
+            with collect_warnings(ConvergenceWarning):  # these steps are for their times only
+                for _ in range(TIMED_STEPS):  # taking turns: a slow moment slows all of them
+                    for model, optimizer, history in runs.values():
+                        model.train()
+                        train_step(model, train, optimizer, self.recipe, history)
             for name, (_, _, history) in runs.items():
                 values[f"{name}, {threads}"] = 1000 * median(history.step_seconds[3:])
         torch.set_num_threads(most)
@@ -193,18 +204,17 @@ def _read(folder: Path) -> tuple[MultiviewData, MultiviewData]:
 
 def _scaled(splits: Splits) -> list[MultiviewData]:
     """Every feature to [0, 1] on the training rows, as the authors do."""
-    parts = [splits.train, splits.validation, splits.test]
+    parts = (splits.train, splits.validation, splits.test)
     moments = [(view.amin(0), view.amax(0)) for view in splits.train.views]
-    return [
-        replace(
-            part,
-            views=[
-                (view - low) / (high - low).clamp(min=1e-10)
-                for view, (low, high) in zip(part.views, moments, strict=True)
-            ],
-        )
-        for part in parts
-    ]
+    scaled = []
+    for part in parts:
+        pairs = zip(part.views, moments, strict=True)
+        views = [(view - low) / (high - low).clamp(min=1e-10) for view, (low, high) in pairs]
+        try:
+            scaled.append(checked(replace(part, views=views)))
+        except ValueError as error:
+            raise UserError(str(error)) from error
+    return scaled
 
 
 def _take(data: MultiviewData, views: Sequence[int]) -> MultiviewData:

@@ -6,14 +6,13 @@ from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
 
-from deqfuse.cli.plots import to_png
-from deqfuse.cli.report import Picture, Section
-from deqfuse.cli.summary import METRIC_NAMES, Table
 from deqfuse.data import MultiviewData
-from deqfuse.experiments import charts
-from deqfuse.experiments.markdown import file_name
-from deqfuse.experiments.statistics import NOTHING, Paired, describe, paired, percent, versus
-from deqfuse.experiments.study import Record, Report, select
+from deqfuse.experiments.metrics import METRIC_NAMES
+from deqfuse.experiments.statistics import Paired, describe, numbers, paired, percent, versus
+from deqfuse.experiments.study import Record, select
+from deqfuse.reports import charts
+from deqfuse.reports.charts import to_png
+from deqfuse.reports.page import NOTHING, Picture, Report, Section, Table, file_name
 
 __all__ = ["FILES", "build"]
 
@@ -216,7 +215,7 @@ def _reading(
             )
             lines.append(f"{text} (points, views {_name(whole)}): {changes}.")
     if reported := _reported(settings):
-        means = [fmean(_known(pairs[whole, "released"], m)) * 100 for m in metrics]
+        means = [fmean(numbers(_scores(pairs[whole, "released"], m), 100)) for m in metrics]
         lines.append(
             f"Published for MM-Dynamics: {' / '.join(reported)}; trained as released here: "
             f"{' / '.join(f'{m:.1f}' for m in means)} on average over the seeds."
@@ -240,19 +239,13 @@ def _against(
     return paired(_scores(pairs[ours], metric), _scores(pairs[theirs], metric), 100)
 
 
-def _known(group: Sequence[Record], metric: str) -> list[float]:
-    return [score for score in _scores(group, metric) if score is not None]
-
-
 def _short(metric: str) -> str:
     return METRIC_NAMES[metric].replace(" %", "")
 
 
 def _dots(pairs: _Pairs, subsets: Sequence[tuple[int, ...]]) -> Picture:
     series = {
-        label: [
-            [100 * r.values["test"]["accuracy"] for r in pairs[views, fusion]] for views in subsets
-        ]
+        label: [numbers(_scores(pairs[views, fusion], "accuracy"), 100) for views in subsets]
         for fusion, label in ((fusion, LABELS[fusion]) for fusion in COMPARED)
     }
     figure = charts.dots("", "test accuracy, %", [f"views {_name(v)}" for v in subsets], series)

@@ -2,44 +2,19 @@
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-import deqfuse
 from deqfuse.experiments.study import Record
 
-__all__ = ["commit", "run_facts"]
-
-
-def commit() -> str:
-    """``", commit ..."`` where the package lies in a checkout of its source, else nothing."""
-    package = Path(deqfuse.__file__).parent
-    if not (package.parent / ".git").exists():
-        return ""
-    head = _git("rev-parse", "--short=12", "HEAD", folder=package)
-    if head is None:
-        return ""
-    changed = _git("status", "--porcelain", "--untracked-files=no", ".", folder=package)
-    return f", commit {head}{' with changes' if changed else ''}"
-
-
-def _git(*arguments: str, folder: Path) -> str | None:
-    try:
-        done = subprocess.run(
-            ["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=20
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
+__all__ = ["run_facts"]
 
 
 def run_facts(
     records: Sequence[Record],
     runs: Sequence[Mapping[str, Any]],
     rendered: Mapping[str, str],
-) -> list[tuple[str, str]]:
+) -> dict[str, str]:
     """What somebody needs to know to repeat or to doubt the numbers.
 
     Args:
@@ -47,7 +22,7 @@ def run_facts(
         runs: what each run said of itself.
         rendered: the same of the call that writes the page.
     """
-    facts: list[tuple[str, str]] = []
+    facts: dict[str, str] = {}
     for number, run in enumerate(runs):
         mine = [r for r in records if r.run == number]
         if not mine:
@@ -55,27 +30,20 @@ def run_facts(
         known = [r.elapsed for r in mine if r.elapsed is not None]
         wall = f"{max(known):.0f} s" if known else "not recorded"
         at = f"run {number + 1}, " if len(runs) > 1 else ""
-        facts += [
-            (f"{at}{name}", str(value))
+        facts |= {
+            f"{at}{name}": str(value)
             for name, value in run.items()
             if name not in ("jobs", "threads")
-        ]
-        facts.append(
-            (
-                f"{at}trials",
-                f"{len(mine)} trials with {run['jobs']} x {run['threads']} (processes x threads "
-                f"of torch), wall time {wall}, {sum(r.seconds for r in mine):.0f} s of "
-                "work",
-            )
+        }
+        facts[f"{at}trials"] = (
+            f"{len(mine)} trials with {run['jobs']} x {run['threads']} (processes x threads "
+            f"of torch), wall time {wall}, {sum(r.seconds for r in mine):.0f} s of work"
         )
     unknown = [r for r in records if r.run is None]
     if unknown:
         seconds = sum(r.seconds for r in unknown)
-        facts.append(
-            (
-                "trials of runs that are not recorded",
-                f"{len(unknown)} trials, {seconds:.0f} s of work; date, versions and wall time "
-                "were not kept",
-            )
+        facts["trials of runs that are not recorded"] = (
+            f"{len(unknown)} trials, {seconds:.0f} s of work; date, versions and wall time "
+            "were not kept"
         )
-    return [*facts, ("page written", f"{rendered['date']}, deqfuse {rendered['deqfuse']}")]
+    return {**facts, "page written": f"{rendered['date']}, deqfuse {rendered['deqfuse']}"}

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import isfinite, nan
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
-__all__ = ["NOTHING", "Paired", "describe", "paired", "percent", "spread", "versus"]
+from deqfuse.reports.page import NOTHING
 
-NOTHING = "-"  # a cell without a meaning
+__all__ = ["Paired", "describe", "numbers", "paired", "percent", "spread", "versus"]
+
+
+def numbers(values: Sequence[float | None], scale: float = 1.0) -> list[float]:
+    """The values times ``scale``, NaN for those that are undefined (None)."""
+    return [nan if v is None else scale * v for v in values]
 
 
 def describe(values: Sequence[float | None]) -> dict[str, Any]:
@@ -23,7 +29,7 @@ def describe(values: Sequence[float | None]) -> dict[str, Any]:
 
 def spread(values: Sequence[float | None], digits: int = 3, scale: float = 1.0) -> str:
     """``mean ± standard deviation`` as text; the value alone when there is one."""
-    known = [scale * v for v in values if v is not None]
+    known = [v for v in numbers(values, scale) if isfinite(v)]
     if not known or len(known) < len(values):
         return NOTHING
     if len(known) == 1:
@@ -61,11 +67,8 @@ def paired(
     ours: Sequence[float | None], theirs: Sequence[float | None], scale: float = 1.0
 ) -> Paired | None:
     """Ours minus theirs over the seeds that have both values; None if there is no such seed."""
-    differences = [
-        scale * (a - b)
-        for a, b in zip(ours, theirs, strict=True)
-        if a is not None and b is not None
-    ]
+    pairs = zip(numbers(ours), numbers(theirs), strict=True)
+    differences = [scale * (a - b) for a, b in pairs if isfinite(a - b)]
     if not differences:
         return None
     count = len(differences)

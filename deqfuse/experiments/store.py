@@ -13,8 +13,8 @@ try:
 except ImportError:  # not on every system; without it two runs in one folder are not noticed
     fcntl = None  # type: ignore[assignment]
 
-from deqfuse.cli.errors import UserError
 from deqfuse.experiments.study import Record, Study
+from deqfuse.reports.errors import UserError
 
 __all__ = ["TRIALS", "TrialStore"]
 

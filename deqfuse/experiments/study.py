@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-from deqfuse.cli.report import Section
+from deqfuse.reports.page import Report
 
-__all__ = ["Record", "Report", "Study", "Trial", "select"]
+__all__ = ["Record", "Study", "Trial", "select"]
 
 Json = Any  # numbers, strings, None, lists and dicts of them
 
@@ -39,16 +39,6 @@ class Record:
     values: Mapping[str, Json]
     run: int | None = None  # number of the run that made it, from 0; None: not recorded
     elapsed: float | None = None  # seconds since that run began
-
-
-@dataclass(frozen=True)
-class Report:
-    """What the page shows, and the numbers behind its tables."""
-
-    title: str
-    lead: str
-    sections: Sequence[Section]
-    summary: Mapping[str, Json] = field(default_factory=dict)
 
 
 class Study(ABC):

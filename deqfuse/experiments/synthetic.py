@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from deqfuse.experiments import synthetic_report
 from deqfuse.experiments.batched import ADJOINT, JACOBIAN_WEIGHT, MODELS, SOLVER, BatchedModel
-from deqfuse.experiments.study import Record, Report, Study, Trial
+from deqfuse.experiments.study import Record, Study, Trial
+from deqfuse.reports.page import Report
 
 __all__ = ["Problem", "Size", "SyntheticStudy", "draw_problem"]
 

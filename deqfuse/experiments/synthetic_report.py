@@ -6,14 +6,12 @@ from collections.abc import Sequence
 from statistics import fmean, median
 from typing import Any
 
-from deqfuse.cli.plots import to_png
-from deqfuse.cli.report import Picture, Section
-from deqfuse.cli.summary import Table
-from deqfuse.experiments import charts
 from deqfuse.experiments.batched import MODELS
-from deqfuse.experiments.markdown import file_name
-from deqfuse.experiments.statistics import NOTHING, percent
-from deqfuse.experiments.study import Record, Report, select
+from deqfuse.experiments.statistics import percent
+from deqfuse.experiments.study import Record, select
+from deqfuse.reports import charts
+from deqfuse.reports.charts import to_png
+from deqfuse.reports.page import NOTHING, Picture, Report, Section, Table, file_name
 
 __all__ = ["build", "files"]
 

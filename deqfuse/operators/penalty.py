@@ -31,6 +31,7 @@ torch.library.define(
     "(Tensor probes, Tensor states, Tensor[] x, Tensor[] params, Tensor? mask, "
     "int num_groups, str variant, str backend, bool want_params) -> (Tensor, Tensor[], Tensor[])",
 )
+Options = tuple[int, str, str]  # num_groups, variant, backend
 _operator = torch.ops.deqfuse.penalty_layer.default
 
 
@@ -40,7 +41,7 @@ def penalty_layer(
     x: Sequence[Tensor],  # N tensors (B, d)
     params: Sequence[Tensor],
     mask: Tensor | None,  # (B, d)
-    options: tuple[int, str, str],
+    options: Options,
 ) -> Tensor:
     """``sum |J_b^T v|^2`` over blocks, probes and rows, differentiable in x and params.
 
@@ -102,7 +103,13 @@ class _Penalty(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, num_x: int, options: Any, probes: Tensor, states: Tensor, mask: Any, *tensors: Any
+        ctx: Any,
+        num_x: int,
+        options: Options,
+        probes: Tensor,
+        states: Tensor,
+        mask: Any,
+        *tensors: Any,
     ) -> Tensor:
         x, params = list(tensors[:num_x]), list(tensors[num_x:])
         want_params = any(ctx.needs_input_grad[5 + num_x :])
@@ -123,7 +130,7 @@ class _Followed(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        num_x: int, options: Any, probes: Tensor, states: Tensor, mask: Any, *tensors: Any
+        num_x: int, options: Options, probes: Tensor, states: Tensor, mask: Any, *tensors: Any
     ) -> tuple[Tensor, ...]:
         x, params = list(tensors[:num_x]), list(tensors[num_x:])
         total, dx, dparams = _operator(probes, states, x, params, mask, *options, True)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+from collections.abc import Mapping
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -10,24 +12,80 @@ import pytest
 import deqfuse
 
 ROOT = Path(deqfuse.__file__).parent
-# Lowest first. A module imports from its own level and below.
+# Lowest first. A module imports from its own level and below, and never in a circle.
 LEVELS = (
-    ("errors", "outcome", "scalars", "triton_kernels"),
-    ("solvers.options",),
+    ("errors", "outcome", "scalars", "torch_private", "triton_kernels"),
+    ("solvers",),
     ("reporting", "checks"),
-    ("diagnostics", "result", "solvers"),
+    ("diagnostics", "result"),
     ("backends",),
-    ("ops",),
-    ("autograd",),
-    ("eager",),
-    ("transforms",),
+    ("operators.blocks",),
+    ("operators.bodies",),
+    ("operators.rule",),
+    ("operators.eager", "operators.registered"),
+    ("operators.transforms",),
+    ("operators.penalty",),
+    ("operators",),
     ("equilibrium",),
     ("functional",),
     ("nn", "checkpoints"),
-    ("testing", "data", "info", "robustness"),
-    ("cli", "experiments"),
+    ("testing", "data", "info", "robustness", "reports"),
+    ("experiments",),
+    ("cli",),
 )
-LAZY = {"result": {"diagnostics"}, "nn.fusion": {"checkpoints"}}  # imported inside a function
+# Imports that may go up or close a circle, because they are made inside a function (or never).
+EXCEPTIONS = {
+    ("result", "diagnostics.jacobian"),  # SolveInfo's measurements
+    ("nn.fusion", "checkpoints"),  # DEQFusion.from_released_checkpoint
+}
+
+
+def modules(root: Path) -> dict[str, Path]:
+    """Dotted name below the package -> file; ``__init__`` has its package's name."""
+    found = {}
+    beside = root.parent / "triton_kernels"  # of the package too, in a checkout
+    for path in [*root.rglob("*.py"), *beside.rglob("*.py")]:
+        above = root if path.is_relative_to(root) else root.parent
+        parts = path.relative_to(above).with_suffix("").parts
+        name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+        if name:
+            found[name] = path
+    return found
+
+
+def imports(root: Path) -> dict[str, set[str]]:
+    """Module -> modules of the package that it imports, at any depth: in functions, for types too.
+
+    ``from package import name`` is an import of the module ``name`` where there is one. A package
+    counts only where something of its own ``__init__`` is asked for: that it runs before its
+    modules is no dependency of those who import a module.
+    """
+    files = modules(root)
+    graph: dict[str, set[str]] = {}
+    for module, path in files.items():
+        found = graph.setdefault(module, set())
+        package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                source = node.module or ""
+                if node.level:
+                    above = ["deqfuse", *filter(None, package.split("."))]
+                    kept = above[: len(above) - node.level + 1]
+                    source = ".".join([*kept, *filter(None, [source])])
+                names = [f"{source}.{alias.name}" for alias in node.names]
+            else:
+                continue
+            for name in names:
+                inside = name.removeprefix("deqfuse.")
+                if inside == name:
+                    continue  # another package, or deqfuse itself
+                target = inside if inside in files else inside.rpartition(".")[0]
+                if target in files:  # else a name that the root package offers
+                    found.add(target)
+        found.discard(module)
+    return graph
 
 
 def level(module: str) -> int:
@@ -42,28 +100,64 @@ def level(module: str) -> int:
     return max(matches)[1]
 
 
-def imported(path: Path) -> set[str]:
-    """What a file imports from the package, at any depth, relative to the package."""
-    names: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module == "deqfuse":
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("deqfuse."):
-            names.add((node.module or "").removeprefix("deqfuse."))
-    return names
+def upward(graph: Mapping[str, set[str]]) -> list[str]:
+    """Imports from a higher level, as text."""
+    return sorted(
+        f"{module} imports {name}"
+        for module, names in graph.items()
+        for name in names
+        if level(name) > level(module)
+    )
 
 
-def modules() -> list[str]:
-    found = (path.relative_to(ROOT).with_suffix("") for path in ROOT.rglob("*.py"))
-    return sorted(".".join(p.parts) for p in found if p.parts != ("__init__",))
+def circle(graph: Mapping[str, set[str]]) -> list[str]:
+    """The modules of one circle of imports, in order; empty when there is none."""
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return [*error.args[1]]
+    return []
 
 
-@pytest.mark.parametrize("module", modules())
-def test_imports_go_downwards(module: str) -> None:
-    path = ROOT.joinpath(*module.split(".")).with_suffix(".py")
-    here = module.removesuffix(".__init__")
-    known = {name.split(".")[0] for names in LEVELS for name in names}
-    for name in imported(path):
-        if name.split(".")[0] in known:  # others are names that the package re-exports
-            lazy = name.split(".")[0] in LAZY.get(here, set())
-            assert lazy or level(name) <= level(here), f"{here} imports {name}"
+@pytest.fixture(scope="module")
+def graph() -> dict[str, set[str]]:
+    """Of the whole package, without the named exceptions."""
+    return {
+        module: {name for name in names if (module, name) not in EXCEPTIONS}
+        for module, names in imports(ROOT).items()
+    }
+
+
+def test_imports_go_downwards(graph: dict[str, set[str]]) -> None:
+    assert upward(graph) == []
+
+
+def test_imports_close_no_circle(graph: dict[str, set[str]]) -> None:
+    assert circle(graph) == []
+
+
+def test_exceptions_are_needed() -> None:
+    """An exception whose import is gone must go too."""
+    everything = imports(ROOT)
+    assert {(a, b) for a, names in everything.items() for b in names} >= EXCEPTIONS
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "named"),
+    [
+        ("def f():\n    from deqfuse.cli import main\n", "", "data.one imports cli.main"),
+        ("import deqfuse.cli.main\n", "", "data.one imports cli.main"),
+        ("from deqfuse.data.other import x\n", "from deqfuse.data import one\n", None),
+        ("from . import other\n", "def f():\n    from deqfuse.data.one import y\n", None),
+        ("import deqfuse.data.other\n", "from .one import y\n", None),
+    ],
+)
+def test_what_it_finds(one: str, other: str, named: str | None, tmp_path: Path) -> None:
+    """Imports upwards and circles are found however they are written."""
+    for name, text in {"data/one": one, "data/other": other, "cli/main": ""}.items():
+        path = tmp_path / f"{name}.py"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+    found = imports(tmp_path)
+    assert upward(found) == ([named] if named else [])
+    assert set(circle(found)) == (set() if named else {"data.one", "data.other"})

@@ -15,13 +15,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from data_cases import write_mogonet
 
 from deqfuse import ConvergenceWarning
-from deqfuse.cli import experiment, metrics, summary, training
 from deqfuse.cli.main import main
-from deqfuse.cli.measure import Curve
-from deqfuse.cli.models import FUSIONS
-from deqfuse.cli.output import MANIFEST, OutputFolder, OutputRefused
+from deqfuse.experiments import metrics, training
+from deqfuse.experiments.comparison import KINDS, Run
+from deqfuse.experiments.comparison_report import PICTURES
+from deqfuse.experiments.comparison_tables import comparison_text
+from deqfuse.experiments.measurements import Curve
+from deqfuse.reports.folder import MANIFEST, OutputFolder, OutputRefused
+from deqfuse.reports.writer import HTML
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -38,8 +42,8 @@ def quick_report(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_demo_writes_its_report(quick_report: Path) -> None:
-    assert {path.name for path in quick_report.iterdir()} == {*experiment.FILES, MANIFEST}
-    for name in ("convergence.png", "robustness.png", "training.png"):
+    assert {path.name for path in quick_report.iterdir()} == {*HTML.files, *PICTURES, MANIFEST}
+    for name in PICTURES:
         assert (quick_report / name).read_bytes().startswith(PNG)
     results = json.loads((quick_report / "results.json").read_text())
     assert [run["fusion"] for run in results["runs"]] == [
@@ -322,11 +326,11 @@ def test_rivals_of_the_best_are_listed() -> None:
     """Whoever lies within the spread of the best mean is named with it."""
     scores = {"concat": 0.95, "weighted": 0.949, "progressive": 0.951, "tied": 0.8, "deq": 0.948}
     runs = [
-        training.Run(kind, seed, torch.nn.Identity(), metrics={"accuracy": scores[kind.key] + d})  # type: ignore[arg-type]
-        for kind in FUSIONS
+        Run(kind, seed, torch.nn.Identity(), training.History(), {"accuracy": scores[kind.key] + d})  # type: ignore[arg-type]
+        for kind in KINDS
         for seed, d in enumerate((-0.005, 0.005))
     ]
-    text = summary.comparison_text(runs)
+    text = comparison_text(runs)
     assert "Pro-Fusion (concatenation, weighted sum and DEQ Fusion within the spread of it)" in text
     assert "lowest: 5 tied steps, 15.1 points below" in text
 
@@ -341,7 +345,7 @@ def test_curve_holds_the_last_residual_of_stopped_rows() -> None:
 
 def test_convergence_warnings_are_counted_and_others_pass() -> None:
     def count() -> list[str]:
-        with training.count_convergence_warnings() as messages:
+        with training.collect_warnings(ConvergenceWarning) as messages:
             for category in (ConvergenceWarning, ConvergenceWarning, RuntimeWarning):
                 warnings.warn(f"a {category.__name__}", category, stacklevel=1)
         return messages
@@ -353,16 +357,3 @@ def test_convergence_warnings_are_counted_and_others_pass() -> None:
 
 def snapshot(folder: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def write_mogonet(folder: Path, classes: int) -> None:
-    """Two views of 40 training and 10 test rows that tell the classes apart."""
-    folder.mkdir()
-    generator = torch.Generator().manual_seed(0)
-    for part, rows in (("tr", 40), ("te", 10)):
-        labels = torch.arange(rows) % classes
-        for view, width in ((1, 5), (2, 3)):
-            values = torch.randn(rows, width, generator=generator) + labels[:, None]
-            lines = [",".join(map(str, row)) for row in values.tolist()]
-            (folder / f"{view}_{part}.csv").write_text("\n".join(lines) + "\n")
-        (folder / f"labels_{part}.csv").write_text("\n".join(map(str, labels.tolist())) + "\n")

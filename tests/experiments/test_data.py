@@ -176,7 +176,7 @@ def write_mogonet(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for part, rows in (("tr", 6), ("te", 3)):
         for view, width in ((1, 2), (2, 3)):
-            lines = [",".join(f"{r + 0.5 * c}" for c in range(width)) for r in range(rows)]
+            lines = [",".join(f"{2 * r + 0.5 * c}" for c in range(width)) for r in range(rows)]
             (folder / f"{view}_{part}.csv").write_text("\n".join(lines) + "\n")
         labels = [f"{(1, 2, 5)[r % 3]:.18e}" for r in range(rows)]
         (folder / f"labels_{part}.csv").write_text("\n".join(labels) + "\n")
@@ -190,7 +190,7 @@ def test_mogonet_reads_values_and_labels(tmp_path: Path) -> None:
     assert train.view_names == ("1", "2")
     assert train.class_names == ("1", "2", "5")
     assert train.labels.tolist() == [0, 1, 2, 0, 1, 2]
-    assert test.views[1][2].tolist() == [2.0, 2.5, 3.0]
+    assert test.views[1][2].tolist() == [4.0, 4.5, 5.0]
     assert train.views[0].dtype == torch.float32
 
 
@@ -234,7 +234,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], type[Exception], str]] = {
     "no views": (
         lambda f: [(f / f"{v}_{p}.csv").unlink() for v in (1, 2) for p in ("tr", "te")],
         FileNotFoundError,
-        r"no view found \(no 1_tr\.csv\)",
+        r"no view found \(no 1_tr\.csv; unused: 1_featname\.csv\)",
     ),
     "ragged": (
         replace_line("2_tr.csv", 4, "1.0,2.0"),
@@ -254,7 +254,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], type[Exception], str]] = {
     "semicolons": (
         replace_line("1_tr.csv", 1, "1.0;2.0"),
         ValueError,
-        r"got '1\.0;2\.0'\. Remedy: separate the cells by commas",
+        r"line 1: .* got semicolons between them\. Remedy: separate the cells by commas",
     ),
     "empty cell": (
         replace_line("1_tr.csv", 3, "1.0,"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -17,19 +18,18 @@ import torch
 from torch import Tensor, nn
 
 import deqfuse
-from deqfuse.cli.errors import UserError
 from deqfuse.cli.main import main
-from deqfuse.cli.output import MANIFEST, OutputFolder, OutputRefused
-from deqfuse.cli.report import Picture, Section
-from deqfuse.cli.summary import Table
+from deqfuse.cli.studies import run_study
 from deqfuse.data import MultiviewData
-from deqfuse.experiments import runner
-from deqfuse.experiments.markdown import render
 from deqfuse.experiments.statistics import describe, percent, versus
 from deqfuse.experiments.store import TRIALS, TrialStore
-from deqfuse.experiments.study import Record, Report, Study, Trial, select
+from deqfuse.experiments.study import Record, Study, Trial, select
 from deqfuse.experiments.synthetic import Size, SyntheticStudy
 from deqfuse.experiments.training import Recipe, fit
+from deqfuse.reports.errors import UserError
+from deqfuse.reports.folder import MANIFEST, OutputFolder, OutputRefused
+from deqfuse.reports.page import Picture, Report, Section, Table
+from deqfuse.reports.writer import MARKDOWN, write_report
 
 
 @dataclass
@@ -72,7 +72,7 @@ class Draws(Study):
 
 
 def run(study: Study, out: Path, jobs: int = 1) -> dict[str, Any]:
-    assert runner.run_study(study, OutputFolder(out), jobs, 1, "deqfuse experiment draws") == 0
+    assert run_study(study, OutputFolder(out), jobs, 1, "deqfuse experiment draws") == 0
     return stored(out)
 
 
@@ -90,11 +90,11 @@ def test_interrupted_study_goes_on_with_the_same_result(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         run(Draws(fails_at=2), tmp_path / "resumed")
     assert [*stored(tmp_path / "resumed")] == ["seed 0", "seed 1"]
-    assert not (tmp_path / "resumed" / runner.PAGE).exists()
+    assert not (tmp_path / "resumed" / MARKDOWN.page).exists()
     study = Draws()
     assert run(study, tmp_path / "resumed") == whole
     assert study.ran == [2, 3, -1]  # nothing twice; what runs alone comes last
-    pages = [(tmp_path / name / runner.SUMMARY).read_text() for name in ("whole", "resumed")]
+    pages = [(tmp_path / name / MARKDOWN.numbers).read_text() for name in ("whole", "resumed")]
     assert json.loads(pages[0])["drawn"] == json.loads(pages[1])["drawn"]
 
 
@@ -206,7 +206,7 @@ def test_runs_are_recorded(tmp_path: Path) -> None:
     trials = {line["key"]: line for line in lines if "key" in line}
     assert [trials[f"seed {i}"]["run"] for i in range(3)] == [0, 0, 1]
     assert 0 <= trials["seed 0"]["elapsed"] <= trials["seed 1"]["elapsed"]
-    page = (tmp_path / runner.PAGE).read_text()
+    page = (tmp_path / MARKDOWN.page).read_text()
     for text in ("run 1, trials", "run 2, trials", "wall time", "page written"):
         assert text in page
 
@@ -289,6 +289,7 @@ def test_best_epoch_on_validation_rows_is_kept(scores: list[float], chosen: int)
     history = fit(model, data, data, recipe, seed=0)
     assert history.chosen_epoch == chosen
     assert history.validation == scores
+    assert history.train_loss == pytest.approx([0.0, -1.0, -2.0], abs=1e-3)  # before each step
     assert round(model.step.item()) == chosen
 
 
@@ -341,13 +342,14 @@ def test_statistics() -> None:
     assert versus([0.5, 0.75, 0.5], [0.25, 0.75, 0.0], 100) == "+25.0 ± 14.4 (2 up, 0 down)"
 
 
-def test_page_has_tables_and_pictures() -> None:
+def test_page_has_tables_and_pictures(tmp_path: Path) -> None:
     table = Table(("a", "b"), (("x|y", "1"),), ("A note.",))
     picture = Picture(b"png", "Time against R", "Caption.")
-    page, pictures = render(
-        "Title", "Lead.", [Section("S", ("P.",), table, picture)], [("os", "x")]
-    )
-    assert pictures == {"time-against-r.png": b"png"}
+    report = Report("Title", "Lead.", [Section("S", ("P.",), table, picture)], {"a": math.nan})
+    page = write_report(OutputFolder(tmp_path / "out"), report, {"os": "x"}, MARKDOWN).read_text()
+    assert (tmp_path / "out" / "time-against-r.png").read_bytes() == b"png"
+    numbers = json.loads((tmp_path / "out" / MARKDOWN.numbers).read_text())
+    assert numbers == {"a": None, "facts": {"os": "x"}}  # JSON knows no NaN
     for text in (
         "# Title",
         "## S",
@@ -368,9 +370,9 @@ def test_select_matches_parameters() -> None:
 def test_report_folder_holds_what_it_says(tmp_path: Path) -> None:
     run(Draws(), tmp_path)
     names = {path.name for path in tmp_path.iterdir()}
-    assert names == {runner.PAGE, runner.SUMMARY, TRIALS, MANIFEST}
-    page = (tmp_path / runner.PAGE).read_text()
+    assert names == {MARKDOWN.page, MARKDOWN.numbers, TRIALS, MANIFEST}
+    page = (tmp_path / MARKDOWN.page).read_text()
     assert "deqfuse experiment draws" in page
     assert "5 trials" in page
-    summary = json.loads((tmp_path / runner.SUMMARY).read_text(), parse_constant=pytest.fail)
+    summary = json.loads((tmp_path / MARKDOWN.numbers).read_text(), parse_constant=pytest.fail)
     assert summary["settings"]["scale"] == 1.0

@@ -18,7 +18,7 @@ from deqfuse.experiments.audiovisual_models import LABELS as SENSES
 from deqfuse.experiments.audiovisual_models import AudiovisualModel
 from deqfuse.experiments.batched import MODELS, BatchedModel, initial_parameters
 from deqfuse.experiments.mmdynamics import MMDynamics
-from deqfuse.experiments.numerals_models import ABLATIONS, LABELS, NumeralsModel
+from deqfuse.experiments.models import ABLATIONS, LABELS, FusionClassifier
 from deqfuse.experiments.study import Trial
 
 # --- synthetic ---
@@ -196,7 +196,7 @@ def test_omics_scales_on_training_rows() -> None:
 def test_numerals_models_train(key: str) -> None:
     """Every parameter that is counted gets a gradient."""
     torch.manual_seed(0)
-    model = NumeralsModel(key, [4, 6, 5], 3).train()
+    model = FusionClassifier(key, [4, 6, 5], 3).train()
     batch = MultiviewData(
         [torch.randn(5, n) for n in (4, 6, 5)], torch.tensor([0, 1, 2, 0, 1]), ("a", "b", "c"),
         ("0", "1", "2"),
@@ -212,7 +212,7 @@ def test_numerals_models_train(key: str) -> None:
 
 def test_ablation_table_has_all_rows() -> None:
     assert set(ABLATIONS) == {"weighted", "tied", "no cell", "no combine", "no gate", "deq"}
-    layers = {key: NumeralsModel(key, [4, 4], 2).fusion for key in ABLATIONS}
+    layers = {key: FusionClassifier(key, [4, 4], 2).fusion for key in ABLATIONS}
     assert layers["no cell"].cell == "identity"
     assert layers["no combine"].combine_kind == "sum"
     assert layers["no gate"].combine.gate is None
@@ -225,7 +225,7 @@ def test_base_is_one_step_of_progressive_fusion() -> None:
     outputs = []
     for key in ("base", "pro 2"):
         torch.manual_seed(0)
-        model = NumeralsModel(key, [4, 6], 3).eval()
+        model = FusionClassifier(key, [4, 6], 3).eval()
         assert model.pro is not None
         model.pro.steps = 1
         outputs.append(model.logits(views)[0])

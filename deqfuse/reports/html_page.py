@@ -1,23 +1,14 @@
-"""The report as one HTML page that opens without a network: pictures inside, no scripts."""
+"""A report as one HTML page that opens without a network: pictures inside, no scripts."""
 
 from __future__ import annotations
 
 import base64
-import datetime
 import html
-import os
-import platform
-from collections.abc import Sequence
-from dataclasses import dataclass
-from importlib import metadata
-from pathlib import Path
+from collections.abc import Mapping
 
-import torch
+from deqfuse.reports.page import Picture, Report, Table
 
-import deqfuse
-from deqfuse.cli.summary import Table
-
-__all__ = ["Picture", "Section", "machine_facts", "render_page"]
+__all__ = ["render"]
 
 _STYLE = """
 :root { color-scheme: light; }
@@ -40,31 +31,11 @@ code { font-family: ui-monospace, Menlo, Consolas, monospace; font-size: .92em; 
 """
 
 
-@dataclass(frozen=True)
-class Picture:
-    """A PNG and what it shows."""
-
-    png: bytes
-    alt: str
-    caption: str
-
-
-@dataclass(frozen=True)
-class Section:
-    """A heading with paragraphs, and then a table or a picture."""
-
-    title: str
-    paragraphs: tuple[str, ...] = ()
-    table: Table | None = None
-    picture: Picture | None = None
-
-
-def render_page(
-    title: str, lead: str, sections: Sequence[Section], facts: Sequence[tuple[str, str]]
-) -> str:
+def render(report: Report, facts: Mapping[str, str]) -> str:
     """The whole page. All text is escaped; nothing refers to another file or host."""
-    parts = [f"<h1>{html.escape(title)}</h1>", f'<p class="lead">{html.escape(lead)}</p>']
-    for section in sections:
+    title = html.escape(report.title)
+    parts = [f"<h1>{title}</h1>", f'<p class="lead">{html.escape(report.lead)}</p>']
+    for section in report.sections:
         parts.append(f"<h2>{html.escape(section.title)}</h2>")
         parts.extend(f"<p>{html.escape(text)}</p>" for text in section.paragraphs if text)
         if section.table is not None:
@@ -74,14 +45,14 @@ def render_page(
     parts.append("<h2>Machine, versions, command</h2>")
     rows = "".join(
         f"<tr><td>{html.escape(name)}</td><td><code>{html.escape(value)}</code></td></tr>"
-        for name, value in facts
+        for name, value in facts.items()
     )
     parts.append(f'<table class="facts">{rows}</table>')
     body = "\n".join(parts)
     return (
         f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{html.escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n"
+        f"<title>{title}</title>\n<style>{_STYLE}</style>\n</head>\n"
         f"<body>\n{body}\n</body>\n</html>\n"
     )
 
@@ -105,38 +76,3 @@ def _picture(picture: Picture) -> str:
         f'<figure><img alt="{html.escape(picture.alt)}" src="data:image/png;base64,{data}">'
         f"<figcaption>{html.escape(picture.caption)}</figcaption></figure>"
     )
-
-
-def machine_facts(command: str, device: torch.device, backend: str) -> list[tuple[str, str]]:
-    """What somebody needs to know to repeat or to doubt the numbers."""
-    packages = ", ".join(
-        f"{name} {metadata.version(name)}" for name in ("numpy", "matplotlib", "rich")
-    )
-    where = f"{_processor()}, {_usable_cores()} cores, torch threads: {torch.get_num_threads()}"
-    if device.type == "cuda":
-        where = f"{torch.cuda.get_device_name(device)}; {where}"
-    return [
-        ("date", datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")),
-        ("machine", where),
-        ("system", platform.platform()),
-        ("deqfuse", f"{deqfuse.__version__}, backend {backend}"),
-        ("torch", torch.__version__),
-        ("Python", f"{platform.python_version()}; {packages}"),
-        ("command", command),
-    ]
-
-
-def _processor() -> str:
-    with_names = Path("/proc/cpuinfo")
-    if with_names.is_file():
-        for line in with_names.read_text(errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def _usable_cores() -> int:
-    try:
-        return len(os.sched_getaffinity(0))
-    except AttributeError:  # not on every system
-        return os.cpu_count() or 1

@@ -5,12 +5,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["accuracy", "auc", "evaluate_metrics", "f1_scores"]
+__all__ = ["METRIC_NAMES", "accuracy", "auc", "evaluate_metrics", "f1_scores"]
+
+# Of what evaluate_metrics() computes, as headers of a table.
+METRIC_NAMES = {
+    "accuracy": "accuracy %",
+    "f1": "F1 %",
+    "auc": "AUC %",
+    "weighted_f1": "weighted F1 %",
+    "macro_f1": "macro F1 %",
+}
 
 
-def accuracy(predicted: Tensor, labels: Tensor) -> float:  # both (B,) int64
-    """Share of rows whose predicted class is right."""
-    return (predicted == labels).double().mean().item()
+def accuracy(scores: Tensor, labels: Tensor) -> float:  # (B, classes); (B,) int64
+    """Share of rows whose highest score is that of their class; NaN if a score is not finite."""
+    if not scores.isfinite().all():
+        return float("nan")  # argmax would call NaN the highest
+    return (scores.argmax(1) == labels).double().mean().item()
 
 
 def f1_scores(predicted: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
@@ -35,10 +46,10 @@ def auc(scores: Tensor, positive: Tensor) -> float:
         positive: (B,) bool.
 
     Returns:
-        The area, NaN when one of the two classes has no rows.
+        The area, NaN when one of the two classes has no rows or a score is not finite.
     """
     up, down = scores[positive].double(), scores[~positive].double()
-    if not len(up) or not len(down):
+    if not len(up) or not len(down) or not scores.isfinite().all():
         return float("nan")
     ordered = down.sort().values
     below = torch.searchsorted(ordered, up)
@@ -50,12 +61,14 @@ def evaluate_metrics(logits: Tensor, labels: Tensor) -> dict[str, float]:
     """Accuracy and F1 of (B, classes) logits: F1 of class 1 and AUC if binary, else two averages.
 
     The keys are ``accuracy`` and, for two classes, ``f1`` and ``auc``; for more, ``weighted_f1``
-    (classes weighted by their rows) and ``macro_f1`` (all classes alike).
+    (classes weighted by their rows) and ``macro_f1`` (all classes alike). All are NaN if a logit is
+    not finite.
     """
     num_classes = logits.shape[1]
-    predicted = logits.argmax(1)
-    f1, support = f1_scores(predicted, labels, num_classes)
-    metrics = {"accuracy": accuracy(predicted, labels)}
+    f1, support = f1_scores(logits.argmax(1), labels, num_classes)
+    if not logits.isfinite().all():
+        f1 = torch.full_like(f1, float("nan"))
+    metrics = {"accuracy": accuracy(logits, labels)}
     if num_classes == 2:
         metrics["f1"] = f1[1].item()
         metrics["auc"] = auc(logits[:, 1] - logits[:, 0], labels == 1)

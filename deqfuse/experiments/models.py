@@ -1,4 +1,4 @@
-"""The models of the numerals study: same encoders and head, what joins them differs."""
+"""The models of `deqfuse demo` and of the numerals study: what joins the same encoders differs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deqfuse import Anderson, DEQFusion, ProFusion, SolveInfo
-from deqfuse.cli.models import DIM, DROPOUT, GROUPS, TIED_STEPS
 from deqfuse.data import MultiviewData
 
 __all__ = [
@@ -19,10 +18,17 @@ __all__ = [
     "LABELS",
     "MODELS",
     "PRO_EQUILIBRIA",
+    "CrossEntropyModel",
+    "FusionClassifier",
     "Joined",
-    "NumeralsModel",
 ]
 
+DIM = 64
+GROUPS = 4
+TIED_STEPS = 5
+PROGRESSIVE_STEPS = 2  # of "progressive"
+DROPOUT = 0.3
+# The models of the numerals study; the demonstration has "progressive" besides.
 LABELS = {
     "concat": "concatenation",
     "weighted": "weighted sum",
@@ -55,11 +61,28 @@ class Joined(nn.Module):
         return torch.relu(self.layer(torch.cat(tuple(xs), dim=-1)))
 
 
-class NumeralsModel(nn.Module):
-    """A classifier of the study.
+class CrossEntropyModel(nn.Module):
+    """A classifier that trains by cross-entropy; ``key`` says which one it is."""
+
+    key: str
+
+    def logits(self, views: Sequence[Tensor]) -> tuple[Tensor, SolveInfo | None]:
+        """(B, classes), and how the solve went; None where there is no equilibrium."""
+        raise NotImplementedError
+
+    def loss(self, batch: MultiviewData) -> tuple[Tensor, SolveInfo | None]:
+        """Cross-entropy; "pro equilibrium" alone gets no Jacobian penalty for its solve."""
+        logits, info = self.logits(batch.views)
+        if info is not None and self.key == "pro equilibrium":
+            info = dataclasses.replace(info, blocks=())
+        return F.cross_entropy(logits, batch.labels), info
+
+
+class FusionClassifier(CrossEntropyModel):
+    """One encoder per view, a fusion, a linear head.
 
     Args:
-        key: one of ``MODELS``.
+        key: one of ``MODELS``, or "progressive".
         widths: features of each view.
         num_classes: C.
     """
@@ -104,13 +127,6 @@ class NumeralsModel(nn.Module):
         fused, info = self.fusion(encodings, return_info=True)
         return self.head(fused), None if self.key in ("weighted", "tied") else info
 
-    def loss(self, batch: MultiviewData) -> tuple[Tensor, SolveInfo | None]:
-        """Cross-entropy; "pro equilibrium" alone gets no Jacobian penalty for its solve."""
-        logits, info = self.logits(batch.views)
-        if info is not None and self.key == "pro equilibrium":
-            info = dataclasses.replace(info, blocks=())
-        return F.cross_entropy(logits, batch.labels), info
-
 
 _FUSION: dict[str, Callable[[int], DEQFusion]] = {
     "weighted": lambda n: DEQFusion(DIM, n, combine="weighted_sum"),
@@ -123,7 +139,15 @@ _FUSION: dict[str, Callable[[int], DEQFusion]] = {
 
 
 def _progressive(key: str, encoders: list[nn.Sequential], num_classes: int) -> ProFusion:
-    fusion, head = Joined(len(encoders)), nn.Linear(DIM, num_classes)
+    count = len(encoders)
+    if key == "progressive":
+        # Into the ReLU: the Linear, which is most of the work, sees the views only.
+        late, sites, widths = _FUSION["weighted"](count), ["1"] * count, [DIM] * count
+        steps = PROGRESSIVE_STEPS
+        pro = ProFusion(encoders, late, DIM, steps=steps, sites=sites, in_dims=widths)
+        pro.head = nn.Linear(DIM, num_classes)  # drawn last, as the heads of its rivals are
+        return pro
+    fusion, head = Joined(count), nn.Linear(DIM, num_classes)
     if key in PRO_EQUILIBRIA:
         return ProFusion(encoders, fusion, DIM, solver=Anderson(), head=head)
     steps = 1 if key == "base" else int(key.split()[1])

@@ -1,7 +1,8 @@
-"""Pictures of the studies, in the style of the demonstration's."""
+"""Pictures of reports. Figures are built without pyplot: no global state, no display needed."""
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,9 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from deqfuse.cli.plots import GRID, INK
-
-__all__ = ["Line", "Panel", "dots", "lines", "surfaces"]
+__all__ = ["Line", "Panel", "dots", "lines", "surfaces", "to_png"]
 
 # Okabe-Ito: distinct for colour-blind readers too; styles and markers repeat the distinction.
 COLOURS = (
@@ -22,16 +21,18 @@ COLOURS = (
 )  # fmt: skip
 DASHES = ("-", (0, (1, 1.2)), (0, (5, 1.5)), (0, (5, 1.5, 1, 1.5)))
 MARKERS = "os^DvPXd"
+INK, GRID = "#333333", "#e4e4e4"
 FIRST = ("DEQ Fusion", "concatenation")  # these look the same in every picture
 
 
 @dataclass(frozen=True)
 class Line:
-    """A curve with a band from the lowest to the highest seed."""
+    """A curve, the mean over seeds, with a band from the lowest to the highest seed."""
 
     label: str
     x: Sequence[float]
     y: Sequence[Sequence[float]]  # per seed
+    band: tuple[Sequence[float], Sequence[float]] | None = None  # another one: (low, high)
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,14 @@ class Panel:
     lines: Sequence[Line]
     log_y: bool = False
     level: float | None = None  # a horizontal line, e.g. a tolerance
+    bottom: float | None = None  # lower end of the y axis; that of the curves when None
+
+
+def to_png(figure: Figure) -> bytes:
+    """The figure as PNG, sharp enough for a dense screen."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=160, metadata={"Software": None})
+    return buffer.getvalue()
 
 
 def lines(panels: Sequence[Panel], columns: int = 3, share_y: bool = False) -> Figure:
@@ -55,12 +64,14 @@ def lines(panels: Sequence[Panel], columns: int = 3, share_y: bool = False) -> F
     labels = list(dict.fromkeys(line.label for panel in panels for line in panel.lines))
     looks = _looks(labels)
     for axis, panel in zip(grid.flat, panels, strict=False):
-        style(axis, panel.title, panel.xlabel, panel.ylabel)
+        _style(axis, panel.title, panel.xlabel, panel.ylabel)
         for line in panel.lines:
             _draw(axis, line, looks[line.label])
         if panel.level is not None:
             axis.axhline(panel.level, color=INK, linewidth=0.8, linestyle=(0, (4, 3)))
         axis.set_yscale("log" if panel.log_y else "linear")
+        if panel.bottom is not None:
+            axis.set_ylim(panel.bottom, None)
         if all(isinstance(x, int) for line in panel.lines for x in line.x):
             axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     for axis in grid.flat[len(panels) :]:
@@ -96,7 +107,7 @@ def dots(
     """
     figure = Figure(figsize=(max(5.6, 1.5 * len(groups)), 3.6), layout="constrained")
     axis = figure.subplots()
-    style(axis, title, "", ylabel)
+    _style(axis, title, "", ylabel)
     width = 0.8 / len(series)
     looks = _looks(list(series))
     for k, (label, values) in enumerate(series.items()):
@@ -109,10 +120,11 @@ def dots(
             spread = np.linspace(-0.3, 0.3, len(seeds)) * width if len(seeds) > 1 else [0.0]
             axis.scatter(center + np.asarray(spread), seeds, s=11, color=colour, zorder=3)
     axis.set_xticks(range(len(groups)), groups)
-    everything = [v for values in series.values() for seeds in values for v in seeds]
-    low, high = min(everything), max(everything)
-    margin = 0.1 * (high - low) or 1.0
-    axis.set_ylim(low - margin, high + margin)
+    everything = np.array([v for values in series.values() for seeds in values for v in seeds])
+    known = everything[np.isfinite(everything)]
+    if len(known):
+        margin = 0.1 * (known.max() - known.min()) or 1.0
+        axis.set_ylim(known.min() - margin, known.max() + margin)
     if len(series) > 1:
         figure.legend(loc="outside upper center", ncols=len(series), frameon=False, fontsize=8)
     return figure
@@ -144,7 +156,7 @@ def surfaces(
     figure = Figure(figsize=(3.9 * columns, 2.9 * rows + 0.3), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False)
     for axis, title, table, scale in zip(grid.flat, titles, values, scales, strict=False):
-        style(axis, title, xlabel, ylabel)
+        _style(axis, title, xlabel, ylabel)
         same = [v for v, other in zip(values, scales, strict=True) if other == scale]
         most = max(float(np.nanmax(np.abs(same))), 1e-3)
         levels = MaxNLocator(nbins=10, symmetric=True).tick_values(-most, most)
@@ -161,7 +173,7 @@ def surfaces(
     return figure
 
 
-def style(axis: Axes, title: str, xlabel: str, ylabel: str) -> None:
+def _style(axis: Axes, title: str, xlabel: str, ylabel: str) -> None:
     """Titles, grid and frame."""
     axis.set_title(title, fontsize=10, color=INK, loc="left")
     axis.set_xlabel(xlabel, fontsize=9)
@@ -185,8 +197,8 @@ def _looks(labels: Sequence[str]) -> dict[str, int]:
 def _draw(axis: Axes, line: Line, index: int) -> None:
     values = np.asarray(line.y, dtype=float)
     colour = COLOURS[index % len(COLOURS)]
-    if len(values) > 1:
-        low, high = values.min(0), values.max(0)
+    if line.band is not None or len(values) > 1:
+        low, high = line.band or (values.min(0), values.max(0))
         axis.fill_between(line.x, low, high, color=colour, alpha=0.12, linewidth=0)
     axis.plot(
         line.x,

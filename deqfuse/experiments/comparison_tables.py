@@ -3,41 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from math import isnan
 from statistics import fmean, median, stdev
+from typing import Any
 
-from deqfuse.cli.models import FUSIONS, FusionKind
-from deqfuse.cli.training import Run
+from deqfuse.experiments.comparison import FusionKind, Run, by_fusion
+from deqfuse.experiments.metrics import METRIC_NAMES
+from deqfuse.experiments.statistics import percent
+from deqfuse.reports.page import NOTHING, Table
 
-__all__ = ["Table", "comparison_table", "comparison_text", "convergence_text", "runs_as_json"]
-
-NOTHING = "-"  # a cell without a meaning for its fusion
-METRIC_NAMES = {
-    "accuracy": "accuracy %",
-    "f1": "F1 %",
-    "auc": "AUC %",
-    "weighted_f1": "weighted F1 %",
-    "macro_f1": "macro F1 %",
-}
-
-
-@dataclass(frozen=True)
-class Table:
-    """Text cells, for the terminal and for the page alike."""
-
-    headers: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    notes: tuple[str, ...]
+__all__ = [
+    "comparison_table",
+    "comparison_text",
+    "convergence_text",
+    "non_finite_text",
+    "runs_as_json",
+]
 
 
-def comparison_table(runs: Sequence[Run], metrics: Sequence[str]) -> Table:
+def comparison_table(runs: Sequence[Run], metrics: Sequence[str] | None) -> Table:
     """One row per fusion; numbers over its seeds.
 
     Args:
         runs: all runs of the comparison.
-        metrics: which of ``Run.metrics`` get a column.
+        metrics: which of them get a column; all when None.
     """
+    metrics = metrics or _metrics(runs[0])
     seeds = len({run.seed for run in runs})
     headers = (
         "fusion",
@@ -54,8 +44,8 @@ def comparison_table(runs: Sequence[Run], metrics: Sequence[str]) -> Table:
         rows.append(
             (
                 kind.label,
-                *(_mean_and_spread([run.metrics[m] for run in group]) for m in metrics),
-                f"{group[0].num_parameters:,}",
+                *(percent([run.test[m] for run in group]) for m in metrics),
+                f"{group[0].model.num_parameters:,}",
                 *steps,
                 _share_converged(group),
                 f"{1000 * median(run.seconds_per_epoch for run in group):.0f}",
@@ -63,7 +53,8 @@ def comparison_table(runs: Sequence[Run], metrics: Sequence[str]) -> Table:
         )
     spread = f"mean ± standard deviation over {seeds} seeds" if seeds > 1 else "one seed, no spread"
     notes = (
-        f"Test scores: {spread}; the epoch was chosen on the validation rows.",
+        f"Test scores: {spread}; the epoch was chosen on the validation rows. {NOTHING}: undefined "
+        "for a run.",
         "Steps: evaluations of the map per test row, median / maximum, at the layer's tolerance.",
         "Converged: test rows whose every block reached the tolerance.",
         "ms/epoch: median wall time of a training epoch, without validation.",
@@ -73,9 +64,12 @@ def comparison_table(runs: Sequence[Run], metrics: Sequence[str]) -> Table:
 
 def comparison_text(runs: Sequence[Run]) -> str:
     """Whether the accuracies differ by more than the seeds do, in a sentence."""
-    groups = [(kind, [run.metrics["accuracy"] for run in group]) for kind, group in by_fusion(runs)]
+    groups = [(kind, [run.test["accuracy"] for run in group]) for kind, group in by_fusion(runs)]
     if len(groups[0][1]) < 2:
         return "With one seed there is no spread: these accuracies do not rank the fusions."
+    groups = [(kind, scores) for kind, scores in groups if None not in scores]
+    if not groups:
+        return "No fusion has a mean accuracy: this table does not rank them."
     means = {kind.label: 100 * fmean(scores) for kind, scores in groups}
     spreads = {kind.label: 100 * stdev(scores) for kind, scores in groups}
     best = max(means, key=lambda label: means[label])
@@ -100,71 +94,76 @@ def comparison_text(runs: Sequence[Run]) -> str:
     )
 
 
+def non_finite_text(runs: Sequence[Run]) -> str:
+    """Which models answer with NaN or infinity, in a sentence; "" if none does."""
+    broken = [
+        f"{run.kind.label}, seed {run.seed + 1} ({run.test['non_finite_rows']})"
+        for run in runs
+        if "non_finite_rows" in run.test
+    ]
+    if not broken:
+        return ""
+    return (
+        f"NOT FINITE are the answers of {'; '.join(broken)}; in brackets the number of test rows. "
+        f"Their scores are undefined ({NOTHING}), and so are the means over their seeds. Remedy: "
+        "look for outliers in the data."
+    )
+
+
 def convergence_text(runs: Sequence[Run]) -> str:
     """How many rows missed the tolerance while training, and the warnings, in sentences."""
-    group = [run for run in runs if run.train_converged is not None]
+    group = [run.history for run in runs if run.history.converged]
     if not group:
         return ""
-    missed = fmean(1 - (run.train_converged or 0.0) for run in group)
-    count = sum(run.num_warnings for run in group)
+    missed = fmean(1 - (history.rows_converged or 0.0) for history in group)
+    told = [text for history in group for text in history.warnings]
     text = (
         f"In training, {100 * missed:.2g}% of the rows of DEQ Fusion's solves missed the "
         f"tolerance. Convergence warnings while training and validating, counted instead of "
-        f"printed: {count}."
+        f"printed: {len(told)}."
     )
-    first = next((run.first_warning for run in group if run.first_warning), "")
-    return f"{text} The first one: {first}" if first else text
+    return f"{text} The first one: {told[0]}" if told else text
 
 
-def runs_as_json(runs: Sequence[Run]) -> list[dict[str, object]]:
+def runs_as_json(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """Every run's numbers, for whoever wants to plot or test them again."""
     return [
         {
             "fusion": run.kind.label,
             "seed": run.seed,
-            "test": {name: None if isnan(v) else v for name, v in run.metrics.items()},
-            "chosen_epoch": run.chosen_epoch,
-            "validation_accuracy": run.validation,
-            "train_loss": run.train_loss,
-            "parameters": run.num_parameters,
+            "test": {name: run.test[name] for name in _metrics(run)},
+            "chosen_epoch": run.history.chosen_epoch,
+            "validation_accuracy": run.history.validation,
+            "train_loss": run.history.train_loss,
+            "parameters": run.model.num_parameters,
             "seconds_per_epoch": run.seconds_per_epoch,
-            "train_rows_converged": run.train_converged,
-            "convergence_warnings": run.num_warnings,
-            "test_rows_converged": run.solve.converged if run.solve else None,
-            "fuse_evaluations_median_max": run.solve.fuse_nfe if run.solve else None,
-            "cells_evaluations_median_max": run.solve.cells_nfe if run.solve else None,
+            "train_rows_converged": run.history.rows_converged,
+            "convergence_warnings": len(run.history.warnings),
+            "test_rows_converged": run.test.get("converged"),
+            "fuse_evaluations_median_max": run.test.get("fuse_nfe"),
+            "cells_evaluations_median_max": run.test.get("cells_nfe"),
         }
         for run in runs
     ]
 
 
-def by_fusion(runs: Sequence[Run]) -> list[tuple[FusionKind, list[Run]]]:
-    """Runs of each fusion, in the order of ``FUSIONS``."""
-    groups = [(kind, [run for run in runs if run.kind == kind]) for kind in FUSIONS]
-    return [(kind, group) for kind, group in groups if group]
+def _metrics(run: Run) -> list[str]:
+    return [name for name in METRIC_NAMES if name in run.test]
 
 
-def _mean_and_spread(values: list[float]) -> str:
-    if any(map(isnan, values)):
-        return NOTHING  # AUC without test rows of one of the classes
-    if len(values) == 1:
-        return f"{100 * values[0]:.1f}"
-    return f"{100 * fmean(values):.1f} ± {100 * stdev(values):.1f}"
-
-
-def _steps(kind: FusionKind, group: list[Run]) -> tuple[str, str]:
-    solves = [run.solve for run in group if run.solve is not None]
-    if solves:
-        return (
-            f"{median(s.cells_nfe[0] for s in solves):g} / {max(s.cells_nfe[1] for s in solves)}",
-            f"{median(s.fuse_nfe[0] for s in solves):g} / {max(s.fuse_nfe[1] for s in solves)}",
+def _steps(kind: FusionKind, group: Sequence[Run]) -> tuple[str, ...]:
+    if "fuse_nfe" in group[0].test:
+        blocks = ([run.test[name] for run in group] for name in ("cells_nfe", "fuse_nfe"))
+        return tuple(
+            f"{median(middle for middle, _ in block):g} / {max(most for _, most in block)}"
+            for block in blocks
         )
     fixed = f"{kind.steps} fixed" if kind.steps else NOTHING
     return (fixed if kind.key == "tied" else NOTHING), fixed
 
 
-def _share_converged(group: list[Run]) -> str:
-    shares = [run.solve.converged for run in group if run.solve is not None]
+def _share_converged(group: Sequence[Run]) -> str:
+    shares = [run.test["converged"] for run in group if "converged" in run.test]
     if not shares:
         return NOTHING
     share = 100 * fmean(shares)

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from deqfuse.cli.errors import UserError
+from deqfuse.reports.errors import UserError
 
 __all__ = ["MANIFEST", "OutputFolder", "OutputRefused"]
 

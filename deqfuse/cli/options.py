@@ -1,0 +1,232 @@
+"""The options of the commands; what they mean is in ``commands.py`` and ``studies.py``."""
+
+from __future__ import annotations
+
+import argparse
+
+import deqfuse
+
+__all__ = ["parser"]
+
+_DESCRIPTION = """\
+Deep-equilibrium multimodal fusion for PyTorch.
+
+  deqfuse demo               train and compare fusions on real data, about 2 minutes
+  deqfuse train --data DIR   the same on your own multi-view data
+  deqfuse experiment NAME    the papers' experiments; minutes to hours
+  deqfuse info               versions, devices, backends: what works here, what not and why
+"""
+
+_DEMO = """\
+Train the same encoders and head with four fusions (concatenation, weighted sum, weight-tied steps
+and DEQ Fusion) on handwritten numerals seen through six feature sets (UCI Multiple Features,
+shipped with deqfuse), print a table, check the trained layer's gradients, and write a report that
+opens in a browser.
+"""
+
+_TRAIN = """\
+The comparison of `deqfuse demo` on your own data. DIR holds CSV files in MOGONET layout, for the
+views i = 1, 2, ...:
+
+  {i}_tr.csv  {i}_te.csv         training and test rows: one sample per line, numbers, no header row
+  labels_tr.csv  labels_te.csv   one integer per line, in the order of the rows
+  {i}_featname.csv               optional, one feature name per line
+
+Validation rows are taken out of the training rows; the test rows serve for the final numbers only.
+"""
+
+_EXPERIMENT = """\
+The experiments of the papers, on data that is at hand. Every finished trial is kept in the output
+folder; after an interruption the same command goes on where it stopped. The epoch of a model is
+chosen on validation rows, never on the test rows.
+
+  deqfuse experiment synthetic              progressive fusion's Appendix B.1
+  deqfuse experiment numerals               fusions, ablations, robustness, probes (shipped data)
+  deqfuse experiment omics --data DIR       MM-Dynamics with and without DEQ Fusion (MOGONET layout)
+  deqfuse experiment audiovisual --images DIR --audio DIR     digits seen and spoken
+"""
+
+_HELP = {
+    "synthetic": "progressive fusion and DEQ Fusion on two dependent views (Appendix B.1)",
+    "numerals": "all fusions and ablations on the handwritten numerals",
+    "omics": "MM-Dynamics with concatenation against DEQ Fusion",
+    "audiovisual": "digits seen (MNIST format) and spoken (free-spoken-digit format)",
+}
+_SEEDS = {"synthetic": 30, "numerals": 5, "omics": 10, "audiovisual": 3}
+_SEEDS_HELP = {"synthetic": "trials per setting"}
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of ``deqfuse`` and its commands."""
+    raw = argparse.RawDescriptionHelpFormatter
+    whole = argparse.ArgumentParser(
+        prog="deqfuse", description=_DESCRIPTION, formatter_class=raw, allow_abbrev=False
+    )
+    whole.add_argument("--version", action="version", version=f"deqfuse {deqfuse.__version__}")
+    commands = whole.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    demo = commands.add_parser(
+        "demo",
+        help="compare fusions on the handwritten numerals",
+        description=_DEMO,
+        formatter_class=raw,
+        allow_abbrev=False,
+    )
+    _add_common(demo, out="deqfuse-report")
+
+    train = commands.add_parser(
+        "train",
+        help="compare fusions on your own data",
+        description=_TRAIN,
+        formatter_class=raw,
+        allow_abbrev=False,
+    )
+    train.add_argument("--data", required=True, metavar="DIR", help="folder with the CSV files")
+    _add_common(train, out="deqfuse-train-report")
+    train.add_argument(
+        "--validation",
+        type=_fraction,
+        default=0.25,
+        metavar="SHARE",
+        help="share of the training rows to validate on (default %(default)s)",
+    )
+    train.add_argument(
+        "--split-seed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="which rows those are (default %(default)s)",
+    )
+
+    _add_experiment(commands)
+
+    commands.add_parser(
+        "info", help="versions, devices, backends", description="Same as `python -m deqfuse.info`."
+    )
+    return whole
+
+
+def _add_common(parser: argparse.ArgumentParser, out: str) -> None:
+    parser.add_argument(
+        "--out",
+        default=out,
+        metavar="DIR",
+        help="folder for the report (default %(default)s); other people's files are left alone",
+    )
+    parser.add_argument(
+        "--seeds",
+        type=_positive,
+        default=3,
+        metavar="N",
+        help="how often each fusion is trained (default %(default)s)",
+    )
+    parser.add_argument(
+        "--epochs",
+        type=_positive,
+        default=60,
+        metavar="N",
+        help="epochs per run (default %(default)s)",
+    )
+    parser.add_argument(
+        "--device", default="cpu", metavar="NAME", help="cpu or cuda (default %(default)s)"
+    )
+    # Operations this small gain nothing from a second thread, and on a busy machine the threads'
+    # waiting for each other makes an epoch ten times slower (measured on two cores).
+    parser.add_argument(
+        "--threads",
+        type=_positive,
+        default=1,
+        metavar="N",
+        help="CPU threads of torch (default %(default)s: the models are small)",
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="few rows, 2 epochs, 1 seed: does everything work?"
+    )
+
+
+def _add_experiment(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    raw = argparse.RawDescriptionHelpFormatter
+    experiment = commands.add_parser(
+        "experiment",
+        help="the papers' experiments",
+        description=_EXPERIMENT,
+        formatter_class=raw,
+        allow_abbrev=False,
+    )
+    names = experiment.add_subparsers(dest="experiment", required=True, metavar="NAME")
+    for name, text in _HELP.items():
+        one = names.add_parser(name, help=text, description=text, allow_abbrev=False)
+        if name == "omics":
+            one.add_argument(
+                "--data", required=True, metavar="DIR", help="folder in MOGONET layout"
+            )
+        if name == "audiovisual":
+            one.add_argument(
+                "--images",
+                required=True,
+                metavar="DIR",
+                help="folder with the MNIST files (train-images-idx3-ubyte, ..., also .gz)",
+            )
+            one.add_argument(
+                "--audio",
+                required=True,
+                metavar="DIR",
+                help="folder with recordings named {digit}_{speaker}_{number}.wav",
+            )
+        one.add_argument(
+            "--out",
+            default=f"deqfuse-{name}-report",
+            metavar="DIR",
+            help="folder for trials and report (default %(default)s)",
+        )
+        one.add_argument(
+            "--seeds",
+            type=_positive,
+            default=_SEEDS[name],
+            metavar="N",
+            help=f"{_SEEDS_HELP.get(name, 'how often each model is trained')} "
+            "(default %(default)s)",
+        )
+        one.add_argument(
+            "--epochs",
+            type=_positive,
+            metavar="N",
+            help="epochs per training (default: the study's own)",
+        )
+        one.add_argument(
+            "--jobs",
+            type=_positive,
+            default=1,
+            metavar="N",
+            help="processes that run trials side by side (default %(default)s)",
+        )
+        one.add_argument(
+            "--threads",
+            type=_positive,
+            default=1,
+            metavar="N",
+            help="CPU threads of torch in each process (default %(default)s)",
+        )
+        one.add_argument(
+            "--quick", action="store_true", help="a few steps of everything: does it work?"
+        )
+
+
+def _positive(text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number >= 1, got {text!r}")
+    return value
+
+
+def _fraction(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"expected a number between 0 and 1, got {text!r}")
+    return value
