@@ -12,15 +12,17 @@ import deqfuse
 ROOT = Path(deqfuse.__file__).parent
 # Lowest first. A module imports from its own level and below.
 LEVELS = (
-    ("errors", "outcome", "scalars", "triton_kernels"),
+    ("errors", "outcome", "scalars", "torch_private", "triton_kernels"),
     ("solvers.options",),
-    ("reporting", "checks"),
-    ("diagnostics", "result", "solvers"),
+    ("solvers", "reporting"),
+    ("checks",),
+    ("diagnostics", "result"),
     ("backends",),
-    ("ops",),
-    ("autograd",),
-    ("eager",),
-    ("transforms",),
+    ("operators.blocks",),
+    ("operators.bodies", "operators.rule"),
+    ("operators.eager",),
+    ("operators.registered", "operators.transforms"),
+    ("operators",),
     ("equilibrium",),
     ("functional",),
     ("nn", "checkpoints"),
@@ -49,7 +51,10 @@ def imported(path: Path) -> set[str]:
         if isinstance(node, ast.ImportFrom) and node.module == "deqfuse":
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("deqfuse."):
-            names.add((node.module or "").removeprefix("deqfuse."))
+            package = (node.module or "").removeprefix("deqfuse.")
+            for alias in node.names:  # a module of a package, or what a module holds
+                inner = ROOT.joinpath(*package.split("."), f"{alias.name}.py")
+                names.add(f"{package}.{alias.name}" if inner.exists() else package)
     return names
 
 
@@ -64,6 +69,9 @@ def test_imports_go_downwards(module: str) -> None:
     here = module.removesuffix(".__init__")
     known = {name.split(".")[0] for names in LEVELS for name in names}
     for name in imported(path):
-        if name.split(".")[0] in known:  # others are names that the package re-exports
-            lazy = name.split(".")[0] in LAZY.get(here, set())
-            assert lazy or level(name) <= level(here), f"{here} imports {name}"
+        if name in (*deqfuse.__all__, "__version__"):  # the package itself, which is the top
+            assert here.split(".")[0] in LEVELS[-1], f"{here} imports the package's own {name}"
+            continue
+        assert name.split(".")[0] in known, f"{name}, imported by {here}, has no level in this test"
+        lazy = name.split(".")[0] in LAZY.get(here, set())
+        assert lazy or level(name) <= level(here), f"{here} imports {name}"
