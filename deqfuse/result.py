@@ -18,10 +18,21 @@ __all__ = ["BlockInfo", "SolveInfo"]
 
 @dataclass(frozen=True)
 class BlockInfo:
-    """Statistics of one kind of block. Every field is a detached tensor on the solve's device.
+    """Statistics of one kind of block, per row. Every field is a detached tensor on the solve's
+    device.
 
-    Shapes: ``(...)`` for the fuse block and for ``DEQ``, ``(N, ...)`` for the modality cells, where
-    ``...`` are the leading dimensions of the input. ``trace`` has one more dimension in front.
+    A row is one sample, a problem of its own; ``(...)`` are the leading dimensions of the input.
+    Statistics have this shape for the fuse block and for ``DEQ``; for the modality cells they are
+    ``(N, ...)``, one entry for each cell.
+
+    Attributes:
+        residual: (...) relative residual ``|f(z) - z| / (|f(z)| + 1e-5)`` at the row's best iterate
+            z; f(z) is what the solve returned.
+        nfe: (...) int32, evaluations of f (JVPs and VJPs included) while the row was active.
+        outcome: (...) int8, values of :class:`Outcome`.
+        trace: (steps, ...) residual at every step, NaN once the row had stopped; None without
+            ``solver(trace=True)``. That of ``DEQ`` ends with its last row; the layer's has max_iter
+            steps (with rescue more), since a solve there is one operator.
     """
 
     residual: Tensor  # |f(z) - z| / (|f(z)| + 1e-5) at the best iterate z; f(z) is returned
@@ -38,7 +49,16 @@ class BlockInfo:
 
     @classmethod
     def exact(cls, like: Tensor, shape: tuple[int, ...], nfe: int) -> BlockInfo:
-        """For a block solved in closed form (``like`` gives device and dtype)."""
+        """Statistics of a block that was solved in closed form: residual 0, converged.
+
+        Args:
+            like: (...) any tensor of the solve, which gives device and dtype.
+            shape: of the statistics, for example (B,) or (N, B).
+            nfe: evaluations that each row took.
+
+        Returns:
+            The statistics, of shape (...) = ``shape``.
+        """
         return cls(
             residual=torch.zeros(shape, device=like.device, dtype=like.dtype),
             nfe=torch.full(shape, nfe, device=like.device, dtype=torch.int32),
@@ -46,7 +66,14 @@ class BlockInfo:
         )
 
     def reshape(self, *shape: int) -> BlockInfo:
-        """The same statistics with rows arranged as ``shape``."""
+        """The same statistics with rows arranged as ``shape``.
+
+        Args:
+            *shape: new dimensions of the statistics, -1 for one of them to be inferred.
+
+        Returns:
+            The statistics as views of these, where torch can.
+        """
         return BlockInfo(
             self.residual.reshape(shape),
             self.nfe.reshape(shape),
@@ -59,10 +86,19 @@ class BlockInfo:
 class SolveInfo:
     """What happened in one forward solve.
 
-    Statistics stay on the device until someone reads them. ``jacobian_penalty`` and
-    ``spectral_radius`` are computed when called; for that the record keeps the equilibrium and the
-    inputs alive, so drop it when you no longer need it. Copies (pickle, deepcopy) keep the
+    Statistics stay on the device until someone reads them. :meth:`jacobian_penalty` and
+    :meth:`spectral_radius` are computed when called; for that the record keeps the equilibrium and
+    the inputs alive, so drop it when you no longer need it. Copies (pickle, deepcopy) keep the
     statistics only.
+
+    Attributes:
+        fuse: statistics (...) of the fuse block, or of the single block that ``DEQ`` and
+            ``ProFusion`` have; ``...`` are the leading dimensions of the input.
+        cells: statistics (N, ...) of the modality cells; None where there is a single block.
+        backend: name of the backend that ran, never "auto".
+        blocks: for the Jacobian measurements, one function without arguments for each kind of
+            block, which gives its map f and its equilibrium. () where there is no equilibrium or it
+            is in closed form (J = 0), None in a copy, where nothing was kept to measure.
     """
 
     fuse: BlockInfo  # (...)
@@ -86,7 +122,14 @@ class SolveInfo:
         return f"SolveInfo(rows={rows}{cells}, backend={self.backend!r})"
 
     def reshape(self, *rows: int) -> SolveInfo:
-        """The same record with rows arranged as ``rows``."""
+        """The same record with rows arranged as ``rows``.
+
+        Args:
+            *rows: new leading dimensions (...) in place of (B,); the cells' N stays in front.
+
+        Returns:
+            A record with these shapes.
+        """
         cells = self.cells
         if cells is not None:
             cells = cells.reshape(cells.residual.shape[0], *rows)
@@ -102,7 +145,7 @@ class SolveInfo:
 
     @property
     def residual(self) -> Tensor:
-        """(...): residual of the row's worst block."""
+        """(...) relative residual of the row's worst block; NaN if any block's is."""
         if self.cells is None:
             return self.fuse.residual
         return torch.maximum(self.fuse.residual, self.cells.residual.amax(0))  # NaN if any is
@@ -124,28 +167,50 @@ class SolveInfo:
         return torch.maximum(self.fuse.nfe, self.cells.nfe.amax(0))
 
     def jacobian_penalty(self, num_probes: int = 1) -> Tensor:
-        """Scalar ``sum_b |J_bb^T v|^2 / (B (N+1) d)`` with Gaussian probes v, for the loss.
+        """Jacobian penalty: the size of the map's Jacobian at the equilibrium, a term for the loss.
+
+        ``sum_b |J_bb^T v|^2 / (B (N+1) d)`` over the blocks b with Gaussian probes v: a random
+        estimate of the squared Frobenius norms per feature. In the loss it keeps the layer
+        contractive in training, so that rows go on converging.
 
         Differentiable where gradients are on, a plain number under ``torch.no_grad()``. The
         equilibrium is held constant (its own dependence on the parameters is not followed), as in
-        the authors' released code; in the loss it keeps the layer contractive in training. One
-        double VJP per probe and block, on the reference path. Blocks in closed form count as 0,
-        and so does ``ProFusion(steps=)``; with ``weight_tied_steps`` it is the Jacobian of one more
-        step.
+        the authors' released code. One double VJP per probe and block, on the reference path.
+        Blocks in closed form count as 0, and so does ``ProFusion(steps=)``; with
+        ``weight_tied_steps`` it is the Jacobian of one more step.
+
+        Args:
+            num_probes: probes v per block, at least 1; more of them make the estimate less noisy.
+
+        Returns:
+            Scalar of shape (), in the dtype of the solve.
 
         Raises:
-            RuntimeError: the solve or this call under ``torch.inference_mode()``; or this record
-                is a copy, which keeps nothing to measure.
+            TypeError: ``num_probes`` is no integer.
+            ValueError: ``num_probes`` is less than 1.
+            RuntimeError: the solve or this call under ``torch.inference_mode()``; or this record is
+                a copy, which keeps nothing to measure.
         """
         from deqfuse.diagnostics.jacobian import jacobian_penalty
 
         return jacobian_penalty(self._blocks("jacobian_penalty"), num_probes)
 
     def spectral_radius(self, num_iters: int = 60) -> Tensor:
-        """(blocks, ...) largest ``|eigenvalue|`` of each row's J_bb, by power iteration.
+        """Largest ``|eigenvalue|`` of each row's Jacobian J_bb of each block, by power iteration.
 
-        The cells come first, the fuse block last; blocks in closed form are left out. Below 1 the
-        plain iteration converges. Raises as :meth:`jacobian_penalty`.
+        Below 1 the plain iteration ``z <- f(z)`` converges near the equilibrium.
+
+        Args:
+            num_iters: iterations, at least 2; the estimate is the mean growth over their second
+                half.
+
+        Returns:
+            (blocks, ...): the cells first, the fuse block last; blocks in closed form are left out.
+
+        Raises:
+            TypeError: ``num_iters`` is no integer.
+            ValueError: ``num_iters`` is less than 2.
+            RuntimeError: as for :meth:`jacobian_penalty`.
         """
         from deqfuse.diagnostics.jacobian import spectral_radius
 
