@@ -35,12 +35,10 @@ class BlockInfo:
             steps (with rescue more), since a solve there is one operator.
     """
 
-    residual: Tensor  # |f(z) - z| / (|f(z)| + 1e-5) at the best iterate z; f(z) is returned
-    nfe: Tensor  # int32, evaluations of f (JVPs and VJPs included) while the row was active
-    outcome: Tensor  # int8, values of Outcome
-    # (steps, ...): residual at every step; NaN once the row had stopped. DEQ's ends with its last
-    # row; the layer's has max_iter steps (with rescue more), since a solve there is one operator.
-    trace: Tensor | None = None
+    residual: Tensor  # (...)
+    nfe: Tensor  # (...) int32
+    outcome: Tensor  # (...) int8
+    trace: Tensor | None = None  # (steps, ...)
 
     @property
     def converged(self) -> Tensor:
@@ -102,10 +100,8 @@ class SolveInfo:
     """
 
     fuse: BlockInfo  # (...)
-    cells: BlockInfo | None  # (N, ...); None for DEQ, which has a single block
-    backend: str  # the backend that ran, never "auto"
-    # Each gives (f, z*) of one kind of block, for the Jacobian measurements below. () where there
-    # is no equilibrium or it is in closed form (J = 0), None where nothing was kept to measure.
+    cells: BlockInfo | None  # (N, ...)
+    backend: str
     blocks: tuple[Callable[[], Any], ...] | None = field(default=(), repr=False, compare=False)
 
     def __getstate__(self) -> dict[str, Any]:

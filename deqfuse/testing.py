@@ -310,8 +310,8 @@ def gradient_errors(
         where that is more (the relative error of a vanishing gradient means nothing).
 
     Raises:
-        ValueError: ``fusion`` has ``weight_tied_steps``: no equilibrium.
-        ConvergenceError: no row converged.
+        ConvergenceError: no row converged, or what ``fusion`` returns does not solve the naive
+            equations.
     """
     twin = copy.deepcopy(fusion).double().eval().requires_grad_()
     twin.on_failure = "ignore"

@@ -15,7 +15,16 @@ Missing = tuple[str, str]  # why something cannot be had here, and what would ch
 
 
 class Launchers(NamedTuple):
-    """What a backend runs for one kind of block; arguments and results as in ``reference.py``."""
+    """What a backend runs for one kind of block; a launcher is one of these two functions.
+
+    Arguments and results are those of the functions in ``reference.py`` of the same block. A
+    launcher may trust its arguments (``functional.py`` has checked them) except that parameters may
+    have any layout. Results share no memory with arguments.
+
+    Attributes:
+        solve: returns :class:`Solved`, or :class:`SolvedLayer` for a layer.
+        adjoint: returns gradients of the rows operands, gradients of the parameters, statistics.
+    """
 
     solve: Callable[..., Any]  # -> Solved, or SolvedLayer
     adjoint: Callable[..., Any]  # -> gradients, statistics
@@ -25,13 +34,20 @@ class Launchers(NamedTuple):
 class Backend:
     """A way to run the layer's solves and adjoints, and Anderson's step for any other map.
 
+    ``BACKENDS`` in ``backends/__init__.py`` lists the records; CONTRIBUTING.md says how to add one.
+
     Args:
         summary: one line for ``python -m deqfuse.info``.
-        unavailable: None, or why it cannot run on this machine and what would change that.
-        refuses: None, or why it cannot take this problem.
-        cells, fuse, layer: what it runs for each kind of block.
-        takes_rows: whether ``anderson`` can run this solve of a map of any kind.
-        anderson: Anderson mixing on the rows of any map, ``(f, z0, option) -> Solution``.
+        unavailable: () -> None, or why it cannot run on this machine and what would change that.
+        refuses: (problem) -> None, or why it cannot take this problem, as the end of a sentence
+            that begins "backend='name' cannot take this call:".
+        cells: what it runs for the residual cells.
+        fuse: what it runs for the purify-then-combine step.
+        layer: what it runs for both at once; ``layer.py`` makes it of the others.
+        takes_rows: (z0, solver) -> whether ``anderson`` can run this solve of a map of any kind
+            from z0 (R, n).
+        anderson: Anderson mixing on the rows of any map, ``(f, z0, option) -> Solution`` with z0
+            (R, n). Only called where ``takes_rows`` says so.
     """
 
     summary: str
