@@ -17,17 +17,20 @@ Missing = tuple[str, str]  # why something cannot be had here, and what would ch
 class Launchers(NamedTuple):
     """What a backend runs for one kind of block; a launcher is one of these two functions.
 
-    Arguments and results are those of the functions in ``reference.py`` of the same block. A
-    launcher may trust its arguments (``functional.py`` has checked them) except that parameters may
-    have any layout. Results share no memory with arguments.
+    Arguments and results are those of the functions in ``reference.py`` for the same block. Shapes
+    and options have been checked when a launcher is called. A layer's parameters have not: a
+    launcher that cannot use them fails with a RuntimeError, TypeError or AttributeError, and
+    ``functional.py`` then says what is wrong with them. Tensors may have any strides, except the
+    equilibrium that an adjoint is given, which is contiguous. Results share no memory with
+    arguments.
 
     Attributes:
         solve: returns :class:`Solved`, or :class:`SolvedLayer` for a layer.
         adjoint: returns gradients of the rows operands, gradients of the parameters, statistics.
     """
 
-    solve: Callable[..., Any]  # -> Solved, or SolvedLayer
-    adjoint: Callable[..., Any]  # -> gradients, statistics
+    solve: Callable[..., Any]
+    adjoint: Callable[..., Any]
 
 
 @dataclass(frozen=True)

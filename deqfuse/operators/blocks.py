@@ -85,16 +85,16 @@ class Block:
     """
 
     name: str
-    solve: Any  # the operators, as torch.ops has them
+    solve: Any
     adjoint: Any
-    launchers: Callable[[Backend], Launchers]  # the functions of a backend that they run
-    num_rows: int | None  # how many rows operands; None: one list of them
+    launchers: Callable[[Backend], Launchers]
+    num_rows: int | None
     num_others: int
-    masks: tuple[int, ...]  # which of the others the adjoint takes, too: tensors or None,
-    sizes: tuple[int, ...]  # and, behind them, numbers
-    num_equilibria: int  # leading results that are equilibria; the adjoint is given the last
-    cotangents: Callable[..., tuple[Any, ...]]  # of the adjoint, from those of the equilibria
-    parts: reporting.Parts  # what a report calls them, in the order in which they are solved
+    masks: tuple[int, ...]
+    sizes: tuple[int, ...]
+    num_equilibria: int
+    cotangents: Callable[..., tuple[Any, ...]]
+    parts: reporting.Parts
 
     @property
     def num_results(self) -> int:
