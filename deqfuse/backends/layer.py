@@ -111,7 +111,7 @@ def adjoint(
     option: GradientOption,
     want_params: bool,
 ) -> tuple[list[Tensor], list[Tensor], LayerStatistics]:
-    """Backwards: the fuse step, then the cells, which receive what it owes them.
+    """Backwards: the fuse step, then the cells, whose cotangents are its gradient of their sum.
 
     Args:
         adjoint_cells: a backend's launcher, as ``reference.adjoint_cells``.

@@ -1,4 +1,8 @@
-"""``DEQFusion``: the deep-equilibrium multimodal fusion layer."""
+"""``DEQFusion``: the deep-equilibrium multimodal fusion layer.
+
+Features enter in ``DEQFusion.forward``, which makes injections of them; ``solving.py`` solves for
+their equilibrium. The parameters are read at each call and passed on as plain tensors.
+"""
 
 from __future__ import annotations
 

@@ -185,7 +185,7 @@ LAYER = Block(
     sizes=(),
     # The fused z, for callers to write into, and all equilibria, in memory of the operator's own.
     num_equilibria=2,
-    # The fused row of the second is handed to no caller, so its cotangent is zero.
+    # Callers get the cells of the second only, so the cotangent of its fused row is zero.
     cotangents=lambda grad_z, grad_states: (
         grad_z,
         None if grad_states is None else grad_states[:-1],
