@@ -159,7 +159,7 @@ def choose(requested: str, problem: Problem) -> str:
 def _announce(name: str, problem: Problem) -> None:
     """Log what "auto" took, and once per process that the compiled module is missing.
 
-    An install loses that module without a word that pip shows, and everything still runs, slowly.
+    An install may leave that module out, which pip does not show; everything still runs, slowly.
     A log entry, as a warning would stop those who make warnings errors.
     """
     if name not in _announced:

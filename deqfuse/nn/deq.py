@@ -79,8 +79,8 @@ class DEQ(nn.Module):
 
         Returns:
             The equilibrium, structured like ``z0``, (B, ...) each, and a :class:`SolveInfo` whose
-            ``fuse`` block has shape (B,). Always both, as nobody can say of any f that it
-            converges; a module for ``nn.Sequential`` is one of yours that keeps the first.
+            ``fuse`` block has shape (B,). Always both, since not every f
+            converges; for ``nn.Sequential`` write a module that keeps the first.
 
         Raises:
             TypeError: z0, or what f returned, has a wrong type or dtype.
