@@ -63,14 +63,29 @@ def fixed_point(
 ) -> tuple[Tensor, BlockInfo, str]:
     """Equilibrium ``z = f(z)`` of any row-wise callable, with gradients to everything f touches.
 
+    The gradient is that of the implicit function theorem (Theorem 1 of arXiv 2306.16645): backward,
+    ``(I - J^T) u = g`` is solved per row, with J the Jacobian of f at the equilibrium.
+
     Args:
-        f: maps (B, n) to (B, n); row b of the output may depend on row b of the input only.
-        z0: start; no gradient flows to it. For 16-bit z0 the state is float32, and f receives and
-            returns it in 16 bits: it cannot be solved beyond f's own rounding.
+        f: maps (B, n) to (B, n), dtype and device of ``z0``; row b of the output may depend on row
+            b of the input only, since rows are solved and stopped one by one.
+        z0: (B, n) start, any floating dtype; no gradient flows to it. For 16-bit z0 the state is
+            float32, and f receives and returns it in 16 bits: it cannot be solved beyond f's own
+            rounding.
+        solver: forward solver with its tolerance and budget.
+        adjoint: how gradients pass.
+        on_failure: "warn", "raise" or "ignore" when rows do not converge, forward or backward.
 
     Returns:
-        ``z`` (B, n), differentiable in whatever f uses (arguments, closed-over parameters);
-        statistics (B,); the name of the backend that ran the solver.
+        The equilibrium (B, n) in the dtype of ``z0``, differentiable in whatever f uses (arguments,
+        closed-over parameters); its statistics, of shape (B,); the name of the backend that ran the
+        solver.
+
+    Raises:
+        TypeError: f is not callable; z0, or what f returned, is no floating tensor.
+        ValueError: z0, or what f returned, has a wrong shape or device.
+        NotImplementedError: inside a ``torch.func`` transform or forward-mode differentiation.
+        ConvergenceError: rows failed and ``on_failure="raise"``.
     """
     checks.options(solver, adjoint, on_failure)
     if not callable(f):

@@ -6,19 +6,35 @@ __all__ = ["BackendUnavailable", "ConvergenceError", "ConvergenceWarning", "Doub
 
 
 class ConvergenceWarning(UserWarning):
-    """Rows of a solve did not reach their tolerance; the message has the numbers and the knob."""
+    """Rows of a solve did not reach their tolerance, forward or backward; ``on_failure="warn"``.
+
+    The message says how many rows of what, in which way they failed, their worst residual, and
+    which option to change. On CUDA nothing waits for a solve: the warning comes at the next solve
+    or backward pass, or at a look at ``info.converged``.
+    """
 
 
 class ConvergenceError(RuntimeError):
-    """Raised instead of :class:`ConvergenceWarning` when ``on_failure="raise"``."""
+    """Rows of a solve did not reach their tolerance and ``on_failure="raise"``.
+
+    The message is that of :class:`ConvergenceWarning`. ``deqfuse.testing`` raises it, too, where
+    what it was given is no equilibrium.
+    """
 
 
 class BackendUnavailable(RuntimeError):
-    """A backend that was asked for cannot take this call; the message says why and what to do."""
+    """A backend that was asked for by name cannot take this call; the message says why and what to
+    do.
+
+    ``backend="auto"`` never raises it: it moves on to a backend that accepts.
+    """
 
 
 class DoubleBackwardError(RuntimeError):
-    """A second derivative through an implicit gradient was requested; see ``Unrolled``."""
+    """A second derivative through an implicit gradient was requested.
+
+    The implicit rule gives first derivatives only; ``adjoint=Unrolled()`` gives second ones.
+    """
 
     def __init__(self) -> None:
         super().__init__(

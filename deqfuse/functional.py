@@ -40,12 +40,32 @@ _UNROLLED = f"Unrolled() {ITERATES}Implicit(), or leave fullgraph out"
 def residual_cell(
     z: Tensor,  # (B, d)
     x: Tensor,  # (B, d)
-    params: Sequence[Tensor],  # the ten tensors of CellParams, without the modality dimension
+    params: Sequence[Tensor],  # ten, as CellParams
     *,
     num_groups: int = 4,
     variant: VariantName = "paper",
 ) -> Tensor:  # (B, d)
-    """One step of one residual cell, Eq. 8 of arXiv 2306.16645; differentiable."""
+    """One step of one residual cell, Eq. 8 of arXiv 2306.16645; differentiable.
+
+    A cell belongs to one modality, a kind of input such as images or text. It is computed in the
+    dtype of ``x``, 16-bit dtypes included.
+
+    Args:
+        z: (B, d) state of the cell, one row per sample; dtype and device of ``x``.
+        x: (B, d) injection, the features that enter at every step; any floating dtype.
+        params: ten tensors of any floating dtype, in the order of ``CellParams`` without its
+            modality dimension: weight (d, d) and bias (d,) of two linear maps, then weight (d,) and
+            bias (d,) of three GroupNorms.
+        num_groups: groups of each GroupNorm; divides d.
+        variant: "paper"; "released" and "released-mmimdb" add ``z`` before the last relu.
+
+    Returns:
+        (B, d), the next state, in the dtype of ``x``.
+
+    Raises:
+        TypeError: an argument that is no tensor, or of a wrong dtype.
+        ValueError: a wrong shape, device, number of parameters, or option.
+    """
     checks.tensor("x", x)
     if x.dim() != 2:
         raise ValueError(f"x: expected (B, d), got shape {tuple(x.shape)}")
@@ -63,13 +83,34 @@ def purify_combine(
     z: Tensor,  # (B, d)
     cells: Tensor,  # (N, B, d)
     x_fuse: Tensor,  # (B, d)
-    params: Sequence[Tensor],  # the six tensors of FuseParams
+    params: Sequence[Tensor],  # six, as FuseParams
     *,
     mask: Tensor | None = None,  # (B, d)
     num_groups: int = 4,
     variant: VariantName = "paper",
 ) -> Tensor:  # (B, d)
-    """One step of the soft gate and the combination, Eqs. 9-12; differentiable."""
+    """One step of the soft gate and the combination, Eqs. 9-12 of arXiv 2306.16645; differentiable.
+
+    The gate is a learned linear map that weighs each feature: ``a_i = W_a (z_f + z_i) + b_a``. To
+    purify is to multiply the fused state by it: ``a_i * z_f`` is what modality i keeps of ``z_f``.
+
+    Args:
+        z: (B, d) fused state z_f; dtype and device of ``x_fuse``, as ``cells`` and ``mask``.
+        cells: (N, B, d) states z_i of the N cells.
+        x_fuse: (B, d) injection of the combination, ``sum_i w_i x_i`` in the layer.
+        params: six tensors of any floating dtype, in the order of ``FuseParams``: weight (d, d) and
+            bias (d,) of the gate, of W_f, and weight (d,) and bias (d,) of a GroupNorm.
+        mask: (B, d) dropout factors, 0 or 1 / (1 - p), on W_f's output; none when not given.
+        num_groups: groups of the GroupNorm; divides d.
+        variant: "paper" or "released"; "released-mmimdb" has the relu after the GroupNorm.
+
+    Returns:
+        (B, d), the next fused state, in the dtype of ``x_fuse``.
+
+    Raises:
+        TypeError: an argument that is no tensor, or no floating one.
+        ValueError: a wrong shape, device, number of parameters, or option.
+    """
     checks.tensor("x_fuse", x_fuse)
     if x_fuse.dim() != 2:
         raise ValueError(f"x_fuse: expected (B, d), got shape {tuple(x_fuse.shape)}")
@@ -98,6 +139,20 @@ def output_norm(
     """The combination's last step, ``GN(relu(e))``; ``relu(GN(e))`` in "released-mmimdb".
 
     Eq. 12 of arXiv 2306.16645; differentiable.
+
+    Args:
+        e: (B, d), any floating dtype.
+        weight: (d,) of the GroupNorm.
+        bias: (d,) of the GroupNorm.
+        num_groups: groups of the GroupNorm; divides d.
+        variant: "paper", "released" or "released-mmimdb".
+
+    Returns:
+        (B, d).
+
+    Raises:
+        TypeError: an argument that is no tensor, or no floating one.
+        ValueError: a wrong shape, device or option.
     """
     checks.tensor("e", e)
     if e.dim() != 2:
@@ -111,7 +166,7 @@ def output_norm(
 
 def solve_cells(
     x: Tensor,  # (N, B, d)
-    params: Sequence[Tensor],  # N * 10 tensors: CellParams of cell 0, then of cell 1, ...
+    params: Sequence[Tensor],  # N * 10, cell after cell
     *,
     num_groups: int = 4,
     variant: VariantName = "paper",
@@ -123,17 +178,29 @@ def solve_cells(
 ) -> tuple[Tensor, BlockInfo, str]:
     """Equilibria of N residual cells, each row of each modality to its own tolerance.
 
+    ``z_i = cell_i(z_i, x_i)``, Eq. 8 of arXiv 2306.16645. A row is one sample: a problem of its
+    own, which stops when it has converged.
+
     Args:
-        x: injections, any floating dtype; 16-bit storage is computed in float32.
-        params: floating tensors of one dtype.
-        z0: start, zero when not given; no gradient flows to it.
+        x: (N, B, d) injections, any floating dtype; 16-bit storage is computed in float32.
+        params: N * 10 floating tensors of one dtype: those of :func:`residual_cell`, each (d, d) or
+            (d,), for cell 0, then for cell 1, and so on.
+        num_groups: groups of each GroupNorm; divides d.
+        variant: "paper", "released" or "released-mmimdb", as in :func:`residual_cell`.
+        solver: forward solver with its tolerance and budget.
+        adjoint: how gradients pass through the equilibria.
+        z0: (N, B, d) start, zero when not given; no gradient flows to it.
+        on_failure: "warn", "raise" or "ignore" when rows do not converge, forward or backward.
+        backend: "auto" (the fastest that accepts the problem), or a name.
 
     Returns:
-        ``z`` (N, B, d) in the compute dtype, differentiable in x and params; statistics (N, B); the
-        name of the backend that ran.
+        The equilibria (N, B, d) in the compute dtype (that of ``x``, at least float32),
+        differentiable in ``x`` and ``params``; their statistics, of shape (N, B); the name of the
+        backend that ran.
 
     Raises:
-        ValueError, TypeError: a wrong shape, device, dtype or option.
+        TypeError: an argument of a wrong type or dtype.
+        ValueError: a wrong shape, device, number of parameters, or option.
         BackendUnavailable: ``backend`` was named and cannot take the call.
         ConvergenceError: rows failed and ``on_failure="raise"``.
     """
@@ -164,7 +231,7 @@ def solve_cells(
 def solve_fuse(
     x_fuse: Tensor,  # (B, d)
     cell_sum: Tensor,  # (B, d)
-    params: Sequence[Tensor],  # the six tensors of FuseParams
+    params: Sequence[Tensor],  # six, as FuseParams
     *,
     num_modalities: int,
     mask: Tensor | None = None,  # (B, d)
@@ -178,12 +245,34 @@ def solve_fuse(
 ) -> tuple[Tensor, BlockInfo, str]:
     """Equilibrium of the purify-then-combine step for given cell equilibria, per row.
 
-    Args:
-        x_fuse: the injection ``sum_i w_i x_i``.
-        cell_sum: ``sum_i z_i*``; all that the collapsed gate needs of the cells.
-        mask: dropout factors (0 or 1 / (1 - p)), one draw for the whole solve.
+    ``z_f = purify_combine(z_f, z_1* .. z_N*, x_f)``, Eqs. 9-12 of arXiv 2306.16645. The gate is
+    linear and the same for all modalities, so of the cells it needs their sum only.
 
-    Returns, raises: as :func:`solve_cells`, with shapes (B, d) and (B,).
+    Args:
+        x_fuse: (B, d) injection ``sum_i w_i x_i``, any floating dtype; 16-bit storage is computed
+            in float32.
+        cell_sum: (B, d) sum of the cells' equilibria ``sum_i z_i*``, on the device of ``x_fuse``.
+        params: the six tensors, each (d, d) or (d,), of :func:`purify_combine`, of one dtype.
+        num_modalities: N, how many cells ``cell_sum`` adds up.
+        mask: (B, d) dropout factors (0 or 1 / (1 - p)), one draw for the whole solve.
+        num_groups: groups of the GroupNorm; divides d.
+        variant: "paper", "released" or "released-mmimdb", as in :func:`purify_combine`.
+        solver: forward solver with its tolerance and budget.
+        adjoint: how gradients pass through the equilibrium.
+        z0: (B, d) start, zero when not given; no gradient flows to it.
+        on_failure: "warn", "raise" or "ignore" when rows do not converge, forward or backward.
+        backend: "auto" (the fastest that accepts the problem), or a name.
+
+    Returns:
+        The equilibrium (B, d) in the compute dtype (that of ``x_fuse``, at least float32),
+        differentiable in ``x_fuse``, ``cell_sum`` and ``params``; its statistics, of shape (B,);
+        the name of the backend that ran.
+
+    Raises:
+        TypeError: an argument of a wrong type or dtype.
+        ValueError: a wrong shape, device, number of parameters, or option.
+        BackendUnavailable: ``backend`` was named and cannot take the call.
+        ConvergenceError: rows failed and ``on_failure="raise"``.
     """
     flat = list(params)
     checks.options(solver, adjoint, on_failure)
@@ -228,7 +317,7 @@ def solve_layer(
 
     For :class:`deqfuse.DEQFusion`, which has looked at the features already. Parameters are looked
     at when a backend could not use them: checking dozens takes as long as a small solve. Not for
-    ``Unrolled()``.
+    ``Unrolled()``. ``params`` are the list that ``backends/layer.py`` describes.
     """
     checks.options(solver, adjoint, on_failure)
     name = _choose(x[0], num_groups, solver, adjoint, backend)

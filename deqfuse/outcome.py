@@ -8,9 +8,16 @@ __all__ = ["Outcome"]
 
 
 class Outcome(enum.IntEnum):
-    """How the solve of one row ended. Stored per row as int8."""
+    """How the solve of one row ended. Stored per row as int8.
 
-    CONVERGED = 0  # the relative residual reached the tolerance
-    MAX_ITER = 1  # the evaluation budget ran out first
-    STALLED = 2  # no new best residual in 20 steps
-    NON_FINITE = 3  # the row's map became NaN or infinite
+    Attributes:
+        CONVERGED: 0, the relative residual reached the tolerance.
+        MAX_ITER: 1, the budget of evaluations ran out first.
+        STALLED: 2, there was no new best residual in 20 steps.
+        NON_FINITE: 3, the row's map became NaN or infinite.
+    """
+
+    CONVERGED = 0
+    MAX_ITER = 1
+    STALLED = 2
+    NON_FINITE = 3

@@ -18,18 +18,27 @@ __all__ = ["BlockInfo", "SolveInfo"]
 
 @dataclass(frozen=True)
 class BlockInfo:
-    """Statistics of one kind of block. Every field is a detached tensor on the solve's device.
+    """Statistics of one kind of block, per row. Every field is a detached tensor on the solve's
+    device.
 
-    Shapes: ``(...)`` for the fuse block and for ``DEQ``, ``(N, ...)`` for the modality cells, where
-    ``...`` are the leading dimensions of the input. ``trace`` has one more dimension in front.
+    A row is one sample, a problem of its own; ``(...)`` are the leading dimensions of the input.
+    Statistics have this shape for the fuse block and for ``DEQ``; for the modality cells they are
+    ``(N, ...)``, one entry for each cell.
+
+    Attributes:
+        residual: (...) relative residual ``|f(z) - z| / (|f(z)| + 1e-5)`` at the row's best iterate
+            z; f(z) is what the solve returned.
+        nfe: (...) int32, evaluations of f (JVPs and VJPs included) while the row was active.
+        outcome: (...) int8, values of :class:`Outcome`.
+        trace: (steps, ...) residual at every step, NaN once the row had stopped; None without
+            ``solver(trace=True)``. That of ``DEQ`` ends with its last row; the layer's has max_iter
+            steps (with rescue more), since a solve there is one operator.
     """
 
-    residual: Tensor  # |f(z) - z| / (|f(z)| + 1e-5) at the best iterate z; f(z) is returned
-    nfe: Tensor  # int32, evaluations of f (JVPs and VJPs included) while the row was active
-    outcome: Tensor  # int8, values of Outcome
-    # (steps, ...): residual at every step; NaN once the row had stopped. DEQ's ends with its last
-    # row; the layer's has max_iter steps (with rescue more), since a solve there is one operator.
-    trace: Tensor | None = None
+    residual: Tensor  # (...)
+    nfe: Tensor  # (...) int32
+    outcome: Tensor  # (...) int8
+    trace: Tensor | None = None  # (steps, ...)
 
     @property
     def converged(self) -> Tensor:
@@ -38,7 +47,16 @@ class BlockInfo:
 
     @classmethod
     def exact(cls, like: Tensor, shape: tuple[int, ...], nfe: int) -> BlockInfo:
-        """For a block solved in closed form (``like`` gives device and dtype)."""
+        """Statistics of a block that was solved in closed form: residual 0, converged.
+
+        Args:
+            like: (...) any tensor of the solve, which gives device and dtype.
+            shape: of the statistics, for example (B,) or (N, B).
+            nfe: evaluations that each row took.
+
+        Returns:
+            The statistics, of shape (...) = ``shape``.
+        """
         return cls(
             residual=torch.zeros(shape, device=like.device, dtype=like.dtype),
             nfe=torch.full(shape, nfe, device=like.device, dtype=torch.int32),
@@ -46,7 +64,14 @@ class BlockInfo:
         )
 
     def reshape(self, *shape: int) -> BlockInfo:
-        """The same statistics with rows arranged as ``shape``."""
+        """The same statistics with rows arranged as ``shape``.
+
+        Args:
+            *shape: new dimensions of the statistics, -1 for one of them to be inferred.
+
+        Returns:
+            The statistics as views of these, where torch can.
+        """
         return BlockInfo(
             self.residual.reshape(shape),
             self.nfe.reshape(shape),
@@ -56,32 +81,47 @@ class BlockInfo:
 
 
 class SolvedMap(NamedTuple):
-    """A map and its equilibrium, of which Jacobians can be measured."""
+    """A map and its equilibrium, of which Jacobians can be measured.
 
-    f: Callable[[Tensor], Tensor]  # (..., d) -> (..., d), row by row
+    Attributes:
+        f: the map, (..., d) -> (..., d), row by row.
+        z: (..., d) its equilibrium.
+        linearize: () -> (v -> J^T v) at z, (..., d) to (..., d), where there are products that need
+            no graph; None otherwise.
+    """
+
+    f: Callable[[Tensor], Tensor]
     z: Tensor  # (..., d)
-    linearize: Callable[[], Callable[[Tensor], Tensor]] | None = None  # -> (v -> J^T v), if known
+    linearize: Callable[[], Callable[[Tensor], Tensor]] | None = None
 
 
 @dataclass(frozen=True)
 class SolveInfo:
     """What happened in one forward solve.
 
-    Statistics stay on the device until someone reads them. ``jacobian_penalty`` and
-    ``spectral_radius`` are computed when called; for that the record keeps the equilibrium and the
-    inputs alive, so drop it when you no longer need it. Copies (pickle, deepcopy) keep the
+    Statistics stay on the device until someone reads them. :meth:`jacobian_penalty` and
+    :meth:`spectral_radius` are computed when called; for that the record keeps the equilibrium and
+    the inputs alive, so drop it when you no longer need it. Copies (pickle, deepcopy) keep the
     statistics only.
+
+    Attributes:
+        fuse: statistics (...) of the fuse block, or of the single block that ``DEQ`` and
+            ``ProFusion`` have; ``...`` are the leading dimensions of the input.
+        cells: statistics (N, ...) of the modality cells; None where there is a single block.
+        backend: name of the backend that ran, never "auto".
+        blocks: for the Jacobian measurements, one function without arguments for each kind of
+            block, which gives a :class:`SolvedMap`. () where there is no equilibrium or it is in
+            closed form (J = 0), None in a copy, where nothing was kept to measure.
+        penalty: ``num_probes`` -> the whole layer's Jacobian penalty, a scalar of shape (), where
+            there is an operator for it; None otherwise.
     """
 
     fuse: BlockInfo  # (...)
-    cells: BlockInfo | None  # (N, ...); None for DEQ, which has a single block
-    backend: str  # the backend that ran, never "auto"
-    # Each gives one kind of block, for the Jacobian measurements below. () where there is no
-    # equilibrium or it is in closed form (J = 0), None where nothing was kept to measure.
+    cells: BlockInfo | None  # (N, ...)
+    backend: str
     blocks: tuple[Callable[[], SolvedMap], ...] | None = field(
         default=(), repr=False, compare=False
     )
-    # The whole layer's penalty for a number of probes, where there is an operator for it.
     penalty: Callable[[int], Tensor] | None = field(default=None, repr=False, compare=False)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -98,7 +138,14 @@ class SolveInfo:
         return f"SolveInfo(rows={rows}{cells}, backend={self.backend!r})"
 
     def reshape(self, *rows: int) -> SolveInfo:
-        """The same record with rows arranged as ``rows``."""
+        """The same record with rows arranged as ``rows``.
+
+        Args:
+            *rows: new leading dimensions (...) in place of (B,); the cells' N stays in front.
+
+        Returns:
+            A record with these shapes.
+        """
         cells = self.cells
         if cells is not None:
             cells = cells.reshape(cells.residual.shape[0], *rows)
@@ -114,7 +161,7 @@ class SolveInfo:
 
     @property
     def residual(self) -> Tensor:
-        """(...): residual of the row's worst block."""
+        """(...) relative residual of the row's worst block; NaN if any block's is."""
         if self.cells is None:
             return self.fuse.residual
         return torch.maximum(self.fuse.residual, self.cells.residual.amax(0))  # NaN if any is
@@ -136,31 +183,36 @@ class SolveInfo:
         return torch.maximum(self.fuse.nfe, self.cells.nfe.amax(0))
 
     def jacobian_penalty(self, num_probes: int = 1, *, probability: float = 1.0) -> Tensor:
-        """Scalar ``sum_b |J_bb^T v|^2 / (B (N+1) d)`` with Gaussian probes v, for the loss.
+        """Jacobian penalty: the size of the map's Jacobian at the equilibrium, a term for the loss.
 
-        An estimate of the squared Frobenius norm of the Jacobian J_bb of every block b, per element
-        of the state (Bai et al., "Stabilizing Equilibrium Models by Jacobian Regularization",
-        arXiv 2106.14342). In the loss it keeps the layer contractive in training. The equilibrium
-        is held constant (its own dependence on the parameters is not followed), as in the authors'
-        released code.
+        ``sum_b |J_bb^T v|^2 / (B (N+1) d)`` over the blocks b with Gaussian probes v: a random
+        estimate of the squared Frobenius norms per feature (Bai et al., "Stabilizing Equilibrium
+        Models by Jacobian Regularization", arXiv 2106.14342). In the loss it keeps the layer
+        contractive in training, so that rows go on converging.
 
-        For the equations of the paper and of the released code it is one operator, which computes
-        value and gradients in closed form; for ablations, ``DEQ`` and ``ProFusion`` one double VJP
-        per probe and block. Blocks in closed form count as 0, and so does ``ProFusion(steps=)``;
-        with ``weight_tied_steps`` it is the Jacobian of one more step.
+        Differentiable where gradients are on, a plain number under ``torch.no_grad()``. The
+        equilibrium is held constant (its own dependence on the parameters is not followed), as in
+        the authors' released code. For the equations of the paper and of the released code it is
+        one operator, which computes value and gradients together in closed form; for ablations,
+        ``DEQ`` and ``ProFusion`` it is one double VJP per probe and block. Blocks in closed form
+        count as 0, and so does ``ProFusion(steps=)``; with ``weight_tied_steps`` it is the Jacobian
+        of one more step.
 
         Args:
-            num_probes: probes per row and block, drawn from torch's default generator.
-            probability: chance that the penalty is computed at all; otherwise 0 is returned. What
-                is computed is divided by it, so that the expectation stays the same.
+            num_probes: probes v per row and block, at least 1, drawn from torch's default
+                generator; more of them make the estimate less noisy.
+            probability: chance in (0, 1] that the penalty is computed at all; 0 is returned
+                otherwise. What is computed is divided by it, so that the expectation is the same.
 
         Returns:
-            A scalar, differentiable where gradients are on.
+            Scalar of shape (), in the dtype of the solve.
 
         Raises:
-            RuntimeError: the solve or this call under ``torch.inference_mode()``; or this record
-                is a copy, which keeps nothing to measure.
-            DoubleBackwardError: its gradient is differentiated again (one operator only).
+            TypeError: ``num_probes`` is no integer, ``probability`` no number.
+            ValueError: ``num_probes`` is less than 1, ``probability`` outside (0, 1].
+            RuntimeError: the solve or this call under ``torch.inference_mode()``; or this record is
+                a copy, which keeps nothing to measure.
+            DoubleBackwardError: later, where the operator's gradient is differentiated again.
         """
         from deqfuse.diagnostics.jacobian import check_differentiable, jacobian_penalty
 
@@ -176,16 +228,21 @@ class SolveInfo:
         return jacobian_penalty([block()[:2] for block in blocks], num_probes) / probability
 
     def spectral_radius(self, num_iters: int = 60) -> Tensor:
-        """(blocks, ...) largest ``|eigenvalue|`` of each row's J_bb, by power iteration.
+        """Largest ``|eigenvalue|`` of each row's Jacobian J_bb of each block, by power iteration.
 
-        The cells come first, the fuse block last; blocks in closed form are left out. Below 1 the
-        plain iteration converges.
+        Below 1 the plain iteration ``z <- f(z)`` converges near the equilibrium.
 
         Args:
-            num_iters: products with J^T, at least 2.
+            num_iters: products with J^T, at least 2; the estimate is the mean growth over the
+                second half of them.
+
+        Returns:
+            (blocks, ...): the cells first, the fuse block last; blocks in closed form are left out.
 
         Raises:
-            RuntimeError: as in :meth:`jacobian_penalty`.
+            TypeError: ``num_iters`` is no integer.
+            ValueError: ``num_iters`` is less than 2.
+            RuntimeError: as for :meth:`jacobian_penalty`.
         """
         from deqfuse.diagnostics.jacobian import check_differentiable, radius_of, spectral_radius
 

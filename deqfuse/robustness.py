@@ -42,18 +42,23 @@ def add_noise(
 ) -> list[Tensor]:
     """``x_i + level * e_i``, e_i standard normal, for the chosen modalities; the others as given.
 
-    The e_i do not depend on ``level``, and are drawn on the CPU, so that every level, model, device
-    and dtype sees the same ones. ``level`` is in units of the features: standardise them to read it
-    as standard deviations.
+    A modality is one kind of input, here one tensor of ``features``. The e_i do not depend on
+    ``level``, and are drawn on the CPU, so that every level, model, device and dtype sees the same
+    ones.
 
     Args:
-        features: floating-point tensors.
-        level: >= 0; 0 leaves every value as it is.
+        features: N floating-point tensors (...) of any shapes, one per modality.
+        level: >= 0, in units of the features: standardise them to read it as standard deviations;
+            0 leaves every value as it is.
         modalities: indices (or one) that get noise; all when not given.
         seed: of the noise.
 
+    Returns:
+        N tensors of the shapes (...), dtypes and devices of ``features``.
+
     Raises:
-        ValueError, TypeError: a negative level, an index out of range, a tensor of integers.
+        TypeError: ``features`` is no sequence of floating-point tensors.
+        ValueError: a negative level, or an index out of range.
     """
     checks.sequence("features", features, "tensors")
     for i, x in enumerate(features):
@@ -80,9 +85,19 @@ def robustness_curve(
     """Performance at every noise level, of a model in evaluation mode.
 
     Args:
-        evaluate: performance (accuracy, mean squared error, ...) of a model on these features.
-        features, modalities, seed: as for :func:`add_noise`.
-        levels: noise levels, increasing.
+        evaluate: performance (accuracy, mean squared error, ...) of a model on these features, a
+            number.
+        features: N floating-point tensors (...) of any shapes, one per modality.
+        levels: noise levels, increasing, in units of the features.
+        modalities: indices (or one) that get noise; all when not given.
+        seed: of the noise; curves of one seed are paired.
+
+    Returns:
+        (levels,) float64, what ``evaluate`` gave at each level.
+
+    Raises:
+        TypeError: ``features`` is no sequence of floating-point tensors.
+        ValueError: levels that do not increase, or an index out of range.
     """
     _grid(levels)
     scores = [
@@ -105,9 +120,17 @@ def robust_auc(
     2209.00302), by the trapezoidal rule. Exactly 0 for equal curves.
 
     Args:
-        curve, baseline: performance per level, on the same noise.
+        curve: (..., levels) performance of f per level.
+        baseline: (..., levels) performance of the baseline per level, on the same noise.
         levels: noise levels s, increasing.
         higher_is_better: False for errors, which flips the sign.
+
+    Returns:
+        (...) float64, in units of performance times level.
+
+    Raises:
+        TypeError: ``higher_is_better`` is no bool.
+        ValueError: levels that do not increase, or curves of another length.
     """
     own, other = _curves(levels, curve=curve, baseline=baseline)
     return _signed(_integral(own - other, levels), higher_is_better)
@@ -124,6 +147,18 @@ def relative_robustness(
     MultiBench (Liang et al., arXiv 2107.07502), ``eval_scripts/robustness.py``: the trapezoidal
     rule over the noise levels. MultiBench then rescales the areas of all methods in its own table
     onto [0, 1]; here they are as they are. Errors get a minus sign: more is better.
+
+    Args:
+        curve: (..., levels) performance per level.
+        levels: noise levels, increasing.
+        higher_is_better: False for errors, which flips the sign.
+
+    Returns:
+        (...) float64, in units of performance times level.
+
+    Raises:
+        TypeError: ``higher_is_better`` is no bool.
+        ValueError: levels that do not increase, or a curve of another length.
     """
     (own,) = _curves(levels, curve=curve)
     return _signed(_integral(own, levels), higher_is_better)
@@ -143,8 +178,18 @@ def effective_robustness(
     ``eval_scripts/robustness.py``) takes late fusion as the baseline and sums over its equidistant
     levels where this integrates; it too rescales the result over its table of methods.
 
+    Args:
+        curve: (..., levels) performance of f per level.
+        baseline: (..., levels) performance of the baseline b per level, on the same noise.
+        levels: noise levels s, increasing from 0.
+        higher_is_better: False for errors, which flips the sign.
+
+    Returns:
+        (...) float64, in units of performance times level.
+
     Raises:
-        ValueError: ``levels`` does not start at 0.
+        TypeError: ``higher_is_better`` is no bool.
+        ValueError: ``levels`` does not start at 0 or increase, or curves of another length.
     """
     own, other = _curves(levels, curve=curve, baseline=baseline)
     if levels[0] != 0:
@@ -163,6 +208,19 @@ def plot_curves(
     """Performance against noise as a matplotlib figure: mean over runs, shaded from low to high.
 
     Needs matplotlib, which is imported only here; ``figure.savefig(path)`` writes it.
+
+    Args:
+        curves: by label of the legend, performance (levels,) or, of several runs, (runs, levels).
+        levels: noise levels, increasing.
+        title: of the figure.
+        ylabel: what performance is measured in.
+
+    Returns:
+        The figure, a ``matplotlib.figure.Figure``.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: levels that do not increase, or curves of another length.
     """
     from matplotlib.figure import Figure
 

@@ -42,7 +42,15 @@ def naive_injections(
     fusion: DEQFusion,
     features: Sequence[Tensor],  # N tensors (..., d_i)
 ) -> tuple[Tensor, Tensor]:  # (B, N, d), (B, d)
-    """Injections x_i (projected, normalised) and ``x_f = sum_i w_i x_i + bias`` (Eq. 11)."""
+    """Injections x_i (projected, normalised) and ``x_f = sum_i w_i x_i + bias`` (Eq. 11).
+
+    Args:
+        fusion: the layer whose projections, weights and bias are used.
+        features: N tensors (..., d_i), as for the layer; B rows (samples) in all.
+
+    Returns:
+        The injections (B, N, d) and that of the combination (B, d).
+    """
     x = [feature.reshape(-1, feature.shape[-1]) for feature in features]
     if fusion.projections is not None:
         x = [project(x_i) for project, x_i in zip(fusion.projections, x, strict=True)]
@@ -62,7 +70,16 @@ def naive_cell(
     z: Tensor,  # (B, d)
     x: Tensor,  # (B, d)
 ) -> Tensor:  # (B, d)
-    """One step of a residual cell (Eq. 8); released variants add ``+ z`` before the last relu."""
+    """One step of a residual cell (Eq. 8); released variants add ``+ z`` before the last relu.
+
+    Args:
+        cell: the cell whose parameters are used.
+        z: (B, d) state.
+        x: (B, d) injection.
+
+    Returns:
+        (B, d), the next state.
+    """
     groups = cell.num_groups
     h = F.linear(z, cell.linear1.weight, cell.linear1.bias)
     h = F.relu(F.group_norm(h, groups, cell.norm1.weight, cell.norm1.bias))
@@ -82,7 +99,18 @@ def naive_combine(
 ) -> Tensor:  # (B, d)
     """One step of soft gate and combination (Eqs. 9-12), with one gate per modality.
 
-    Without a gate the purified feature is z_i itself. ``mask`` multiplies W_f's output (dropout).
+    The gate alpha_i weighs each feature, and the purified feature of a modality is ``alpha_i *
+    z_f``; without a gate it is z_i itself.
+
+    Args:
+        combine: the combination whose parameters are used.
+        z_fuse: (B, d) fused state z_f.
+        cells: N tensors (B, d), the states z_i of the cells.
+        x_fuse: (B, d) injection of the combination.
+        mask: (B, d) dropout factors on W_f's output; none when not given.
+
+    Returns:
+        (B, d), the next fused state.
     """
     total = torch.zeros_like(z_fuse)
     for z in cells:
@@ -106,7 +134,18 @@ def naive_map(
     x_fuse: Tensor,  # (B, d)
     mask: Tensor | None = None,  # (B, d)
 ) -> Tensor:  # (B, N + 1, d)
-    """One evaluation of the joint map of Eq. 17: every block sees the old state."""
+    """One evaluation of the joint map of Eq. 17: every block sees the old state.
+
+    Args:
+        fusion: the layer whose equations and parameters are used.
+        state: (B, N + 1, d), z_1 .. z_N and z_f.
+        x: (B, N, d) injections, as :func:`naive_injections` gives them.
+        x_fuse: (B, d) injection of the combination.
+        mask: (B, d) dropout factors on W_f's output; none when not given.
+
+    Returns:
+        (B, N + 1, d), the next state.
+    """
     *cells, z_fuse = state.unbind(1)
     new = list(x.unbind(1))
     if fusion.cell == "residual":
@@ -151,6 +190,15 @@ def naive_root(
 
     Where a row has several equilibria (the released variants can), this is one of them.
 
+    Args:
+        fusion: an equilibrium layer in float64.
+        features: N tensors (..., d_i), as for the layer; B rows in all.
+        mask: (B, d) dropout factors on W_f's output; none when not given.
+        steps: of the damped iteration; five Newton steps follow.
+
+    Returns:
+        (B, N + 1, d), z_1 .. z_N and z_f.
+
     Raises:
         ConvergenceError: the relative residual of a row stays above 1e-12.
     """
@@ -187,13 +235,18 @@ def dense_implicit_gradients(
 
     Args:
         fusion: float64, with tight tolerances; its parameters need not require gradients.
-        grad_z, grad_cells: cotangents of the fused output and of the modality equilibria.
-        mask: dropout factors, when ``fusion`` is made to use this very draw; else no dropout.
+        features: N tensors (..., d_i), as for the layer.
+        grad_z: (..., d) cotangent (incoming gradient) of the fused output.
+        grad_cells: (N, ..., d) cotangents of the modality equilibria; zero when not given.
+        mask: (B, d) dropout factors, when ``fusion`` is made to use this very draw; else no
+            dropout.
 
     Returns:
-        Gradients by parameter name and ``features[i]``, shaped like what they belong to.
+        Gradients by parameter name and ``features[i]``, each of the shape (...) of what it belongs
+        to.
 
     Raises:
+        ValueError: ``fusion`` has ``weight_tied_steps``: no equilibrium.
         ConvergenceError: what ``fusion`` returns does not solve the naive equations.
     """
     if fusion.weight_tied_steps is not None:
@@ -248,7 +301,7 @@ def gradient_errors(
 
     Args:
         fusion: any equilibrium ``DEQFusion``; it is not changed.
-        features: inputs as for the layer; a few rows.
+        features: N tensors (..., d_i), as for the layer; a few rows.
         seed: of the cotangents.
 
     Returns:
@@ -257,7 +310,8 @@ def gradient_errors(
         where that is more (the relative error of a vanishing gradient means nothing).
 
     Raises:
-        ConvergenceError: no row converged.
+        ConvergenceError: no row converged, or what ``fusion`` returns does not solve the naive
+            equations.
     """
     twin = copy.deepcopy(fusion).double().eval().requires_grad_()
     twin.on_failure = "ignore"

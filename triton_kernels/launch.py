@@ -1,4 +1,4 @@
-"""The one door through which kernels are launched, so that tests can count and inspect launches."""
+"""All kernels are launched by this module, so that tests can count and inspect launches."""
 
 from __future__ import annotations
 

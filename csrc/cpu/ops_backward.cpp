@@ -1,4 +1,4 @@
-// Adjoint operators: unpack tensors, allocate gradients, call the kernels. Schemas: deqfuse/backends/native.py.
+// Adjoint operators: unpack tensors, allocate gradients, call the kernels. Schemas: deqfuse/backends/cpu_native.py.
 #include "tensors.h"
 
 namespace deqfuse {

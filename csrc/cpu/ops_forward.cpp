@@ -1,4 +1,4 @@
-// Forward operators: unpack tensors, allocate results, call the kernels. Schemas: deqfuse/backends/native.py.
+// Forward operators: unpack tensors, allocate results, call the kernels. Schemas: deqfuse/backends/cpu_native.py.
 #include "tensors.h"
 
 namespace deqfuse {

@@ -1,4 +1,4 @@
-// The operator of the Jacobian penalty: unpack tensors, allocate results, call the kernel. Schema: deqfuse/backends/native.py.
+// The operator of the Jacobian penalty: unpack tensors, allocate results, call the kernel. Schema: deqfuse/backends/cpu_native.py.
 #include "tensors.h"
 
 namespace deqfuse {

@@ -47,7 +47,14 @@ _announced: set[str] = set()
 
 @dataclass(frozen=True)
 class BackendStatus:
-    """One line of ``python -m deqfuse.info``."""
+    """One line of ``python -m deqfuse.info``.
+
+    Args:
+        name: of the backend, as in ``BACKENDS``.
+        available: whether it can run on this machine.
+        reason: why it cannot, or in one line what it is.
+        remedy: what would change that; "" where it is available.
+    """
 
     name: str
     available: bool
@@ -56,7 +63,17 @@ class BackendStatus:
 
 
 def load(name: str) -> Backend:
-    """A backend by its name."""
+    """A backend by its name.
+
+    Args:
+        name: a key of ``BACKENDS``; not "auto".
+
+    Returns:
+        Its record.
+
+    Raises:
+        KeyError: there is no such backend.
+    """
     return BACKENDS[name]
 
 
@@ -79,8 +96,19 @@ def _objection(name: str, problem: Problem) -> str | None:
 
 
 def for_rows(z0: Tensor, solver: SolverOption) -> str:
-    """The backend whose Anderson step solves for rows of any map: the environment's, or the first
-    that can; the reference where that one cannot."""
+    """The backend whose Anderson step solves for rows of any map, as ``DEQ(f)`` has it.
+
+    Args:
+        z0: (R, n) start.
+        solver: options of the forward solve.
+
+    Returns:
+        The name that ``DEQFUSE_BACKEND`` says, or the first of ``BACKENDS`` that can; "reference"
+        where the named one cannot.
+
+    Raises:
+        ValueError: ``DEQFUSE_BACKEND`` names no backend.
+    """
     named = _named("auto")
     names = tuple(BACKENDS) if named == "auto" else (named, "reference")
     return next(name for name in names if load(name).takes_rows(z0, solver))
@@ -107,6 +135,10 @@ def choose(requested: str, problem: Problem) -> str:
     Args:
         requested: "auto", or a name in ``BACKENDS``. The environment variable ``DEQFUSE_BACKEND``
             takes the place of "auto".
+        problem: what is to be solved, and how.
+
+    Returns:
+        A name in ``BACKENDS``; for "auto" the first whose backend is available and does not refuse.
 
     Raises:
         ValueError: an unknown name.
@@ -127,7 +159,7 @@ def choose(requested: str, problem: Problem) -> str:
 def _announce(name: str, problem: Problem) -> None:
     """Log what "auto" took, and once per process that the compiled module is missing.
 
-    An install loses that module without a word that pip shows, and everything still runs, slowly.
+    An install may leave that module out, which pip does not show; everything still runs, slowly.
     A log entry, as a warning would stop those who make warnings errors.
     """
     if name not in _announced:

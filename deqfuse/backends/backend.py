@@ -15,24 +15,44 @@ Missing = tuple[str, str]  # why something cannot be had here, and what would ch
 
 
 class Launchers(NamedTuple):
-    """What a backend runs for one kind of block; arguments and results as in ``reference.py``."""
+    """What a backend runs for one kind of block; a launcher is one of these two functions.
 
-    solve: Callable[..., Any]  # -> Solved, or SolvedLayer
-    adjoint: Callable[..., Any]  # -> gradients, statistics
+    Arguments and results are those of the functions in ``reference.py`` for the same block. Shapes
+    and options have been checked when a launcher is called. A layer's parameters have not: a
+    launcher that cannot use them fails with a RuntimeError, TypeError or AttributeError, and
+    ``functional.py`` then says what is wrong with them. Tensors may have any strides, except the
+    equilibrium that an adjoint is given, which is contiguous. Results share no memory with
+    arguments.
+
+    Attributes:
+        solve: returns :class:`Solved`, or :class:`SolvedLayer` for a layer.
+        adjoint: returns gradients of the rows operands, gradients of the parameters, statistics.
+    """
+
+    solve: Callable[..., Any]
+    adjoint: Callable[..., Any]
 
 
 @dataclass(frozen=True)
 class Backend:
     """A way to run the layer's solves and adjoints, and Anderson's step for any other map.
 
+    ``BACKENDS`` in ``backends/__init__.py`` lists the records; CONTRIBUTING.md says how to add one.
+
     Args:
         summary: one line for ``python -m deqfuse.info``.
-        unavailable: None, or why it cannot run on this machine and what would change that.
-        refuses: None, or why it cannot take this problem.
-        cells, fuse, layer: what it runs for each kind of block.
-        penalty: the layer's Jacobian penalty, as :func:`deqfuse.backends.penalty.penalty_layer`.
-        takes_rows: whether ``anderson`` can run this solve of a map of any kind.
-        anderson: Anderson mixing on the rows of any map, ``(f, z0, option) -> Solution``.
+        unavailable: () -> None, or why it cannot run on this machine and what would change that.
+        refuses: (problem) -> None, or why it cannot take this problem, as the end of a sentence
+            that begins "backend='name' cannot take this call:".
+        cells: what it runs for the residual cells.
+        fuse: what it runs for the purify-then-combine step.
+        layer: what it runs for both at once; ``layer.py`` makes it of the others.
+        penalty: the layer's Jacobian penalty; arguments and results as those of
+            :func:`deqfuse.backends.penalty.penalty_layer`.
+        takes_rows: (z0, solver) -> whether ``anderson`` can run this solve of a map of any kind
+            from z0 (R, n).
+        anderson: Anderson mixing on the rows of any map, ``(f, z0, option) -> Solution`` with z0
+            (R, n). Only called where ``takes_rows`` says so.
     """
 
     summary: str

@@ -18,7 +18,14 @@ from deqfuse.solvers.options import GradientOption, SolverOption
 
 
 class LayerParams(NamedTuple):
-    """The parts of the list."""
+    """The parts of the list in which a layer's parameters travel.
+
+    Attributes:
+        cells: N * 10 tensors, (d, d) or (d,) each, in the order of ``CellParams``, cell after cell.
+        fuse: six tensors, (d, d) or (d,) each, in the order of ``FuseParams``.
+        weights: (N,) weights w_i of the injection x_f.
+        bias: (1,) of x_f; None in the variant "paper".
+    """
 
     cells: list[Tensor]
     fuse: list[Tensor]
@@ -27,7 +34,15 @@ class LayerParams(NamedTuple):
 
     @classmethod
     def split(cls, flat: list[Tensor], num_modalities: int) -> LayerParams:
-        """The parts of ``flat``."""
+        """The parts of ``flat``.
+
+        Args:
+            flat: the list, tensors of (d, d), (d,), (N,) and perhaps (1,).
+            num_modalities: N.
+
+        Returns:
+            The same tensors, by what they belong to.
+        """
         cells = num_modalities * len(CellParams._fields)
         fuse = cells + len(FuseParams._fields)
         bias = flat[fuse + 1] if len(flat) > fuse + 1 else None
@@ -52,7 +67,23 @@ def solve(
     variant: Variant,
     solver: SolverOption,
 ) -> SolvedLayer:
-    """The cells first, then the fuse step with their equilibria held fixed."""
+    """The cells first, then the fuse step with their equilibria held fixed.
+
+    Args:
+        solve_cells: a backend's launcher, as ``reference.solve_cells``.
+        solve_fuse: a backend's launcher, as ``reference.solve_fuse``.
+        x: N tensors (B, d), the injections.
+        flat_params: the list that :class:`LayerParams` splits, tensors of (d, d), (d,), (N,), (1,).
+        mask: (B, d) dropout factors on W_f's output, or None.
+        z0_fuse: (B, d) start of the fuse step, or None for zero.
+        z0_cells: (N, B, d) start of the cells, or None for zero.
+        num_groups: groups of every GroupNorm.
+        variant: the paper's equations or the released ones.
+        solver: options of the forward solve.
+
+    Returns:
+        Equilibria (N + 1, B, d) and statistics (N + 1, B).
+    """
     stacked, params = torch.stack(list(x)), LayerParams.split(flat_params, len(x))
     cells = solve_cells(stacked, params.cells, z0_cells, num_groups, variant, solver)
     x_fuse = fuse_injection(stacked, params.weights, params.bias)
@@ -80,7 +111,26 @@ def adjoint(
     option: GradientOption,
     want_params: bool,
 ) -> tuple[list[Tensor], list[Tensor], LayerStatistics]:
-    """Backwards: the fuse step, then the cells, which receive what it owes them."""
+    """Backwards: the fuse step, then the cells, whose cotangents are its gradient of their sum.
+
+    Args:
+        adjoint_cells: a backend's launcher, as ``reference.adjoint_cells``.
+        adjoint_fuse: a backend's launcher, as ``reference.adjoint_fuse``.
+        grad_z: (B, d) cotangent of the fused equilibrium.
+        grad_cells: (N, B, d) cotangents from other uses of the cells' equilibria, or None for zero.
+        states: (N + 1, B, d) the equilibria.
+        x: N tensors (B, d), the injections.
+        flat_params: the list that :class:`LayerParams` splits, tensors of (d, d), (d,), (N,), (1,).
+        mask: (B, d) dropout factors on W_f's output, or None.
+        num_groups: groups of every GroupNorm.
+        variant: the paper's equations or the released ones.
+        option: options of the gradient.
+        want_params: whether any parameter needs its gradient.
+
+    Returns:
+        Gradients (B, d) of the N injections; those of the parameters, each of its shape (...), or
+        none of them; statistics (N + 1, B).
+    """
     stacked = torch.stack(list(x)).to(states.dtype)
     params = LayerParams.split(flat_params, len(x))
     zs, z = states[:-1], states[-1]

@@ -16,11 +16,17 @@ GROUP_NORM_EPS = 1e-5
 
 
 class Variant(NamedTuple):
-    """In what the authors' code differs from their paper."""
+    """In what the authors' code differs from their paper.
 
-    skip: bool  # ``+ z_i`` before a cell's last relu
-    relu_last: bool  # the combination ends in ``relu(GN(e))`` instead of ``GN(relu(e))``
-    bias: bool  # a scalar bias on x_f
+    Attributes:
+        skip: ``+ z_i`` before a cell's last relu.
+        relu_last: the combination ends in ``relu(GN(e))`` instead of ``GN(relu(e))``.
+        bias: a scalar bias on x_f.
+    """
+
+    skip: bool
+    relu_last: bool
+    bias: bool
 
 
 VariantName = Literal["paper", "released", "released-mmimdb"]
@@ -33,7 +39,22 @@ VARIANTS: dict[VariantName, Variant] = {
 
 
 class CellParams(NamedTuple):
-    """Parameters of N residual cells, in the order in which operators carry them."""
+    """Parameters of N residual cells, in the order in which operators carry them.
+
+    A single cell's are the same ten without the dimension N.
+
+    Attributes:
+        linear1_weight: (N, d, d) W1.
+        linear1_bias: (N, d) b1.
+        linear2_weight: (N, d, d) W2.
+        linear2_bias: (N, d) b2.
+        norm1_weight: (N, d) of GN1.
+        norm1_bias: (N, d) of GN1.
+        norm2_weight: (N, d) of GN2.
+        norm2_bias: (N, d) of GN2.
+        norm3_weight: (N, d) of GN3.
+        norm3_bias: (N, d) of GN3.
+    """
 
     linear1_weight: Tensor  # (N, d, d)
     linear1_bias: Tensor  # (N, d)
@@ -48,17 +69,33 @@ class CellParams(NamedTuple):
 
     @classmethod
     def stack(cls, flat: list[Tensor]) -> CellParams:
-        """From ``N * 10`` tensors, cell after cell, as the operators receive them."""
+        """From ``N * 10`` tensors, cell after cell, as the operators receive them.
+
+        Args:
+            flat: N * 10 tensors, (d, d) or (d,) each.
+
+        Returns:
+            The ten stacked ones, copies.
+        """
         size = len(cls._fields)
         return cls(*(torch.stack(flat[i::size]) for i in range(size)))
 
     def unstack(self) -> list[Tensor]:
-        """The inverse of :meth:`stack`: ``N * 10`` fresh tensors, cell after cell."""
+        """The inverse of :meth:`stack`: fresh tensors (d, d) or (d,), cell after cell."""
         return [field[i].clone() for i in range(self.linear1_weight.shape[0]) for field in self]
 
 
 class FuseParams(NamedTuple):
-    """Parameters of the purify-then-combine step. The gate is absent in the "no gate" ablation."""
+    """Parameters of the purify-then-combine step. The gate is absent in the "no gate" ablation.
+
+    Attributes:
+        gate_weight: (d, d) W_a.
+        gate_bias: (d,) b_a.
+        fuse_weight: (d, d) W_f.
+        fuse_bias: (d,) b_f.
+        norm_weight: (d,) of the GroupNorm.
+        norm_bias: (d,) of the GroupNorm.
+    """
 
     gate_weight: Tensor  # (d, d)
     gate_bias: Tensor  # (d,)

@@ -11,7 +11,16 @@ from deqfuse.solvers.options import GradientOption, SolverOption
 
 
 class Problem(NamedTuple):
-    """What a backend needs to know to accept or refuse a call."""
+    """What a backend needs to know to accept or refuse a call.
+
+    Attributes:
+        device: of the features.
+        dtype: of the features, 16-bit ones included.
+        dim: features d of a row.
+        num_groups: groups of every GroupNorm.
+        solver: options of the forward solve.
+        adjoint: options of the gradient.
+    """
 
     device: torch.device
     dtype: torch.dtype
@@ -22,29 +31,55 @@ class Problem(NamedTuple):
 
 
 class Solved(NamedTuple):
-    """Output of a forward solve; the statistics have the shape of ``z`` less its last dimension."""
+    """Output of a forward solve; the statistics have the shape (...) of ``z`` less its last
+    dimension.
 
-    z: Tensor  # compute dtype
-    residual: Tensor
-    nfe: Tensor  # int32
-    outcome: Tensor  # int8
-    trace: Tensor  # (trace_length, ...) padded with NaN at the end; (0, ...) when not asked for
+    Attributes:
+        z: (..., d) equilibria in the compute dtype: (N, B, d) of cells, (B, d) of the fuse step.
+        residual: (...) relative residuals, compute dtype.
+        nfe: (...) int32, evaluations of the map while the row was active.
+        outcome: (...) int8, values of ``Outcome``.
+        trace: (trace_length, ...) residual at each step, NaN where a row had stopped; (0, ...) when
+            not asked for.
+    """
+
+    z: Tensor  # (..., d)
+    residual: Tensor  # (...), as the others
+    nfe: Tensor
+    outcome: Tensor
+    trace: Tensor  # (trace_length or 0, ...)
 
 
 class SolvedLayer(NamedTuple):
-    """Output of the solve of a whole layer. Blocks: the N cells, then the fuse step."""
+    """Output of the solve of a whole layer. Blocks: the N cells, then the fuse step.
 
-    z: Tensor  # (B, d) the fused equilibrium, in memory of its own
-    states: Tensor  # (N + 1, B, d) all equilibria, compute dtype
+    Attributes:
+        z: (B, d) the fused equilibrium, in memory of its own.
+        states: (N + 1, B, d) all equilibria, compute dtype.
+        residual: (N + 1, B) relative residuals, compute dtype.
+        nfe: (N + 1, B) int32, evaluations of the map while the row was active.
+        outcome: (N + 1, B) int8, values of ``Outcome``.
+        trace: (trace_length, N + 1, B) residual at each step; (0, N + 1, B) when not asked for.
+        all_converged: True only where the backend has looked, and no row failed.
+    """
+
+    z: Tensor  # (B, d)
+    states: Tensor  # (N + 1, B, d)
     residual: Tensor  # (N + 1, B), as the others
     nfe: Tensor
     outcome: Tensor
     trace: Tensor  # (trace_length or 0, N + 1, B)
-    all_converged: bool = False  # True only where the backend has looked, and no row failed
+    all_converged: bool = False
 
 
 class Statistics(NamedTuple):
-    """How the linear solve of a backward pass went, per row."""
+    """How the linear solve of a backward pass went, per row.
+
+    Attributes:
+        residual: (...) relative residual ``|g + J^T u - u| / |g|``; NaN where none was computed.
+        nfe: (...) int32, applications of J^T.
+        outcome: (...) int8, values of ``Outcome``.
+    """
 
     residual: Tensor
     nfe: Tensor
@@ -52,12 +87,20 @@ class Statistics(NamedTuple):
 
 
 class LayerStatistics(NamedTuple):
-    """:class:`Statistics` of a whole layer, (N + 1, B)."""
+    """:class:`Statistics` of a whole layer: the N cells, then the fuse step.
+
+    Attributes:
+        residual: (N + 1, B) relative residual ``|g + J^T u - u| / |g|``; NaN where none was
+            computed.
+        nfe: (N + 1, B) int32, applications of J^T.
+        outcome: (N + 1, B) int8, values of ``Outcome``.
+        all_converged: True only where the backend has looked, and no row failed.
+    """
 
     residual: Tensor
     nfe: Tensor
     outcome: Tensor
-    all_converged: bool = False  # as in SolvedLayer
+    all_converged: bool = False
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -41,7 +41,14 @@ def unavailable() -> tuple[str, str] | None:
 
 
 def refuses(problem: Problem) -> str | None:
-    """Why this backend cannot take the problem: it takes them all."""
+    """Why this backend cannot take the problem: it takes them all.
+
+    Args:
+        problem: what is to be solved, and how.
+
+    Returns:
+        None; another backend says in words what it cannot do.
+    """
     return None
 
 
@@ -53,7 +60,20 @@ def solve_cells(
     variant: Variant,
     solver: SolverOption,
 ) -> Solved:
-    """Equilibria of all N residual cells, every row of every modality on its own."""
+    """Equilibria of all N residual cells, every row of every modality on its own.
+
+    Args:
+        x: (N, B, d) injections; any floating dtype.
+        flat_params: N * 10 tensors, (d, d) or (d,) each, in the order of ``CellParams``, cell after
+            cell; any floating dtype.
+        z0: (N, B, d) start, or None for zero.
+        num_groups: groups of every GroupNorm.
+        variant: the paper's equations or the released ones.
+        solver: options of the forward solve.
+
+    Returns:
+        Equilibria (N, B, d) in the compute dtype and statistics (N, B).
+    """
     x, flat_params = _to_compute(x, x), _to_compute(flat_params, x)
     step, linearize = cells_problem(x, flat_params, num_groups, variant)
     return _solve(step, x, z0, solver, linearize)
@@ -70,7 +90,23 @@ def solve_fuse(
     variant: Variant,
     solver: SolverOption,
 ) -> Solved:
-    """Equilibrium of the purify-then-combine step, the cells' equilibria held fixed."""
+    """Equilibrium of the purify-then-combine step, the cells' equilibria held fixed.
+
+    Args:
+        x_fuse: (B, d) injection; any floating dtype.
+        cell_sum: (B, d) sum of the cells' equilibria.
+        flat_params: six tensors, (d, d) or (d,) each, in the order of ``FuseParams``; any floating
+            dtype.
+        mask: (B, d) dropout factors on W_f's output, or None.
+        z0: (B, d) start, or None for zero.
+        num_modalities: N, how many cells ``cell_sum`` adds up.
+        num_groups: groups of the GroupNorm.
+        variant: the paper's equations or the released ones.
+        solver: options of the forward solve.
+
+    Returns:
+        The equilibrium (B, d) in the compute dtype and statistics (B,).
+    """
     flat_params = _to_compute(flat_params, x_fuse)
     x_fuse, cell_sum, mask = (_to_compute(t, x_fuse) for t in (x_fuse, cell_sum, mask))
     step, linearize = fuse_problem(
@@ -80,7 +116,14 @@ def solve_fuse(
 
 
 def solve_layer(*problem: Any) -> SolvedLayer:
-    """Equilibria of the whole layer; arguments as in :func:`deqfuse.backends.layer.solve`."""
+    """Equilibria of the whole layer, from the two blocks.
+
+    Args:
+        *problem: the arguments of :func:`deqfuse.backends.layer.solve` from ``x`` on.
+
+    Returns:
+        Equilibria (N + 1, B, d) and statistics (N + 1, B).
+    """
     return layer.solve(solve_cells, solve_fuse, *problem)
 
 
@@ -124,7 +167,15 @@ def fuse_problem(
 
 
 def takes_rows(z0: Tensor, solver: SolverOption) -> bool:
-    """Whether the solvers can run on rows of any map: they always can."""
+    """Whether the solvers can run on rows of any map: they always can.
+
+    Args:
+        z0: (R, n) start.
+        solver: options of the forward solve.
+
+    Returns:
+        True.
+    """
     return True
 
 
@@ -138,7 +189,22 @@ def adjoint_cells(
     adjoint: GradientOption,
     want_params: bool,
 ) -> tuple[Tensor, list[Tensor], Statistics]:
-    """Gradients through the cells' equilibria: dx, the parameters', the statistics."""
+    """Gradients through the cells' equilibria.
+
+    Args:
+        grad_z: (N, B, d) cotangents g of the equilibria; may be expanded over N.
+        z: (N, B, d) the equilibria, in the compute dtype.
+        x: (N, B, d) injections of the solve.
+        flat_params: N * 10 tensors, (d, d) or (d,) each, as in :func:`solve_cells`.
+        num_groups: groups of every GroupNorm.
+        variant: the paper's equations or the released ones.
+        adjoint: options of the gradient.
+        want_params: whether any parameter needs its gradient.
+
+    Returns:
+        The gradient (N, B, d) of ``x``; those of the parameters, (d, d) or (d,) each, or [] without
+        ``want_params``; statistics (N, B). Gradients have the dtypes of what they belong to.
+    """
     params = CellParams.stack(_to_compute(flat_params, z))
     at = CellLinearization(z, _to_compute(x, z), params, num_groups, variant)
     shape = z.shape
@@ -163,7 +229,26 @@ def adjoint_fuse(
     adjoint: GradientOption,
     want_params: bool,
 ) -> tuple[Tensor, Tensor, list[Tensor], Statistics]:
-    """Gradients through the fuse equilibrium: dx_fuse, dcell_sum, parameters', statistics."""
+    """Gradients through the fuse equilibrium.
+
+    Args:
+        grad_z: (B, d) cotangent g of the equilibrium.
+        z: (B, d) the equilibrium, in the compute dtype.
+        x_fuse: (B, d) injection of the solve.
+        cell_sum: (B, d) sum of the cells' equilibria.
+        flat_params: six tensors, (d, d) or (d,) each, as in :func:`solve_fuse`.
+        mask: (B, d) dropout factors of the solve, or None.
+        num_modalities: N, how many cells ``cell_sum`` adds up.
+        num_groups: groups of the GroupNorm.
+        variant: the paper's equations or the released ones.
+        adjoint: options of the gradient.
+        want_params: whether any parameter needs its gradient.
+
+    Returns:
+        The gradients (B, d) of ``x_fuse`` and of ``cell_sum``; those of the parameters, (d, d) or
+        (d,) each, or [] without ``want_params``; statistics (B,). Gradients have the dtypes of what
+        they belong to.
+    """
     params = FuseParams(*_to_compute(flat_params, z))
     at = FuseLinearization(
         z,
@@ -183,7 +268,15 @@ def adjoint_fuse(
 
 
 def adjoint_layer(*problem: Any) -> tuple[list[Tensor], list[Tensor], LayerStatistics]:
-    """Gradients through the layer; arguments as in :func:`deqfuse.backends.layer.adjoint`."""
+    """Gradients through the whole layer, from the two blocks.
+
+    Args:
+        *problem: the arguments of :func:`deqfuse.backends.layer.adjoint` from ``grad_z`` on.
+
+    Returns:
+        Gradients (B, d) of the N injections; those of the parameters, each of its shape (...), or
+        [] without ``want_params``; statistics (N + 1, B).
+    """
     return layer.adjoint(adjoint_cells, adjoint_fuse, *problem)
 
 

@@ -15,15 +15,20 @@ Map = Callable[[Tensor], Tensor]
 def jacobian_penalty(blocks: Sequence[tuple[Map, Tensor]], num_probes: int) -> Tensor:
     """Hutchinson estimate of ``sum_b |J_b|_F^2`` per element of the state, differentiable.
 
+    J_b is the Jacobian of a block's map; ``|J^T v|^2`` for a Gaussian probe v is ``|J|_F^2`` on
+    average. :meth:`deqfuse.SolveInfo.jacobian_penalty` calls this for a layer's own blocks.
+
     Args:
-        blocks: (f, z) pairs; f maps (..., d) to (..., d), row by row. z is held constant.
+        blocks: (f, z) pairs; f maps (..., d) to (..., d), row by row. z (..., d) is held constant.
         num_probes: Gaussian probes v per block; the estimate averages ``|J^T v|^2``.
 
     Returns:
-        Scalar, ``sum over blocks and probes |J^T v|^2 / (num_probes * total number of elements)``;
-        without a graph when gradients are switched off.
+        Scalar of shape (), ``sum over blocks and probes |J^T v|^2 / (num_probes * total number of
+        elements)``; without a graph when gradients are switched off.
 
     Raises:
+        TypeError: ``num_probes`` is no integer.
+        ValueError: ``num_probes`` is less than 1.
         RuntimeError: inside ``torch.inference_mode()``, or z was made there.
     """
     checks.positive_int("num_probes", num_probes)
@@ -53,12 +58,22 @@ def jacobian_penalty(blocks: Sequence[tuple[Map, Tensor]], num_probes: int) -> T
 
 
 def spectral_radius(f: Map, z: Tensor, num_iters: int = 60) -> Tensor:
-    """(...) estimate of the spectral radius of each row's Jacobian, for z (..., d).
+    """Spectral radius (largest ``|eigenvalue|``) of each row's Jacobian, estimated.
 
     Power iteration on J^T; the mean growth over the second half of the iterations, so that a
     complex pair, whose growth oscillates, is averaged out.
 
+    Args:
+        f: maps (..., d) to (..., d), row by row.
+        z: (..., d) where the Jacobian is taken.
+        num_iters: iterations, at least 2.
+
+    Returns:
+        (...), one number for each row.
+
     Raises:
+        TypeError: ``num_iters`` is no integer.
+        ValueError: ``num_iters`` is less than 2.
         RuntimeError: inside ``torch.inference_mode()``, or z was made there.
     """
     check_differentiable("spectral_radius", z)

@@ -28,18 +28,25 @@ _COMBINE_PARTS = (("gate", CellLinear), ("fuse", CellLinear), *_NORM)
 class ResidualCell(nn.Module):
     """Residual cell of one modality, Eq. 8 of arXiv 2306.16645.
 
-    ``z <- GN3(relu(GN2(W2 relu(GN1(W1 z + b1)) + b2 + x)))``
+    ``z <- GN3(relu(GN2(W2 relu(GN1(W1 z + b1)) + b2 + x)))``. A modality is one kind of input, such
+    as images or text; each has a cell of its own.
 
     Args:
         dim: features d.
         num_groups: groups of the three GroupNorms; divides ``dim``.
-        variant: "released" and "released-mmimdb" add the skip ``+ z`` before the last relu.
+        variant: "paper"; "released" and "released-mmimdb" add the skip ``+ z`` before the last
+            relu.
         init: "contractive" draws W2 with standard deviation ``0.1 / sqrt(d)``; "torch" leaves
             torch's default, with which some equilibria do not exist or cannot be found.
-        device, dtype: of the parameters.
+        device: of the parameters; torch's default when not given.
+        dtype: of the parameters, a floating one; torch's default when not given.
 
     The Linear and GroupNorm modules hold parameters and are never called: hooks on them do not
     fire, and a part whose ``forward`` is not theirs is refused. Parametrisations work.
+
+    Raises:
+        TypeError: a size that is no integer.
+        ValueError: a size or an option out of range.
     """
 
     def __init__(
@@ -70,7 +77,12 @@ class ResidualCell(nn.Module):
             part.reset_parameters()  # type: ignore[operator]
 
     def flat(self) -> list[Tensor]:
-        """The ten parameters in the order of ``CellParams``."""
+        """The ten parameters in the order of ``CellParams``: (d, d) or (d,) each.
+
+        Raises:
+            TypeError: a part computes something of its own, or has no weight or no bias.
+            ValueError: a GroupNorm has other groups or another eps.
+        """
         return weights_and_biases(self, ResidualCell, _CELL_PARTS)
 
     def forward(
@@ -78,7 +90,19 @@ class ResidualCell(nn.Module):
         z: Tensor,  # (B, d)
         x: Tensor,  # (B, d)
     ) -> Tensor:  # (B, d)
-        """One step of the cell (not its equilibrium)."""
+        """One step of the cell (not its equilibrium).
+
+        Args:
+            z: (B, d) state, in the dtype of ``x``.
+            x: (B, d) injection.
+
+        Returns:
+            (B, d), the next state.
+
+        Raises:
+            TypeError: a wrong type or dtype.
+            ValueError: a wrong shape or device.
+        """
         return functional.residual_cell(
             z, x, self.flat(), num_groups=self.num_groups, variant=self.variant
         )
@@ -87,18 +111,25 @@ class ResidualCell(nn.Module):
 class PurifyCombine(nn.Module):
     """Soft gate and combination, Eqs. 9-12 of arXiv 2306.16645.
 
-    ``a_i = W_a (z_f + z_i) + b_a``;  ``z_f <- GN(relu(W_f sum_i (a_i * z_f) + b_f + x_f))``
+    ``a_i = W_a (z_f + z_i) + b_a``;  ``z_f <- GN(relu(W_f sum_i (a_i * z_f) + b_f + x_f))``. The
+    gate a_i weighs each feature; to purify is to multiply the fused state z_f by it.
 
     Args:
         dim: features d.
-        num_modalities: N.
+        num_modalities: N, how many kinds of input are fused.
         gate: without it ``z_f = GN(relu(W_f sum_i z_i + b_f + x_f))``, in closed form.
-        num_groups, variant: as in :class:`ResidualCell`.
+        num_groups: groups of the GroupNorm; divides ``dim``.
+        variant: "paper" or "released"; "released-mmimdb" has the relu after the GroupNorm.
         init: "contractive" draws W_f with standard deviation ``0.1 / sqrt(d)`` and W_a with
             ``0.25 / (N sqrt(d))``; "torch" leaves torch's default.
-        device, dtype: of the parameters.
+        device: of the parameters; torch's default when not given.
+        dtype: of the parameters, a floating one; torch's default when not given.
 
     As in :class:`ResidualCell`, parts are read and not called (``fuse`` is, without a gate).
+
+    Raises:
+        TypeError: a size that is no integer, or a flag that is no bool.
+        ValueError: a size or an option out of range.
     """
 
     def __init__(
@@ -139,7 +170,12 @@ class PurifyCombine(nn.Module):
         self.norm.reset_parameters()
 
     def flat(self) -> list[Tensor]:
-        """The six parameters in the order of ``FuseParams``; only with a gate."""
+        """The six parameters in the order of ``FuseParams``, (d, d) or (d,) each; only with a gate.
+
+        Raises:
+            TypeError: a part computes something of its own, or has no weight or no bias.
+            ValueError: there is no gate, or the GroupNorm has other groups or another eps.
+        """
         if self._modules.get("gate") is None:
             raise ValueError("gate: a combination without a gate is not a fixed-point map")
         return weights_and_biases(self, PurifyCombine, _COMBINE_PARTS)
@@ -151,7 +187,21 @@ class PurifyCombine(nn.Module):
         x_fuse: Tensor,  # (B, d)
         mask: Tensor | None = None,  # (B, d)
     ) -> Tensor:  # (B, d)
-        """One step (not the equilibrium). Without a gate the result does not depend on ``z``."""
+        """One step (not the equilibrium). Without a gate the result does not depend on ``z``.
+
+        Args:
+            z: (B, d) fused state; dtype and device of ``x_fuse``, as ``cells`` and ``mask``.
+            cells: (N, B, d) states of the cells.
+            x_fuse: (B, d) injection of the combination.
+            mask: (B, d) dropout factors, 0 or 1 / (1 - p), on W_f's output; none when not given.
+
+        Returns:
+            (B, d), the next fused state.
+
+        Raises:
+            TypeError: a wrong type or dtype.
+            ValueError: a wrong shape or device.
+        """
         expected = (self.num_modalities, *x_fuse.shape)
         checks.operand("cells", cells, x_fuse, expected, "(N, B, d)")
         if self.gate is None:

@@ -22,13 +22,21 @@ State = Tensor | tuple[Tensor, ...]
 class DEQ(nn.Module):
     """Solves ``z = f(z, *args)`` and differentiates the solution implicitly.
 
+    The gradient is that of the implicit function theorem (Theorem 1 of arXiv 2306.16645); memory
+    does not grow with the number of steps.
+
     Args:
         f: callable or module. Its state z is a tensor (B, ...) or a tuple of tensors that share B;
             it returns a state of the same structure and shapes. Row b of the output may depend on
-            row b of the input only: rows stop on their own.
+            row b of the input only: a row is one sample, a problem of its own, which stops on its
+            own.
         solver: forward solver and tolerance.
         adjoint: how gradients pass; they reach ``args`` and everything that f closes over.
         on_failure: "warn", "raise" or "ignore" when rows do not converge, forward or backward.
+
+    Raises:
+        TypeError: f is not callable, or an option is of a wrong type.
+        ValueError: options that do not go together.
 
     Example:
         >>> import torch
@@ -65,17 +73,20 @@ class DEQ(nn.Module):
         """Equilibrium and statistics.
 
         Args:
-            z0: start, tensor (B, ...) or tuple of such; no gradient flows to it.
-            args: passed on to f.
+            z0: start, tensor (B, ...) or tuple of such, of one floating dtype; no gradient flows to
+                it.
+            *args: passed on to f.
 
         Returns:
-            The equilibrium, structured like ``z0``, and a ``SolveInfo`` whose ``fuse`` block has
-            shape (B,). Always both, as nobody can say of any f that it converges; a module for
-            ``nn.Sequential`` is one of yours that keeps the first.
+            The equilibrium, structured like ``z0``, (B, ...) each, and a :class:`SolveInfo` whose
+            ``fuse`` block has shape (B,). Always both, since not every f
+            converges; for ``nn.Sequential`` write a module that keeps the first.
 
         Raises:
-            TypeError, ValueError: z0, or what f returned, has a wrong type or shape.
-            ConvergenceError: with ``on_failure="raise"``.
+            TypeError: z0, or what f returned, has a wrong type or dtype.
+            ValueError: z0, or what f returned, has a wrong shape or device.
+            NotImplementedError: inside a ``torch.func`` transform or forward-mode differentiation.
+            ConvergenceError: rows failed and ``on_failure="raise"``.
         """
         layout = _Layout(z0)
 

@@ -1,4 +1,8 @@
-"""``DEQFusion``: the deep-equilibrium multimodal fusion layer."""
+"""``DEQFusion``: the deep-equilibrium multimodal fusion layer.
+
+Features enter in ``DEQFusion.forward``, which makes injections of them; ``solving.py`` solves for
+their equilibrium. The parameters are read at each call and passed on as plain tensors.
+"""
 
 from __future__ import annotations
 
@@ -28,19 +32,20 @@ _PURIFY_ONLY = "combine: dropout and gate belong to combine='purify'"
 class DEQFusion(nn.Module):
     """Deep-equilibrium multimodal fusion (Ni et al., arXiv 2306.16645).
 
-    Features of N modalities pass N residual cells and a soft-gated purify-then-combine step; the
-    output is the joint equilibrium of all N + 1 equations, found per row, differentiated by the
-    implicit function theorem. The cells do not depend on each other or on z_f, so they are solved
-    first and the fuse equation after them: the same equilibrium as the joint solve of Eq. 17, at
-    less cost.
+    Features of N modalities (kinds of input, such as images and text) pass N residual cells and a
+    soft-gated purify-then-combine step; the output is the joint equilibrium of all N + 1 equations,
+    found per row, differentiated by the implicit function theorem. A row is one sample, a problem
+    of its own. The cells do not depend on each other or on z_f, so they are solved first and the
+    fuse equation after them: the same equilibrium as the joint solve of Eq. 17, at less cost.
 
     Args:
         dim: features d of the fused space.
         num_modalities: N >= 1.
         num_groups: groups of every GroupNorm; divides ``dim``.
         cell: "residual" (Eq. 8), or "identity" (z_i* = x_i, Table 6); not used by "weighted_sum".
-        combine: "purify" (Eqs. 9-12), "sum" (z_f* = sum_i z_i*) or "weighted_sum" (z_f* = x_f and
-            nothing else, Tables 6 and 7).
+        combine: "purify" (Eqs. 9-12: each modality's gate, a learned weight per feature, multiplies
+            the fused state before the N products are added up and combined), "sum"
+            (z_f* = sum_i z_i*) or "weighted_sum" (z_f* = x_f and nothing else, Tables 6 and 7).
         gate: False leaves the purification out (z'_i = z_i, Table 8); z_f* is then in closed form.
         weight_tied_steps: k steps of all equations from zero with backpropagation through them,
             instead of the equilibrium (Table 7); ``solver`` and ``adjoint`` then have no part.
@@ -52,14 +57,21 @@ class DEQFusion(nn.Module):
         init: "contractive" (from d = 64 up every row converges; see docs/design.md) or "torch".
         injection_norm: normalises each injection x_i over its features (no parameters), which makes
             the layer insensitive to the scale of its inputs.
-        solver, adjoint, on_failure, backend: how to solve, how to differentiate, what to do about
-            rows that did not converge, and what to run on ("auto" or a name).
-        device, dtype: of the parameters.
+        solver: how to solve forward: a solver's options, with its tolerance.
+        adjoint: how gradients pass through the equilibrium.
+        on_failure: "warn", "raise" or "ignore" when rows do not converge, forward or backward.
+        backend: what to run on: "auto" (the fastest that accepts the problem), or a name.
+        device: of the parameters; torch's default when not given.
+        dtype: of the parameters, a floating one; torch's default when not given.
 
     Parameters that an ablation does not use are not created. The layer reads the parameters of its
     cells and its combination and calls neither, nor their parts: forward hooks on them do not fire
     (on ``projections`` and on the layer they do), and parts that compute something of their own
     (adapters, ``torch.nn.utils.weight_norm``, another eps) are refused. Parametrisations work.
+
+    Raises:
+        TypeError: an argument of a wrong type.
+        ValueError: a size or an option out of range, or options that do not go together.
 
     Example:
         >>> import torch
@@ -181,16 +193,19 @@ class DEQFusion(nn.Module):
 
         Args:
             features: one tensor (..., d_i) per modality, equal leading dimensions, of the dtype and
-                device of the parameters. 16-bit storage is computed in float32.
-            z0: warm start (fused, cells), e.g. an earlier output; detached.
+                device of the parameters; d_i is ``dim``, or what ``in_dims`` says. 16-bit storage
+                is computed in float32.
+            z0: warm start (fused (..., d), cells (N, ..., d)), e.g. an earlier output; detached.
             return_info: also return a :class:`SolveInfo`, with statistics of shape (...).
             return_cells: also return the modality equilibria (N, ..., d), differentiable.
 
         Returns:
-            z (..., d); with the flags a tuple ``(z, zs)``, ``(z, info)`` or ``(z, zs, info)``.
+            z (..., d) in the dtype of the features; with the flags a tuple ``(z, zs)``, ``(z,
+            info)`` or ``(z, zs, info)``.
 
         Raises:
-            ValueError, TypeError: wrong number, shape, dtype or device of tensors.
+            TypeError: an argument of a wrong type or dtype.
+            ValueError: a wrong number, shape or device of tensors.
             BackendUnavailable: ``backend`` was named and cannot take the call.
             ConvergenceError: rows did not converge and ``on_failure="raise"``.
         """
@@ -290,7 +305,20 @@ class DEQFusion(nn.Module):
         variant: VariantName = "released",
         **options: Any,
     ) -> DEQFusion:
-        """A layer with the weights of an authors' state dict; see ``deqfuse.checkpoints``."""
+        """A layer with the weights of an authors' state dict; see ``deqfuse.checkpoints``.
+
+        Args:
+            state_dict: the released tensors by name, weights (d, d), (d,) or as 1x1 convolutions;
+                any prefix is removed.
+            variant: "released" or "released-mmimdb".
+            **options: further arguments of :class:`DEQFusion`; sizes come from the state dict.
+
+        Returns:
+            A layer with these weights, in their dtype.
+
+        Raises:
+            ValueError: another variant, or names and shapes that are no released layer's.
+        """
         from deqfuse.checkpoints import read_released
 
         checks.one_of("variant", variant, ("released", "released-mmimdb"))

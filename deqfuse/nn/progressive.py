@@ -38,9 +38,10 @@ class ProFusion(nn.Module):
             (B, context_dim), or to a tuple whose first entry it is.
         context_dim: width of the context.
         steps: R >= 1 applications of the model; 2 when neither ``steps`` nor ``solver`` is given.
-        solver, adjoint: forward solver of the equilibrium and how gradients pass; instead of
-            ``steps``. An equilibrium needs rows that do not depend on each other: batch norm behind
-            a site must be in eval mode.
+        solver: forward solver of the equilibrium, instead of ``steps``. An equilibrium needs rows
+            (samples) that do not depend on each other: batch norm behind a site must be in eval
+            mode.
+        adjoint: how gradients pass through the equilibrium.
         inject: "add" (x_i + V_i c), or "concat": V_i c as extra input columns, zero at first. They
             are added to the site's first Linear, as parameters of this module; an encoder whose
             first Linear takes more columns than ``in_dims[i]`` says has them already.
@@ -53,6 +54,10 @@ class ProFusion(nn.Module):
 
     Attributes:
         back_projections: V_i, bias-free Linear layers with weights (d_i, context_dim).
+
+    Raises:
+        TypeError: an argument of a wrong type.
+        ValueError: a wrong number or size, an unknown site, or options that do not go together.
 
     Example:
         >>> import torch
@@ -123,7 +128,7 @@ class ProFusion(nn.Module):
         """The model's output after the last application.
 
         Args:
-            inputs: what each encoder takes.
+            inputs: what each encoder takes, each (B, ...) or a sequence that starts with such.
             return_contexts: also return c_1 .. c_R as one tensor (R, B, context_dim); for an
                 equilibrium R = 1. With ``encode`` this gives the unimodal representations of every
                 step.
@@ -136,7 +141,8 @@ class ProFusion(nn.Module):
             ``(output, contexts)``, ``(output, info)`` or ``(output, contexts, info)``.
 
         Raises:
-            ValueError, TypeError: inputs or the fused tensor of a wrong number, type or shape.
+            TypeError: inputs, or the fused tensor, of a wrong type or dtype.
+            ValueError: inputs, or the fused tensor, of a wrong number or shape.
             ConvergenceError: rows did not converge and ``on_failure="raise"``.
         """
         model = _Model(self, inputs, again=self.steps != 1)
@@ -158,6 +164,13 @@ class ProFusion(nn.Module):
 
         ``encode(xs)`` are the representations of step 1, ``encode(xs, contexts[t - 1])`` those of
         step t + 1 (Appendix G probes them).
+
+        Args:
+            inputs: what each encoder takes, each (B, ...) or a sequence that starts with such.
+            context: (B, context_dim); the given model's own representations when not given.
+
+        Returns:
+            What each of the N encoders returned.
         """
         model = _Model(self, inputs, again=context is not None)
         if context is None:

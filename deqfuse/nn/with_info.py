@@ -13,12 +13,15 @@ from deqfuse.result import SolveInfo
 class WithInfo(nn.Module):
     """Calls a fusion module with ``return_info=True``: ``module(xs) -> (fused, info)``.
 
-    A loop that takes the first entry of a tuple as the fused tensor, and hands the tuple to the
+    A loop that takes the first entry of a tuple as the fused tensor, and gives the tuple to the
     objective, gives the objective ``info.jacobian_penalty()`` in this way. MultiBench does: its
     ``objective_args_dict["fused"]`` is then ``(fused, info)``; see ``examples/multibench.py``.
 
     Args:
         fusion: a ``DEQFusion``, or a ``ProFusion``.
+
+    Raises:
+        TypeError: ``fusion`` is no module.
     """
 
     def __init__(self, fusion: nn.Module) -> None:
@@ -28,6 +31,13 @@ class WithInfo(nn.Module):
         self.fusion = fusion
 
     def forward(self, features: Sequence[Any]) -> tuple[Tensor, SolveInfo]:
-        """What the module returns, with its :class:`SolveInfo`."""
+        """What the module returns, with its :class:`SolveInfo`.
+
+        Args:
+            features: what the module takes, N tensors (..., d_i) for a ``DEQFusion``.
+
+        Returns:
+            The fused tensor (..., d) and the record of its solve.
+        """
         fused, info = self.fusion(features, return_info=True)
         return fused, info

@@ -33,8 +33,8 @@ def solve(
 
     Args:
         block: ``CELLS``, ``FUSE`` or ``LAYER``.
-        rows: features, differentiated.
-        params: parameters, differentiated.
+        rows: (..., d) each, features, differentiated.
+        params: (...) each, parameters, differentiated.
         others: masks, starts and sizes, without a gradient.
         options: num_groups, variant, solver and adjoint as text, backend, on_failure.
 

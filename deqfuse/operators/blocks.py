@@ -67,19 +67,34 @@ torch.library.define(
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """A kind of block: what its operators take and give. The module's text names the operands."""
+    """A kind of block: what its operators take and give. The module's text names the operands.
+
+    Args:
+        name: of the kind, as in the operators' names.
+        solve: the operator of the solve, as ``torch.ops`` has it.
+        adjoint: the operator of the adjoint.
+        launchers: (backend) -> the two functions of that backend which the operators run.
+        num_rows: how many rows operands there are; None where they are one list of them.
+        num_others: how many operands have no gradient: masks, starts, sizes.
+        masks: positions, among the others, of those that the adjoint takes, too: tensors or None.
+        sizes: positions, among the others, of numbers that the adjoint takes behind the masks.
+        num_equilibria: how many leading results of the solve are equilibria; the adjoint is given
+            the last of them.
+        cotangents: (cotangents of the equilibria) -> those that the adjoint takes.
+        parts: what a report calls the block's parts, in the order in which they are solved.
+    """
 
     name: str
-    solve: Any  # the operators, as torch.ops has them
+    solve: Any
     adjoint: Any
-    launchers: Callable[[Backend], Launchers]  # the functions of a backend that they run
-    num_rows: int | None  # how many rows operands; None: one list of them
+    launchers: Callable[[Backend], Launchers]
+    num_rows: int | None
     num_others: int
-    masks: tuple[int, ...]  # which of the others the adjoint takes, too: tensors or None,
-    sizes: tuple[int, ...]  # and, behind them, numbers
-    num_equilibria: int  # leading results that are equilibria; the adjoint is given the last
-    cotangents: Callable[..., tuple[Any, ...]]  # of the adjoint, from those of the equilibria
-    parts: reporting.Parts  # what a report calls them, in the order in which they are solved
+    masks: tuple[int, ...]
+    sizes: tuple[int, ...]
+    num_equilibria: int
+    cotangents: Callable[..., tuple[Any, ...]]
+    parts: reporting.Parts
 
     @property
     def num_results(self) -> int:
@@ -89,7 +104,16 @@ class Block:
     def join(
         self, rows: Sequence[Tensor], params: Sequence[Tensor], others: Sequence[Any]
     ) -> tuple[Any, ...]:
-        """The operands of an operator, or of a launcher, from their kinds."""
+        """The operands of an operator, or of a launcher, from their kinds.
+
+        Args:
+            rows: (..., d) each, features.
+            params: (...) each, parameters.
+            others: masks, starts and sizes.
+
+        Returns:
+            The operands in the operator's order, without the options.
+        """
         if self.num_rows is None:
             return (list(rows), list(params), *others)
         return (*rows, list(params), *others)
@@ -97,14 +121,28 @@ class Block:
     def split(
         self, inputs: Sequence[Any]
     ) -> tuple[list[Tensor], list[Tensor], tuple[Any, ...], tuple[Any, ...]]:
-        """Rows, params, others and options of a call of the solve; the inverse of :meth:`join`."""
+        """Rows, params, others and options of a call of the solve; the inverse of :meth:`join`.
+
+        Args:
+            inputs: all operands of the solve, the options among them.
+
+        Returns:
+            Rows (..., d), params (...), others, options.
+        """
         at = 1 if self.num_rows is None else self.num_rows
         rows = list(inputs[0]) if self.num_rows is None else list(inputs[:at])
         end = at + 1 + self.num_others
         return rows, list(inputs[at]), tuple(inputs[at + 1 : end]), tuple(inputs[end:])
 
     def split_gradients(self, results: Sequence[Any]) -> tuple[list[Any], list[Any], list[Any]]:
-        """Gradients of the rows, of the params, and the statistics, from an adjoint's results."""
+        """Gradients of the rows, of the params, and the statistics, from an adjoint's results.
+
+        Args:
+            results: what the operator or the launcher of the adjoint returned.
+
+        Returns:
+            Gradients of the rows, gradients of the params, statistics.
+        """
         at = 1 if self.num_rows is None else self.num_rows
         rows = list(results[0]) if self.num_rows is None else list(results[:at])
         return rows, list(results[at]), list(results[at + 1 :])
@@ -147,7 +185,7 @@ LAYER = Block(
     sizes=(),
     # The fused z, for callers to write into, and all equilibria, in memory of the operator's own.
     num_equilibria=2,
-    # The fused row of the second is handed to no caller, so its cotangent is zero.
+    # Callers get the cells of the second only, so the cotangent of its fused row is zero.
     cotangents=lambda grad_z, grad_states: (
         grad_z,
         None if grad_states is None else grad_states[:-1],

@@ -20,7 +20,7 @@ from deqfuse.solvers.options import from_code
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[Any]:
-    """A converging loop keeps its norms in float32: autocast ends at the operator's door."""
+    """Switches autocast off: the norms of a converging loop need float32 at least."""
     if device.type == "meta" or not torch.is_autocast_enabled(device.type):
         return nullcontext()  # entering torch.autocast costs more than it looks
     return torch.autocast(device_type=device.type, enabled=False)

@@ -60,7 +60,11 @@ def solve(
 
 
 def _adjoint(block: Block, *operands: Any) -> Any:
-    """Its body; with ``create_graph=True`` the operator; under a transform what that can follow."""
+    """How the gradient rule calls the adjoint of a kind of block: by its body, where that will do.
+
+    With ``create_graph=True`` it is the operator, whose own gradient refuses second derivatives;
+    under a transform of ``torch.func`` it is the operator with that refusal in a form of its own.
+    """
     if in_transform():
         return _guarded(block, *operands)
     if torch.is_grad_enabled():
@@ -69,7 +73,7 @@ def _adjoint(block: Block, *operands: Any) -> Any:
 
 
 def _guarded(block: Block, *operands: Any) -> tuple[Any, ...]:
-    """An adjoint operator under a transform: the refusal of a second derivative rides along."""
+    """An adjoint operator under a transform; a second derivative of its results is refused."""
     with torch.no_grad():
         row_grads, param_grads, statistics = block.split_gradients(block.adjoint(*operands))
     if torch.is_grad_enabled():  # always so in torch.func.grad

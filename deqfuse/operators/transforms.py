@@ -2,7 +2,7 @@
 
 Rows are independent, so a mapped call is one call with more rows. Where parameters, or their
 gradients, differ from call to call, it is a loop. Forward mode is refused: the kernels know
-``J^T u`` only, and torch would hand out zeros.
+``J^T u`` only, and torch would return zeros for J v.
 """
 
 from __future__ import annotations

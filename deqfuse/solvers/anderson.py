@@ -25,20 +25,28 @@ RESCUE_STEPS = 8
 class Anderson(SolverOption):
     """Anderson mixing over the last ``m`` residuals (Walker & Ni 2011), per row. The default.
 
+    The next iterate mixes the last ``m`` ones, ``z <- sum_i alpha_i (z_i + beta (f(z_i) - z_i))``,
+    with the weights of sum 1 that make ``|sum_i alpha_i (f(z_i) - z_i)|`` least.
+
     On the ``cpu`` backend a layer's start from zero begins with plain steps (beta = 1, max_iter
     above 8, tol 1e-6 or looser), until a row's next evaluation is expected to solve it, while each
     halves the residual, four evaluations at most. They count, but no row ends there.
 
     Args:
+        tol: relative residual at which a row stops: ``|f(z) - z| / (|f(z)| + 1e-5) <= tol``.
+        max_iter: evaluations of f per row after which it stops in any case.
+        trace: whether to record the residual of every row at every step (``info.*.trace``).
         m: history length; m = 1 is plain (damped) iteration.
-        beta: mixing factor, ``z <- sum_i alpha_i (z_i + beta (f(z_i) - z_i))``.
+        beta: mixing factor in (0, 2]; 1 mixes the images f(z_i) alone.
         lam: ridge *relative* to the largest diagonal entry of the Gram matrix. An absolute ridge
             swamps the Gram matrix as soon as residuals are small and turns the method into
             averaging.
-        rescue: rows that did not converge get up to 8 Newton-Krylov steps from their best iterate.
-        tol, max_iter, trace: as in :class:`SolverOption`: relative residual at which a row stops
-            (1e-4), evaluations of f after which it stops in any case (50), whether to record the
-            residual of every step (False).
+        rescue: whether rows that did not converge get up to 8 Newton-Krylov steps from their best
+            iterate, with a budget of their own.
+
+    Raises:
+        TypeError: a value of a wrong type.
+        ValueError: a value out of range.
     """
 
     m: int = knob(5, scalars.positive_int)
@@ -64,10 +72,14 @@ class Picard(SolverOption):
     """Damped fixed-point iteration ``z <- z + beta (f(z) - z)``, per row.
 
     Args:
+        tol: relative residual at which a row stops: ``|f(z) - z| / (|f(z)| + 1e-5) <= tol``.
+        max_iter: evaluations of f per row after which it stops in any case.
+        trace: whether to record the residual of every row at every step (``info.*.trace``).
         beta: damping factor in (0, 2]; 1 is the plain iteration ``z <- f(z)``.
-        tol, max_iter, trace: as in :class:`SolverOption`: relative residual at which a row stops
-            (1e-4), evaluations of f after which it stops in any case (50), whether to record the
-            residual of every step (False).
+
+    Raises:
+        TypeError: a value of a wrong type.
+        ValueError: a value out of range.
     """
 
     beta: float = knob(1.0, scalars.mixing)

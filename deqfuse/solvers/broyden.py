@@ -15,13 +15,17 @@ from deqfuse.solvers.rows import Rows, Solution, row_dot, row_norm, select
 
 @dataclass(frozen=True)
 class Broyden(SolverOption):
-    """Limited-memory "good" Broyden on ``f(z) - z = 0``, per row (Broyden 1965).
+    """Limited-memory "good" Broyden on ``f(z) - z = 0``, per row (Broyden 1965; Bai et al. 2019).
 
     Args:
+        tol: relative residual at which a row stops: ``|f(z) - z| / (|f(z)| + 1e-5) <= tol``.
+        max_iter: evaluations of f per row after which it stops in any case.
+        trace: whether to record the residual of every row at every step (``info.*.trace``).
         m: how many rank-one updates of the inverse Jacobian are kept.
-        tol, max_iter, trace: as in :class:`SolverOption`: relative residual at which a row stops
-            (1e-4), evaluations of f after which it stops in any case (50), whether to record the
-            residual of every step (False).
+
+    Raises:
+        TypeError: a value of a wrong type.
+        ValueError: a value out of range.
     """
 
     m: int = knob(20, scalars.positive_int)

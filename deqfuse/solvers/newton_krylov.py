@@ -24,13 +24,18 @@ SUFFICIENT_DECREASE = 1e-4
 class NewtonKrylov(SolverOption):
     """Newton steps by GMRES on matrix-free JVPs, with a backtracking line search, per row.
 
-    The robust choice for rows near or beyond spectral radius 1.
+    The robust choice for rows near or beyond spectral radius 1. A JVP is a product J v of the map's
+    Jacobian with a vector; it counts as one evaluation.
 
     Args:
+        tol: relative residual at which a row stops: ``|f(z) - z| / (|f(z)| + 1e-5) <= tol``.
         max_iter: evaluations of f per row, JVPs included, hence more than other solvers have.
+        trace: whether to record the residual of every row at every step (``info.*.trace``).
         restart: length of a Krylov cycle of GMRES; there is one cycle per Newton step.
-        tol, trace: as in :class:`SolverOption`: relative residual at which a row stops (1e-4),
-            whether to record the residual of every step (False).
+
+    Raises:
+        TypeError: a value of a wrong type.
+        ValueError: a value out of range.
     """
 
     max_iter: int = knob(200, scalars.positive_int)

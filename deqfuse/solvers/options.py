@@ -40,7 +40,16 @@ _TYPES: dict[str, type[_Option]] = {}  # by name, for from_code
 
 
 def knob(default: Any, check: Callable[[str, Any], Any]) -> Any:
-    """A field of an option, and the check that gives its value back as a plain Python one."""
+    """A field of an option, and the check that gives its value back as a plain Python one.
+
+    Args:
+        default: the field's default.
+        check: ``(name, value) -> value``, or an error that names the field; ``scalars.py`` has
+            them.
+
+    Returns:
+        What a dataclass takes as a field's default.
+    """
     return dataclasses.field(default=default, metadata={"check": check})
 
 
@@ -70,19 +79,32 @@ class _Option:
 
 @functools.lru_cache(maxsize=256)
 def from_code(code: str) -> Any:
-    """The option object that ``option.code`` described."""
+    """The option object that ``option.code`` described.
+
+    Args:
+        code: the text, as :attr:`SolverOption.code` gives it.
+
+    Returns:
+        An option equal to the one that the text came from.
+    """
     values = json.loads(code)
     return _TYPES[values.pop("type")](**values)
 
 
 @dataclass(frozen=True)
 class SolverOption(_Option):
-    """What all forward solvers have in common.
+    r"""What all forward solvers have in common; a solver's own options are a subclass of it.
+
+    A subclass is a frozen dataclass whose fields are :func:`knob`\s, in the file of its solver.
 
     Args:
         tol: relative residual at which a row stops: ``|f(z) - z| / (|f(z)| + 1e-5) <= tol``.
         max_iter: evaluations of f per row, JVPs included, after which a row stops in any case.
-        trace: record the residual of every row at every step (``info.*.trace``).
+        trace: whether to record the residual of every row at every step (``info.*.trace``).
+
+    Raises:
+        TypeError: a value of a wrong type.
+        ValueError: a value out of range.
     """
 
     tol: float = knob(1e-4, scalars.positive_float)
@@ -106,12 +128,23 @@ class SolverOption(_Option):
 
 @dataclass(frozen=True)
 class GradientOption(_Option):
-    """Base of the options that say how gradients pass through an equilibrium."""
+    """Base of the options that say how gradients pass through an equilibrium.
+
+    Attributes:
+        reports: whether a backward solve that failed is reported; a property of the class.
+    """
 
     reports: ClassVar[bool] = False  # whether a failed backward solve is reported
 
     def for_forward(self, solver: SolverOption) -> GradientOption:
-        """The option actually used with this forward solver."""
+        """The option actually used with this forward solver.
+
+        Args:
+            solver: the options of the forward solve.
+
+        Returns:
+            The option itself, or one that is never looser than the forward solve.
+        """
         return self
 
     def remedy(self) -> str:
@@ -123,13 +156,18 @@ class GradientOption(_Option):
 class Implicit(GradientOption):
     """The implicit function theorem: solve ``(I - J^T) u = g`` per row and per block. The default.
 
-    Theorem 1 of arXiv 2306.16645.
+    Theorem 1 of arXiv 2306.16645: g is the incoming gradient (cotangent) of the equilibrium, J the
+    Jacobian of the block's map there, u what one VJP of the map turns into all gradients.
 
     Args:
         solver: "auto" (the backend's best), "gmres", "bicgstab", "anderson", "neumann" (the series,
             to tolerance) or "dense" (exact, O(d^3) per row: small d and tests only).
         tol: per row, ``|g + J^T u - u| <= tol |g|``; the forward tolerance if that is tighter.
         max_iter: applications of J^T per row after which it stops in any case.
+
+    Raises:
+        TypeError: a value of a wrong type.
+        ValueError: a value out of range.
     """
 
     solver: LinearSolver = knob("auto", _linear_solver)
@@ -148,15 +186,26 @@ class Implicit(GradientOption):
 
 @dataclass(frozen=True)
 class OneStep(GradientOption):
-    """Jacobian-free backpropagation: ``u = g``, the gradient of one step at the equilibrium."""
+    """Jacobian-free backpropagation: ``u = g``, the gradient of one step at the equilibrium.
+
+    The cheapest approximation of :class:`Implicit` (Fung et al., arXiv 2103.12803): exact where the
+    Jacobian J of the map vanishes. It has no tolerance, and is never reported as failed.
+    """
 
 
 @dataclass(frozen=True)
 class Neumann(GradientOption):
     """``u = sum_{i<=k} (J^T)^i g``: the Neumann series cut off ("phantom gradient").
 
+    An approximation of :class:`Implicit` (Geng et al., arXiv 2111.05177), for maps whose Jacobian J
+    contracts. It has no tolerance, and is never reported as failed.
+
     Args:
-        k: applications of J^T.
+        k: applications of J^T, at least 1.
+
+    Raises:
+        TypeError: ``k`` is no integer.
+        ValueError: ``k`` is less than 1.
     """
 
     k: int = knob(5, scalars.positive_int)
@@ -164,4 +213,8 @@ class Neumann(GradientOption):
 
 @dataclass(frozen=True)
 class Unrolled(GradientOption):
-    """Backpropagation through the solver's own steps. Memory grows with the number of steps."""
+    """Backpropagation through the solver's own steps. Memory grows with the number of steps.
+
+    The only choice that has second derivatives. It runs on the ``reference`` backend, and not with
+    solvers whose steps autograd cannot follow: ``NewtonKrylov()``, ``Anderson(rescue=True)``.
+    """

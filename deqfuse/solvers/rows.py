@@ -19,7 +19,16 @@ RESIDUAL_FLOOR = 1e-5
 
 @dataclass(frozen=True)
 class Solution:
-    """Answer and statistics of a row-wise solve."""
+    """Answer and statistics of a row-wise solve; R rows of n numbers.
+
+    Args:
+        z: (R, n) the answers: f of each row's best iterate; of a linear solve the iterate itself.
+        residual: (R,) relative residual of that iterate, in the dtype of ``z``.
+        nfe: (R,) int32, evaluations of f while the row was active.
+        outcome: (R,) int8, values of :class:`deqfuse.Outcome`.
+        trace: (steps, R) residual at each step, NaN where a row had stopped; None where not asked
+            for.
+    """
 
     z: Tensor  # (R, n)
     residual: Tensor  # (R,)
@@ -29,22 +38,49 @@ class Solution:
 
 
 def row_norm(v: Tensor) -> Tensor:
-    """(R, n) -> (R,) Euclidean norms."""
+    """Euclidean norm of each row.
+
+    Args:
+        v: (R, n) rows.
+
+    Returns:
+        (R,).
+    """
     return torch.linalg.vector_norm(v, dim=1)
 
 
 def row_dot(a: Tensor, b: Tensor) -> Tensor:
-    """(R, n), (R, n) -> (R,) inner products."""
+    """Inner product of each row of one tensor with that of another.
+
+    Args:
+        a: (R, n) rows.
+        b: (R, n) rows.
+
+    Returns:
+        (R,).
+    """
     return (a * b).sum(1)
 
 
 def select(mask: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """Row-wise choice: ``a`` where ``mask`` (R,) else ``b``."""
+    """Row-wise choice: ``a`` where ``mask``, else ``b``.
+
+    Args:
+        mask: (R,) bool.
+        a: (R, n) rows.
+        b: (R, n) rows.
+
+    Returns:
+        (R, n). A NaN in what is not chosen does no harm, as it would in a product with the mask.
+    """
     return torch.where(mask[:, None], a, b)
 
 
 class Rows:
-    """State of all rows of one solve.
+    """State of all rows of one solve, through which a solver learns which rows are still active.
+
+    A solver calls :meth:`observe` once per step, moves the rows that are :attr:`active` only, and
+    returns :meth:`solution` when no row is.
 
     Args:
         z0: (R, n) start.
@@ -53,6 +89,10 @@ class Rows:
         scale: (R,) denominator of the residual; ``|f(z)| + 1e-5`` when not given.
         active: (R,) bool, rows to work on at all; the others keep ``z0``.
         trace: whether to keep the residual of every observation.
+
+    Attributes:
+        active: (R,) bool, the rows that have not ended.
+        nfe: (R,) int32, evaluations of each row so far.
     """
 
     def __init__(
@@ -79,7 +119,16 @@ class Rows:
         self._trace: list[Tensor] | None = [] if trace else None
 
     def observe(self, z: Tensor, fz: Tensor, cost: Tensor | int = 1) -> bool:
-        """Note ``fz = f(z)``, which took ``cost`` evaluations; True while any row is active."""
+        """Note ``fz = f(z)``: judge every active row by its residual and end those that are done.
+
+        Args:
+            z: (R, n) iterates.
+            fz: (R, n) their images.
+            cost: evaluations that this took, for all rows alike or (R,) int32.
+
+        Returns:
+            True while any row is active.
+        """
         with torch.no_grad():
             scale = row_norm(fz) + RESIDUAL_FLOOR if self.scale is None else self.scale
             residual = row_norm(fz - z) / scale
@@ -110,5 +159,6 @@ class Rows:
         self.active = self.active & ~rows
 
     def solution(self) -> Solution:
+        """Answers and statistics as they stand: z (R, n), statistics (R,)."""
         trace = None if self._trace is None else torch.stack(self._trace)
         return Solution(self.best, self.best_residual, self.nfe, self.outcome, trace)

@@ -29,6 +29,12 @@ SOLVERS: dict[type[SolverOption], Solver] = {
 def registered(option: SolverOption) -> Solver:
     """The solver that these options belong to.
 
+    Args:
+        option: options of a forward solver.
+
+    Returns:
+        The function ``(f, z0, option, linearize) -> Solution`` of ``SOLVERS``.
+
     Raises:
         TypeError: no solver is registered for options of this class.
     """
@@ -54,6 +60,12 @@ def solve(
         option: the solver and its knobs.
         linearize: ``z -> (v -> J(z) v)`` where a cheaper JVP than forward-mode autograd is known.
         run: another implementation of the option's solver than the registered one.
+
+    Returns:
+        The answers (R, n) and their statistics.
+
+    Raises:
+        TypeError: no solver is registered for options of this class.
     """
     found = (run or registered(option))(f, z0, option, linearize)
     if isinstance(option, Anderson) and option.rescue:

@@ -15,6 +15,12 @@ import torch
 import deqfuse
 
 ROOT = Path(__file__).resolve().parents[2]
+# A file of the project by its path, as pages and comments name it.
+NAMED = re.compile(
+    r"(?<![\w/])(?:deqfuse|csrc|triton_kernels|tests|tools|docs|benchmarks|examples|backends|operators|nn|"
+    r"solvers|diagnostics|common|cpu|cuda)/[\w/.-]*\w\.(?:py|md|h|cpp|cuh|inc|cu)\b"
+)
+PLACES = ("", "deqfuse", "csrc", "docs")  # that such a path may start from
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 
@@ -55,6 +61,23 @@ def test_blocks_of_a_page_in_their_order(
 def test_examples_of_docstrings(source: str) -> None:
     torch.manual_seed(0)
     exec(source, {})
+
+
+def texts() -> list[Path]:
+    """Pages, and the sources with their comments."""
+    pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("csrc/**/*.*")]
+    code = [p for d in ("deqfuse", "triton_kernels", "tools") for p in (ROOT / d).rglob("*.py")]
+    return sorted(p for p in [*pages, *code] if p.suffix in (".md", ".py", ".h", ".cpp", ".cuh"))
+
+
+def test_every_file_that_is_named_is_there() -> None:
+    missing = []
+    for path in texts():
+        for name in NAMED.findall(path.read_text(encoding="utf-8")):
+            if not any((ROOT / place / name).exists() for place in PLACES):
+                missing.append(f"{path.relative_to(ROOT)}: {name}")
+    assert not missing
+    assert len(texts()) > 100
 
 
 def test_nothing_is_left_out() -> None:
