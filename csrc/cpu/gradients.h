@@ -1,6 +1,8 @@
 // The parameters' gradients: what tiles of rows contribute to them, and the sums and products over all tiles.
 #pragma once
 
+#include <cstring>
+
 #include "products.h"
 #include "rowmath.h"
 
@@ -42,21 +44,22 @@ class GradientMemory {
   }
 
   // One of jobs() pieces of a block's gradients: dW = cotangent^T input over all rows, some columns of it; or the sums of
-  // its first `sums` vectors over the tiles, in order. The first of these enters `first_bias` times.
+  // its first `sums` vectors over the tiles, in order. Added to `out` unless these rows come first. The bias of the first
+  // product enters `first_bias` times, which shows once all rows are in.
   int64_t jobs() const { return 2 * columns() + 1; }
-  void run(int64_t block, int64_t job, int sums, T first_bias, T* const* out) const {
+  void run(int64_t block, int64_t job, int sums, T first_bias, T* const* out, bool first, bool last) const {
     const GradientParts<T, NV> part = parts(block, 0);
     if (job < 2 * columns()) {
       const int which = int(job / columns());
-      outer_product(part.cotangent[which], part.input[which], job % columns() * kWidth, out[2 * which]);
+      outer_product(part.cotangent[which], part.input[which], job % columns() * kWidth, out[2 * which], first);
       return;
     }
     for (int kind = 0; kind < sums; ++kind) {
       T* sum = out[kind < 2 ? 2 * kind + 1 : kind + 2];
-      for (int64_t i = 0; i < d_; ++i) sum[i] = 0;
+      if (first) std::memset(sum, 0, sizeof(T) * d_);
       for (int64_t tile = 0; tile < tiles_; ++tile)
         for (int64_t i = 0; i < d_; ++i) sum[i] += part.sums[(tile * most_sums_ + kind) * d_ + i];
-      if (kind == 0)
+      if (kind == 0 && last)
         for (int64_t i = 0; i < d_; ++i) sum[i] *= first_bias;
     }
   }
