@@ -1,5 +1,5 @@
-// The Jacobian penalty of the whole layer: its blocks are independent, each cut into tiles of rows; then the parameters'
-// gradients over all rows.
+// The Jacobian penalty of the whole layer: its blocks are independent, each cut into tiles of rows; then the
+// parameters' gradients over all rows.
 #pragma once
 
 #include "penalty.h"
@@ -16,8 +16,12 @@ class PenaltyBlocks {
   using Fuse = FusePenalty<T, NV>;
 
   PenaltyBlocks(const PenaltyProblem<T>& p, int64_t first, int64_t count, T* dx_fuse)
-      : straight(p.params + 10 * first, count, 10, p.d, uses(p)), transposed(p.params + 10 * first, count, 10, p.d, uses(p)),
-        p_(p), first_(first), count_(count), dx_fuse_(dx_fuse) {}
+      : straight(p.params + 10 * first, count, 10, p.d, uses(p)),
+        transposed(p.params + 10 * first, count, 10, p.d, uses(p)),
+        p_(p),
+        first_(first),
+        count_(count),
+        dx_fuse_(dx_fuse) {}
 
   // Of one block, and `rows` rows at once.
   static int64_t bytes(const PenaltyProblem<T>& p, int64_t rows) {
@@ -32,8 +36,8 @@ class PenaltyBlocks {
   template <class After>
   void run(int64_t begin, int64_t end, int64_t more, int threads, ParallelFor parallel, After after) const {
     const int64_t n = p_.modalities, tiles_of_rows = tiles<R>(end - begin);
-    const GradientMemory<T, NV> gradients(p_.dparams ? count_ : 0, factor_rows(p_, end - begin), tiles_of_rows, Cell::kSums,
-                                          p_.d);
+    const GradientMemory<T, NV> gradients(p_.dparams ? count_ : 0, factor_rows(p_, end - begin), tiles_of_rows,
+                                          Cell::kSums, p_.d);
     run_tasks(count_ * tiles_of_rows, threads, parallel, [&](int64_t t) {
       const int64_t block = t / tiles_of_rows, tile = t % tiles_of_rows, at = begin + tile * R;
       GradientParts<T, NV> parts;
@@ -45,8 +49,8 @@ class PenaltyBlocks {
     run_tasks(count_ * jobs + more, threads, parallel, [&](int64_t t) {
       if (t >= count_ * jobs) return after(t - count_ * jobs);
       const int64_t block = t / jobs, i = first_ + block;
-      gradients.run(block, t % jobs, i < n ? Cell::kSums : Fuse::kSums, T(i < n ? 1 : n), p_.dparams + 10 * i, begin == 0,
-                    end == p_.rows);
+      gradients.run(block, t % jobs, i < n ? Cell::kSums : Fuse::kSums, T(i < n ? 1 : n), p_.dparams + 10 * i,
+                    begin == 0, end == p_.rows);
     });
   }
 

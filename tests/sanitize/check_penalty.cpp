@@ -1,4 +1,5 @@
-// The Jacobian penalty of every instruction set that runs here, on awkward shapes. What is checked, for float and double:
+// The Jacobian penalty of every instruction set that runs here, on awkward shapes. What is checked, for float and
+// double:
 //   - values are |J^T v|^2 with J from central differences of the equations, evaluated naively in double;
 //   - gradients agree with central differences of the values along a random direction of all inputs;
 //   - any thread count, and a row alone, give the same bits, and so do calls without the parameters' gradients;
@@ -137,8 +138,10 @@ void check_rows(const KernelTable& table, const LayerInputs& in, const Penalty<T
   poisoned.states[bad * d + d - 1] = std::nan("");
   const Penalty<T> with_nan = penalty<T>(table, poisoned, 2);
   for (int64_t k = 0; k < blocks * s.rows; ++k)
-    if (k == bad || k == s.modalities * s.rows + bad) check(std::isnan(with_nan.value[k]), "NaN row comes back as numbers");
-    else check(same(row(with_nan.value, k, 1), row(out.value, k, 1)), "NaN reached another row");
+    if (k == bad || k == s.modalities * s.rows + bad)
+      check(std::isnan(with_nan.value[k]), "NaN row comes back as numbers");
+    else
+      check(same(row(with_nan.value, k, 1), row(out.value, k, 1)), "NaN reached another row");
   if (s.modalities > 1) return;
   Shape alone = s;
   alone.rows = 1;
@@ -155,7 +158,8 @@ void check_rows(const KernelTable& table, const LayerInputs& in, const Penalty<T
   one.states = part(in.states, blocks), one.noise = part(in.noise, in.probes * blocks);
   const Penalty<T> found = penalty<T>(table, one, 1);
   check(found.value[0] == out.value[s.rows - 1] && found.value[1] == out.value[2 * s.rows - 1] &&
-            same(found.grads.back(), row(out.grads.back(), s.rows - 1, d)), "a row alone has another penalty");
+            same(found.grads.back(), row(out.grads.back(), s.rows - 1, d)),
+        "a row alone has another penalty");
 }
 
 template <class T>
@@ -188,7 +192,8 @@ void check_penalty(const KernelTable& table, const Shape& s, int64_t probes, boo
   }
   if (s.d > 40) return;
   for (int64_t k = 0; k < (s.modalities + 1) * s.rows && k < 40; ++k) {
-    const double wanted = naive_value(in, k / s.rows, k % s.rows), error = std::fabs(out.value[k] - wanted) / (wanted + 1e-9);
+    const double wanted = naive_value(in, k / s.rows, k % s.rows),
+                 error = std::fabs(out.value[k] - wanted) / (wanted + 1e-9);
     check(error < 1e-4, "value is not |J^T v|^2", error);
     ++values_compared;
   }
@@ -208,10 +213,11 @@ int main(int argc, char** argv) {
                       1 + turn % 5 % 3, turn % 5 < 2);
       }
     check_penalty(*tables[i], {1, 600, 12, 2, true, false, true, 0, 0}, 2, true);  // rows in parts
-    if (tables[i]->plan(257, 768, 4, 5).rows_per_tile == 64)  // tiles of four vectors
+    if (tables[i]->plan(257, 768, 4, 5).rows_per_tile == 64)                       // tiles of four vectors
       check_penalty(*tables[i], {1, 257, 768, 4, false, false, true, 0, 0}, 1, false);
-    std::printf("%s: penalty, %lld checks, gradients of %lld cases compared with slopes, %lld values with differences\n",
-                tables[i]->name, checks, slopes_compared, values_compared);
+    std::printf(
+        "%s: penalty, %lld checks, gradients of %lld cases compared with slopes, %lld values with differences\n",
+        tables[i]->name, checks, slopes_compared, values_compared);
     check(slopes_compared > 15 && values_compared > 300, "too few cases say anything");
   }
 }
