@@ -35,13 +35,14 @@ class Inputs:
 
     def to(self, dtype: torch.dtype) -> Inputs:
         """The same numbers in another dtype."""
-        case = layer_like(self.layer).to(dtype)
+        layer = layer_like(self.layer).to(dtype)
         mask = None if self.mask is None else self.mask.to(dtype)
         xs = [x.to(dtype) for x in self.xs]
-        return Inputs(case, self.probes.to(dtype), self.states.to(dtype), xs, mask)
+        return Inputs(layer, self.probes.to(dtype), self.states.to(dtype), xs, mask)
 
 
 def layer_like(layer: DEQFusion) -> DEQFusion:
+    """The same equations with parameters of its own."""
     twin = DEQFusion(
         layer.dim, layer.num_modalities, num_groups=layer.num_groups, variant=layer.variant
     )

@@ -14,7 +14,7 @@ import pytest
 import torch
 from cpu_cases import Case, assert_equal, named
 from cpu_layer_cases import each_variant, flat, layer_of
-from penalty_cases import assert_near, double_backward, inputs
+from penalty_cases import Penalty, assert_near, double_backward, inputs
 
 from deqfuse.backends import cpu, native, reference
 from deqfuse.backends.maps import VARIANTS
@@ -81,20 +81,17 @@ FLOAT_SIZES = [(1, 12, 2), (15, 20, 2), (33, 33, 3), (70, 50, 2), (40, 300, 4), 
 def test_float32_is_as_exact_as_torchs(rows, dim, groups, variant):
     """Against float64: no further away than the reference in float32, whatever unit multiplies."""
     low = inputs(Case(rows, dim, groups, 1, variant, "f32"), mask=True)
-    exact = low.to(torch.float64).call(cpu)
+
+    def parts(found: Penalty) -> list[torch.Tensor]:
+        """Value, gradients of the injections and of the parameters: each of a size of its own."""
+        kinds = ([found[0]], found[1], found[2])
+        return [torch.cat([t.double().flatten() for t in kind]) for kind in kinds]
+
+    exact = parts(low.to(torch.float64).call(cpu))
 
     def error(backend) -> float:
-        """Over all entries; the value and the gradients are of different size."""
-        found, worst = low.call(backend), 0.0
-        for part, wanted in zip(found, exact, strict=True):
-            a, b = (
-                torch.cat(
-                    [t.double().flatten() for t in ([p] if isinstance(p, torch.Tensor) else p)]
-                )
-                for p in (part, wanted)
-            )
-            worst = max(worst, float((a - b).norm() / b.norm()))
-        return worst
+        found = zip(parts(low.call(backend)), exact, strict=True)
+        return max(float((a - b).norm() / b.norm()) for a, b in found)
 
     assert error(cpu) <= max(3 * error(reference), 1e-6)
 
