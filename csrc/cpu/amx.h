@@ -310,15 +310,14 @@ struct SplitInputs {
   }
 };
 
-// out = A^T B over all rows, columns [k0, k0 + 64) of the (d, d) result. Rows are taken 256 at a time: these columns of
-// B stay in cache, and partial sums keep the rounding small.
+// out = A^T B over all rows, columns [k0, k0 + 64) of the (d, d) result; added to it unless `fresh`.
 template <int NV>
-void outer_product(const SplitCotangents<NV>& a, const SplitInputs<NV>& b, int64_t k0, float* out) {
+void outer_product(const SplitCotangents<NV>& a, const SplitInputs<NV>& b, int64_t k0, float* out, bool fresh) {
   const int64_t d = a.d, end = k0 + 64 < d ? k0 + 64 : d, down = blocks_of(a.rows, kTerms) * kBlock;
   const int64_t a_plane = a.plane(a.rows, d), b_plane = b.plane(b.rows, d), next = b.next();
   alignas(64) float sums[32 * 32];
-  for (int64_t r0 = 0; r0 < a.rows || r0 == 0; r0 += 256) {
-    const int64_t depth = blocks_of(a.rows - r0 < 256 ? a.rows - r0 : 256, kTerms);
+  for (int64_t r0 = 0; r0 < a.rows || r0 == 0; r0 += kSummedRows) {
+    const int64_t depth = blocks_of(a.rows - r0 < kSummedRows ? a.rows - r0 : kSummedRows, kTerms);
     for (int64_t j0 = 0; j0 < d; j0 += 32)
       for (int64_t k = k0; k < end; k += 32) {
         const bool tall = d - j0 > 16, broad = end - k > 16;
@@ -335,7 +334,7 @@ void outer_product(const SplitCotangents<NV>& a, const SplitInputs<NV>& b, int64
         for (int64_t j = 0; j < rows; ++j) {
           const float* __restrict line = sums + j * (broad ? 32 : 16);
           float* __restrict to = out + (j0 + j) * d + k;
-          if (r0 == 0)
+          if (fresh && r0 == 0)
             std::memcpy(to, line, sizeof(float) * columns);
           else
             for (int64_t c = 0; c < columns; ++c) to[c] += line[c];

@@ -62,7 +62,7 @@ class AdjointMemory {
     if (out_ == nullptr) return;
     run_tasks(blocks_ * gradients_.jobs(), threads, parallel, [&](int64_t t) {
       const int64_t block = t / gradients_.jobs();
-      gradients_.run(block, t % gradients_.jobs(), kinds_, first_bias, out_ + block * params_);
+      gradients_.run(block, t % gradients_.jobs(), kinds_, first_bias, out_ + block * params_, true, true);
     });
   }
 

@@ -160,8 +160,9 @@ struct Transposed {
   }
 };
 
-// Rows and vectors of a block of the product over the rows of a batch: enough sums to hide the latency of a multiply-add.
-constexpr int kGradientVectors = 2, kGradientRows = block_rows(kGradientVectors);
+// Rows and vectors of a block of the product over the rows of a batch: enough sums to hide the latency of a multiply-add;
+// where registers are many, more of them, since every column of the result reads the whole first factor.
+constexpr int kGradientVectors = kBytes == 64 ? 4 : 2, kGradientRows = block_rows(kGradientVectors);
 
 // Its first factor: of each tile kGradientRows features at a time, and of those all tiles one after the other.
 template <class T, int NV>
@@ -198,14 +199,17 @@ struct Panels {
   }
 };
 
-// out = A^T B over all rows, columns [k0, k0 + kWidth) of the (d, d) result. Rows are taken 256 at a time: their panels
-// stay in cache, and partial sums keep the rounding small.
+// Rows of a batch whose products are summed up before they are added to the result: their panels stay in cache, and
+// partial sums keep the rounding small.
+constexpr int64_t kSummedRows = 256;
+
+// out = A^T B over all rows, columns [k0, k0 + kWidth) of the (d, d) result; added to it unless `fresh`.
 template <class T, int NV, int kWidth>
-void outer_product(const Strips<T, NV>& a, const Panels<T, NV, kWidth>& b, int64_t k0, T* out) {
+void outer_product(const Strips<T, NV>& a, const Panels<T, NV, kWidth>& b, int64_t k0, T* out, bool fresh) {
   constexpr int W = kLanes<T>, V = kWidth / W, JR = kGradientRows, R = NV * W;
   const int64_t d = a.d, columns = d - k0 < kWidth ? d - k0 : kWidth;
-  for (int64_t r0 = 0; r0 < a.rows || r0 == 0; r0 += 256) {
-    const int64_t end = r0 + 256 < a.rows ? r0 + 256 : a.rows;
+  for (int64_t r0 = 0; r0 < a.rows || r0 == 0; r0 += kSummedRows) {
+    const int64_t end = r0 + kSummedRows < a.rows ? r0 + kSummedRows : a.rows;
     for (int64_t j0 = 0; j0 < d; j0 += JR) {
       Vec<T> acc[JR][V] = {};
       for (int64_t r = r0; r < end; r += R) {
@@ -220,7 +224,7 @@ void outer_product(const Strips<T, NV>& a, const Panels<T, NV, kWidth>& b, int64
         for (int v = 0; v < V; ++v) {
           T* o = out + (j0 + j) * d + k0 + v * W;
           const int64_t count = columns - v * W;
-          store_some(o, r0 == 0 ? acc[j][v] : load_some(o, count) + acc[j][v], count);
+          store_some(o, fresh && r0 == 0 ? acc[j][v] : load_some(o, count) + acc[j][v], count);
         }
       }
     }

@@ -1,6 +1,8 @@
 // The parameters' gradients: what tiles of rows contribute to them, and the sums and products over all tiles.
 #pragma once
 
+#include <cstring>
+
 #include "products.h"
 #include "rowmath.h"
 
@@ -23,7 +25,11 @@ template <class T, int NV>
 class GradientMemory {
  public:
   GradientMemory(int64_t blocks, int64_t rows, int64_t tiles, int sums, int64_t d)
-      : rows_(rows), tiles_(tiles), d_(d), most_sums_(sums), factors_(blocks * bytes(rows, d) / int64_t(sizeof(T))),
+      : rows_(rows),
+        tiles_(tiles),
+        d_(d),
+        most_sums_(sums),
+        factors_(blocks * bytes(rows, d) / int64_t(sizeof(T))),
         sums_(blocks * tiles * sums * d) {}
 
   // Of one block's factors.
@@ -41,22 +47,23 @@ class GradientMemory {
     return out;
   }
 
-  // One of jobs() pieces of a block's gradients: dW = cotangent^T input over all rows, some columns of it; or the sums of
-  // its first `sums` vectors over the tiles, in order. The first of these enters `first_bias` times.
+  // One of jobs() pieces of a block's gradients: dW = cotangent^T input over all rows, some columns of it; or the sums
+  // of its first `sums` vectors over the tiles, in order. Added to `out` unless these rows come first. The bias of the
+  // first product enters `first_bias` times, which shows once all rows are in.
   int64_t jobs() const { return 2 * columns() + 1; }
-  void run(int64_t block, int64_t job, int sums, T first_bias, T* const* out) const {
+  void run(int64_t block, int64_t job, int sums, T first_bias, T* const* out, bool first, bool last) const {
     const GradientParts<T, NV> part = parts(block, 0);
     if (job < 2 * columns()) {
       const int which = int(job / columns());
-      outer_product(part.cotangent[which], part.input[which], job % columns() * kWidth, out[2 * which]);
+      outer_product(part.cotangent[which], part.input[which], job % columns() * kWidth, out[2 * which], first);
       return;
     }
     for (int kind = 0; kind < sums; ++kind) {
       T* sum = out[kind < 2 ? 2 * kind + 1 : kind + 2];
-      for (int64_t i = 0; i < d_; ++i) sum[i] = 0;
+      if (first) std::memset(sum, 0, sizeof(T) * d_);
       for (int64_t tile = 0; tile < tiles_; ++tile)
         for (int64_t i = 0; i < d_; ++i) sum[i] += part.sums[(tile * most_sums_ + kind) * d_ + i];
-      if (kind == 0)
+      if (kind == 0 && last)
         for (int64_t i = 0; i < d_; ++i) sum[i] *= first_bias;
     }
   }
@@ -72,21 +79,26 @@ class GradientMemory {
   Scratch<T> factors_, sums_;
 };
 
-// How many of `blocks` blocks run at once: as many as need 16 MB for their weights and the factors of their gradients, or
-// one.
+// How many of `blocks` blocks run at once: as many as need 16 MB for their weights and the factors of their gradients,
+// or one.
 inline int64_t blocks_at_once(int64_t blocks, int64_t bytes_of_one) {
   const int64_t limit = int64_t(16) << 20;
   if (bytes_of_one <= 0 || limit / bytes_of_one >= blocks) return blocks;
   return limit > bytes_of_one ? limit / bytes_of_one : 1;
 }
 
-// The gradients of x_fuse = sum_i weights_i x_i + bias: what they add to dx_i, and those of the weights and the bias, as
-// sums over the rows in order.
+// The gradients of x_fuse = sum_i weights_i x_i + bias: what they add to dx_i, and those of the weights and the bias,
+// as sums over the rows in order.
 template <class T>
 class InjectionGradients {
  public:
   InjectionGradients(int64_t modalities, int64_t rows, int64_t d, const T* weights, T* dweights, T* dbias)
-      : n_(modalities), rows_(rows), d_(d), weights_(weights), dweights_(dweights), dbias_(dbias),
+      : n_(modalities),
+        rows_(rows),
+        d_(d),
+        weights_(weights),
+        dweights_(dweights),
+        dbias_(dbias),
         terms_(dweights ? rows * (modalities + 1) : 0) {}
 
   // Row r of modality i.

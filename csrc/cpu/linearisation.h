@@ -25,7 +25,8 @@ struct CellLinearWeights {
   template <class Straight, class Transposed>
   CellLinearWeights(const Straight& straight, const Transposed& transposed, int64_t i, const T* const* q, bool skip)
       : forward{straight.at(i, 0), straight.at(i, 1), q[1], q[3], q[4], q[5], q[6], q[7], q[8], q[9], nullptr, skip},
-        w1_transposed(transposed.at(i, 0)), w2_transposed(transposed.at(i, 1)) {}
+        w1_transposed(transposed.at(i, 0)),
+        w2_transposed(transposed.at(i, 1)) {}
 };
 
 // Of a residual cell: x_hat and rstd of its norms, h and the signs of e, at the states z.
@@ -58,8 +59,8 @@ struct LinearCell {
     normalise<T, NV>(e, xh3, rstd + 2 * groups * R, d, groups, true);
   }
 
-  // From a cotangent of the map's value to those at GN2's output (de) and W2's output (dy2); both norms of a group while
-  // it is in the cache. `projected` (2 groups, R): what norm_group_backward() says of GN2 and GN3, or null.
+  // From a cotangent of the map's value to those at GN2's output (de) and W2's output (dy2); both norms of a group
+  // while it is in the cache. `projected` (2 groups, R): what norm_group_backward() says of GN2 and GN3, or null.
   void pull(const T* u, T* de, T* dy2, T* projected = nullptr) const {
     const typename CellMap<T, NV>::Weights& f = w.forward;
     const int64_t width = d / groups;
@@ -94,7 +95,8 @@ struct FuseLinearWeights {
   FuseLinearWeights(const Straight& straight, const Transposed& transposed, int64_t i, const T* const* q,
                     int64_t modalities, bool relu_last)
       : forward{straight.at(i, 0), straight.at(i, 1), q[1], q[3], q[4], q[5], T(modalities), relu_last},
-        gate_transposed(transposed.at(i, 0)), fuse_transposed(transposed.at(i, 1)) {}
+        gate_transposed(transposed.at(i, 0)),
+        fuse_transposed(transposed.at(i, 1)) {}
 };
 
 // Of the fuse step: the gate and what it is made of (input = N z + S), q = z * gate, x_hat and rstd of the norm, and in

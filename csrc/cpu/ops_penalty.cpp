@@ -1,4 +1,5 @@
-// The operator of the Jacobian penalty: unpack tensors, allocate results, call the kernel. Schema: deqfuse/backends/cpu_native.py.
+// The operator of the Jacobian penalty: unpack tensors, allocate results, call the kernel. Schema:
+// deqfuse/backends/cpu_native.py.
 #include "tensors.h"
 
 namespace deqfuse {
@@ -6,12 +7,14 @@ namespace {
 
 using Penalty = std::tuple<Tensor, Tensors, Tensors>;
 
-// `probes` (K, N + 1, B, d); the rest as in adjoint_layer. Gradients come in the compute dtype: they belong to a sum over
-// all rows, which 16 bits may not hold before it is scaled.
+// `probes` (K, N + 1, B, d); the rest as in adjoint_layer. Gradients come in the compute dtype: they belong to a sum
+// over all rows, which 16 bits may not hold before it is scaled.
 Penalty penalty_layer(Tensor probes, Tensor states, Tensors x, Tensors params, bool want_params,
                       std::optional<Tensor> mask, int64_t groups, bool skip, bool relu_last) {
-  STD_TORCH_CHECK(states.dim() == 3 && probes.dim() == 4, "deqfuse: expected states (N + 1, B, d) and probes "
-                  "(K, N + 1, B, d), got ", states.dim(), " and ", probes.dim(), " dimensions");
+  STD_TORCH_CHECK(states.dim() == 3 && probes.dim() == 4,
+                  "deqfuse: expected states (N + 1, B, d) and probes "
+                  "(K, N + 1, B, d), got ",
+                  states.dim(), " and ", probes.dim(), " dimensions");
   const int64_t n = int64_t(x.size()), rows = states.size(1), d = states.size(2), weights = 10 * n + 6;
   const ScalarType dtype = states.scalar_type();
   const bool biased = int64_t(params.size()) > weights + 1;

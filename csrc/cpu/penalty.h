@@ -1,5 +1,5 @@
-// The Jacobian penalty of a tile of rows: the sum over probes v of |J^T v|^2 with J the Jacobian of a block's map at its
-// state z, which is held constant, and its gradients with respect to everything else.
+// The Jacobian penalty of a tile of rows: the sum over probes v of |J^T v|^2 with J the Jacobian of a block's map at
+// its state z, which is held constant, and its gradients with respect to everything else.
 //
 // J^T v is one pull through the linearised map; the penalty's gradient goes back along the same way, through S of every
 // norm (norm_group_slope), and then through the evaluation that the norms were taken from, once for all probes.
@@ -86,14 +86,16 @@ class CellPenalty : public PenaltyBase<T, NV> {
     // Zeros in lanes without a row add nothing to a sum.
     if (rows.row[R - 1] < 0) std::memset(memory_, 0, sizeof(T) * tiles(d_, groups_) * d_ * R);
     at_.take(z, x, rows, w_, pulled_, work_);
-    this->for_probes(probes, rows, d_, v_, w_, value, [&] { pull(); }, [&](int64_t k) {
-      push(k == 0);
-      if (parts == nullptr) return;
-      parts->cotangent[0].take(t1_, place(number + k));
-      parts->input[0].take(w_, place(number + k));
-      parts->cotangent[1].take(t2_, place(number + k));
-      parts->input[1].take(r_, place(number + k));
-    });
+    this->for_probes(
+        probes, rows, d_, v_, w_, value, [&] { pull(); },
+        [&](int64_t k) {
+          push(k == 0);
+          if (parts == nullptr) return;
+          parts->cotangent[0].take(t1_, place(number + k));
+          parts->input[0].take(w_, place(number + k));
+          parts->cotangent[1].take(t2_, place(number + k));
+          parts->input[1].take(r_, place(number + k));
+        });
     lanes_to_rows<T, NV>(dy2_, nullptr, rows, dx, d_);
     if (parts) finish(*parts, place(number + probes.count));
   }
@@ -108,8 +110,8 @@ class CellPenalty : public PenaltyBase<T, NV> {
     product<T, NV>(at_.w.w1_transposed, t1_, work_, nullptr, f.skip ? q_ : nullptr, w_, d_);
   }
 
-  // Back from w, the gradient with respect to J^T v: r at pulled, c at GN2's output; and what the norms pass on to their
-  // inputs and weights.
+  // Back from w, the gradient with respect to J^T v: r at pulled, c at GN2's output; and what the norms pass on to
+  // their inputs and weights.
   void push(bool first) {
     const typename CellMap<T, NV>::Weights& f = at_.w.forward;
     const int64_t width = d_ / groups_;
@@ -217,18 +219,20 @@ class FusePenalty : public PenaltyBase<T, NV> {
   }
 
   // As CellPenalty::run; dx is the injection's of this step, matrix 0 the gate's.
-  void run(const T* z, const FuseRows<T>& from, const T* mask, const Probes<T>& probes, const LaneRows<R>& rows, T* value,
-           T* dx, const GradientParts<T, NV>* parts, int64_t number) {
+  void run(const T* z, const FuseRows<T>& from, const T* mask, const Probes<T>& probes, const LaneRows<R>& rows,
+           T* value, T* dx, const GradientParts<T, NV>* parts, int64_t number) {
     if (rows.row[R - 1] < 0) std::memset(memory_, 0, sizeof(T) * tiles(d_, groups_) * d_ * R);
     at_.take(z, from, mask, rows, y_, work_);
-    this->for_probes(probes, rows, d_, v_, w_, value, [&] { pull(); }, [&](int64_t k) {
-      push(k == 0);
-      if (parts == nullptr) return;
-      parts->cotangent[0].take(zy_, place(number + k));
-      parts->input[0].take(w_, place(number + k));
-      parts->cotangent[1].take(at_.has_mask ? k_ : t_, place(number + k));
-      parts->input[1].take(dy_, place(number + k));
-    });
+    this->for_probes(
+        probes, rows, d_, v_, w_, value, [&] { pull(); },
+        [&](int64_t k) {
+          push(k == 0);
+          if (parts == nullptr) return;
+          parts->cotangent[0].take(zy_, place(number + k));
+          parts->input[0].take(w_, place(number + k));
+          parts->cotangent[1].take(at_.has_mask ? k_ : t_, place(number + k));
+          parts->input[1].take(dy_, place(number + k));
+        });
     lanes_to_rows<T, NV>(de_, nullptr, rows, dx, d_);
     if (parts) finish(*parts, place(number + probes.count));
   }

@@ -1,5 +1,5 @@
-// The Jacobian penalty of the whole layer: its blocks are independent, each cut into tiles of rows; then the parameters'
-// gradients over all rows.
+// The Jacobian penalty of the whole layer: its blocks are independent, each cut into tiles of rows; then the
+// parameters' gradients over all rows.
 #pragma once
 
 #include "penalty.h"
@@ -7,65 +7,109 @@
 namespace deqfuse {
 namespace DEQFUSE_ISA {
 
-// Some of the blocks, of which the fuse step is the last, at once. `more` further tasks come after the rows'.
-template <class T, int NV, class After>
-void penalty_some_blocks(const PenaltyProblem<T>& p, int64_t first, int64_t count, T* dx_fuse, int64_t more, int threads,
-                         ParallelFor parallel, After after) {
-  constexpr int R = NV * kLanes<T>;
+// Rows [begin, end) of some of the blocks, of which the fuse step is the last, at once.
+template <class T, int NV>
+class PenaltyBlocks {
+ public:
+  static constexpr int R = NV * kLanes<T>;
   using Cell = CellPenalty<T, NV>;
   using Fuse = FusePenalty<T, NV>;
-  const int64_t n = p.modalities, d = p.d, size = p.rows * d, tiles_of_rows = tiles<R>(p.rows);
-  const T* const* params = p.params + 10 * first;
-  const Uses each{(p.probes + 1) * tiles_of_rows, 0};
-  const Matrices<T, StraightForm<T, NV>> straight(params, count, 10, d, each);
-  const Matrices<T, TransposedForm<T, NV>> transposed(params, count, 10, d, each);
-  const int64_t factor_rows = tiles_of_rows * (p.probes + 1) * R;
-  const GradientMemory<T, NV> gradients(p.dparams ? count : 0, factor_rows, tiles_of_rows, Cell::kSums, d);
-  copy_all(threads, parallel, straight, transposed);
-  run_tasks(count * tiles_of_rows, threads, parallel, [&](int64_t t) {
-    const int64_t block = t / tiles_of_rows, tile = t % tiles_of_rows, i = first + block, begin = tile * R;
-    const LaneRows<R> rows = lane_rows<R>(begin, int(p.rows - begin < R ? p.rows - begin : R));
-    const T *z = p.states + i * size, *const *q = params + 10 * block;
-    const Probes<T> probes{p.noise + i * size, p.probes, (n + 1) * size};
-    T* value = p.value + i * p.rows;
-    GradientParts<T, NV> parts, *wanted = p.dparams ? &parts : nullptr;
-    if (wanted) parts = gradients.parts(block, tile);
+
+  PenaltyBlocks(const PenaltyProblem<T>& p, int64_t first, int64_t count, T* dx_fuse)
+      : straight(p.params + 10 * first, count, 10, p.d, uses(p)),
+        transposed(p.params + 10 * first, count, 10, p.d, uses(p)),
+        p_(p),
+        first_(first),
+        count_(count),
+        dx_fuse_(dx_fuse) {}
+
+  // Of one block, and `rows` rows at once.
+  static int64_t bytes(const PenaltyProblem<T>& p, int64_t rows) {
+    const int64_t copies = StraightForm<T, NV>(p.d, uses(p)).size() + TransposedForm<T, NV>(p.d, uses(p)).size();
+    return 2 * int64_t(sizeof(T)) * copies + (p.dparams ? GradientMemory<T, NV>::bytes(factor_rows(p, rows), p.d) : 0);
+  }
+
+  const Matrices<T, StraightForm<T, NV>> straight;
+  const Matrices<T, TransposedForm<T, NV>> transposed;
+
+  // after(task): `more` further tasks behind those of the rows.
+  template <class After>
+  void run(int64_t begin, int64_t end, int64_t more, int threads, ParallelFor parallel, After after) const {
+    const int64_t n = p_.modalities, tiles_of_rows = tiles<R>(end - begin);
+    const GradientMemory<T, NV> gradients(p_.dparams ? count_ : 0, factor_rows(p_, end - begin), tiles_of_rows,
+                                          Cell::kSums, p_.d);
+    run_tasks(count_ * tiles_of_rows, threads, parallel, [&](int64_t t) {
+      const int64_t block = t / tiles_of_rows, tile = t % tiles_of_rows, at = begin + tile * R;
+      GradientParts<T, NV> parts;
+      if (p_.dparams) parts = gradients.parts(block, tile);
+      one_tile(block, lane_rows<R>(at, int(end - at < R ? end - at : R)), p_.dparams ? &parts : nullptr,
+               tile * (p_.probes + 1));
+    });
+    const int64_t jobs = p_.dparams ? gradients.jobs() : 0;
+    run_tasks(count_ * jobs + more, threads, parallel, [&](int64_t t) {
+      if (t >= count_ * jobs) return after(t - count_ * jobs);
+      const int64_t block = t / jobs, i = first_ + block;
+      gradients.run(block, t % jobs, i < n ? Cell::kSums : Fuse::kSums, T(i < n ? 1 : n), p_.dparams + 10 * i,
+                    begin == 0, end == p_.rows);
+    });
+  }
+
+ private:
+  static Uses uses(const PenaltyProblem<T>& p) { return {(p.probes + 1) * tiles<R>(p.rows), 0}; }
+  // Of the factors of the weights' gradients: a tile for every probe of a tile, and one for the evaluation.
+  static int64_t factor_rows(const PenaltyProblem<T>& p, int64_t rows) { return tiles<R>(rows) * R * (p.probes + 1); }
+
+  void one_tile(int64_t block, const LaneRows<R>& rows, const GradientParts<T, NV>* parts, int64_t number) const {
+    const int64_t n = p_.modalities, d = p_.d, i = first_ + block, size = p_.rows * d;
+    const T *z = p_.states + i * size, *const *q = p_.params + 10 * i;
+    const Probes<T> probes{p_.noise + i * size, p_.probes, (n + 1) * size};
+    T* value = p_.value + i * p_.rows;
     if (i < n) {
-      Scratch<T> memory(Cell::tiles(d, p.groups) * d * R);
-      Cell cell({straight, transposed, block, q, p.skip}, d, p.groups, memory.get());
-      cell.run(z, p.x[i], probes, rows, value, p.dx[i], wanted, tile * (p.probes + 1));
+      Scratch<T> memory(Cell::tiles(d, p_.groups) * d * R);
+      Cell cell({straight, transposed, block, q, p_.skip}, d, p_.groups, memory.get());
+      cell.run(z, p_.x[i], probes, rows, value, p_.dx[i], parts, number);
     } else {
-      Scratch<T> memory(Fuse::tiles(d, p.groups) * d * R);
-      Fuse fuse({straight, transposed, block, q, n, p.relu_last}, p.mask != nullptr, d, p.groups, memory.get());
-      const FuseRows<T> from{nullptr, nullptr, n, p.rows, p.x, p.states, p.weights, p.bias};
-      fuse.run(z, from, p.mask, probes, rows, value, dx_fuse, wanted, tile * (p.probes + 1));
+      Scratch<T> memory(Fuse::tiles(d, p_.groups) * d * R);
+      Fuse fuse({straight, transposed, block, q, n, p_.relu_last}, p_.mask != nullptr, d, p_.groups, memory.get());
+      const FuseRows<T> from{nullptr, nullptr, n, p_.rows, p_.x, p_.states, p_.weights, p_.bias};
+      fuse.run(z, from, p_.mask, probes, rows, value, dx_fuse_, parts, number);
     }
-  });
-  const int64_t jobs = p.dparams ? gradients.jobs() : 0;
-  run_tasks(count * jobs + more, threads, parallel, [&](int64_t t) {
-    if (t >= count * jobs) return after(t - count * jobs);
-    const int64_t block = t / jobs, i = first + block;
-    gradients.run(block, t % jobs, i < n ? Cell::kSums : Fuse::kSums, T(i < n ? 1 : n), p.dparams + 10 * i);
-  });
+  }
+
+  const PenaltyProblem<T>& p_;
+  const int64_t first_, count_;
+  T* const dx_fuse_;
+};
+
+// Rows that are taken at once: enough tasks for all threads, and no more, so that the factors of the weights' gradients
+// are still in cache when these are computed. A multiple of kSummedRows, so that no sum depends on it.
+template <int R>
+int64_t rows_at_once(int64_t blocks, int threads) {
+  const int64_t tiles_wanted = (8 * int64_t(threads) + blocks - 1) / blocks;
+  return round_up(tiles_wanted * R, kSummedRows);
 }
 
 template <class T, int NV>
 void penalty_layer(const PenaltyProblem<T>& p, int threads, ParallelFor parallel) {
   constexpr int R = NV * kLanes<T>;
-  const int64_t n = p.modalities, rows = p.rows, d = p.d, tiles_of_rows = tiles<R>(rows);
-  const Uses each{(p.probes + 1) * tiles_of_rows, 0};
-  const int64_t copies = StraightForm<T, NV>(d, each).size() + TransposedForm<T, NV>(d, each).size();
-  const int64_t factors = p.dparams ? GradientMemory<T, NV>::bytes(tiles_of_rows * (p.probes + 1) * R, d) : 0;
-  const int64_t most = blocks_at_once(n + 1, 2 * int64_t(sizeof(T)) * copies + factors);
+  using Blocks = PenaltyBlocks<T, NV>;
+  const int64_t n = p.modalities, rows = p.rows, d = p.d;
   Scratch<T> dx_fuse(rows * d);
   const InjectionGradients<T> injection(n, rows, d, p.weights, p.dweights, p.dbias);
+  const int64_t fewest = rows_at_once<R>(n + 1, threads);
+  const int64_t most = blocks_at_once(n + 1, Blocks::bytes(p, rows < fewest ? rows : fewest));
   for (int64_t first = 0; first <= n; first += most) {
-    const int64_t count = n + 1 - first < most ? n + 1 - first : most, last = first + count > n;
-    const int64_t pieces = last ? (rows + kPiece - 1) / kPiece : 0;
-    penalty_some_blocks<T, NV>(p, first, count, dx_fuse.get(), pieces, threads, parallel, [&](int64_t piece) {
-      for (int64_t r = piece * kPiece; r < rows && r < (piece + 1) * kPiece; ++r)
-        for (int64_t i = 0; i < n; ++i) injection.add(i, r, dx_fuse.get(), p.x[i], p.dx[i]);
-    });
+    const int64_t count = n + 1 - first < most ? n + 1 - first : most, step = rows_at_once<R>(count, threads);
+    const Blocks blocks(p, first, count, dx_fuse.get());
+    copy_all(threads, parallel, blocks.straight, blocks.transposed);
+    for (int64_t begin = 0; begin < rows || begin == 0; begin += step) {
+      const int64_t end = begin + step < rows ? begin + step : rows;
+      const int64_t pieces = first + count > n && end == rows ? (rows + kPiece - 1) / kPiece : 0;
+      blocks.run(begin, end, pieces, threads, parallel, [&](int64_t piece) {
+        for (int64_t r = piece * kPiece; r < rows && r < (piece + 1) * kPiece; ++r)
+          for (int64_t i = 0; i < n; ++i) injection.add(i, r, dx_fuse.get(), p.x[i], p.dx[i]);
+      });
+    }
   }
   injection.finish();
 }

@@ -2,6 +2,10 @@
 #pragma once
 #include "cases.h"
 
+inline long long converged = 0, rows_solved = 0, slopes_compared = 0, series_compared = 0, layers_compared = 0;
+// Converged rows with groups of two; those further from their image than expected.
+inline long long narrow = 0, stretched = 0;
+
 template <class T>
 struct Solution {
   Array<T> z, residual, trace;
@@ -15,26 +19,6 @@ struct Gradients {
   Array<int32_t> nfe;
   Array<int8_t> outcome;
 };
-
-template <class T, class From>
-Array<T> cast(const Array<From>& a) {
-  return Array<T>(a.begin(), a.end());
-}
-template <class T, class A>
-auto pointers(A& arrays) {
-  Array<T*> out;
-  for (auto& a : arrays) out.push_back(a.data());
-  return out;
-}
-// One pointer per modality.
-template <class T, class A>
-Array<T*> slices(A& values, const Shape& s) {
-  Array<T*> out;
-  for (int64_t i = 0; i < s.modalities; ++i) out.push_back(values.data() + i * s.rows * s.d);
-  return out;
-}
-const Kernels<float>& of(const KernelTable& t, float) { return t.f32; }
-const Kernels<double>& of(const KernelTable& t, double) { return t.f64; }
 
 template <class T>
 Solution<T> solve(const KernelTable& table, const Inputs& in, double tol, int threads) {
@@ -113,22 +97,8 @@ Gradients<T> adjoint(const KernelTable& table, const Inputs& in, const Array<dou
 }
 
 template <class T>
-bool same(const Array<T>& a, const Array<T>& b) {
-  return a.size() == b.size() && (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0);
-}
-template <class T>
 bool same(const Gradients<T>& a, const Gradients<T>& b) {
   bool equal = same(a.residual, b.residual) && same(a.nfe, b.nfe) && same(a.outcome, b.outcome);
   for (size_t i = 0; i < a.all.size(); ++i) equal = equal && same(a.all[i], b.all[i]);
   return equal;
-}
-template <class T>
-Array<T> row(const Array<T>& a, int64_t r, int64_t width) {
-  return a.empty() ? a : Array<T>(a.begin() + r * width, a.begin() + (r + 1) * width);
-}
-template <class T>
-double distance(const Array<T>& a, const Array<double>& b) {
-  double difference = 0, norm = 0;
-  for (size_t i = 0; i < b.size(); ++i) difference += std::pow(a[i] - b[i], 2), norm += b[i] * b[i];
-  return std::sqrt(difference / (norm + 1e-12));
 }

@@ -20,10 +20,7 @@ template <class T>
 using Array = std::vector<T>;
 
 inline std::string now;  // the case that is running
-inline long long checks = 0, converged = 0, rows_solved = 0;
-inline long long slopes_compared = 0, series_compared = 0, layers_compared = 0;
-// Converged rows with groups of two; those further from their image than expected.
-inline long long narrow = 0, stretched = 0;
+inline long long checks = 0;
 
 inline void check(bool ok, const char* what, double value = 0) {
   ++checks;
@@ -139,4 +136,51 @@ inline Array<double> image(const Inputs& in, int64_t b, int64_t r, const Array<d
   relu(y);
   group_norm(y, p[8], p[9], s.groups);
   return y;
+}
+
+template <class T, class From>
+Array<T> cast(const Array<From>& a) {
+  return Array<T>(a.begin(), a.end());
+}
+template <class T, class A>
+auto pointers(A& arrays) {
+  Array<T*> out;
+  for (auto& a : arrays) out.push_back(a.data());
+  return out;
+}
+// One pointer per modality.
+template <class T, class A>
+Array<T*> slices(A& values, const Shape& s) {
+  Array<T*> out;
+  for (int64_t i = 0; i < s.modalities; ++i) out.push_back(values.data() + i * s.rows * s.d);
+  return out;
+}
+inline const Kernels<float>& of(const KernelTable& t, float) { return t.f32; }
+inline const Kernels<double>& of(const KernelTable& t, double) { return t.f64; }
+
+template <class T>
+bool same(const Array<T>& a, const Array<T>& b) {
+  return a.size() == b.size() && (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0);
+}
+template <class T>
+Array<T> row(const Array<T>& a, int64_t r, int64_t width) {
+  return a.empty() ? a : Array<T>(a.begin() + r * width, a.begin() + (r + 1) * width);
+}
+template <class T>
+double distance(const Array<T>& a, const Array<double>& b) {
+  double difference = 0, norm = 0;
+  for (size_t i = 0; i < b.size(); ++i) difference += std::pow(a[i] - b[i], 2), norm += b[i] * b[i];
+  return std::sqrt(difference / (norm + 1e-12));
+}
+
+// Those that run here.
+inline std::vector<const KernelTable*> kernel_tables() {
+  std::vector<const KernelTable*> tables{&kernels_base()};
+#if defined(__x86_64__)
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) tables.push_back(&kernels_avx2());
+  if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq")) tables.push_back(&kernels_avx512());
+  if (__builtin_cpu_supports("avx512vnni")) tables.push_back(&kernels_vnni());
+  if (may_use_amx()) tables.push_back(&kernels_amx());
+#endif
+  return tables;
 }

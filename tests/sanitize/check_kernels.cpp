@@ -87,13 +87,7 @@ void check_large(const KernelTable& table) {
 
 // Every other instruction set, from number argv[1] on; without it all.
 int main(int argc, char** argv) {
-  std::vector<const KernelTable*> tables{&kernels_base()};
-#if defined(__x86_64__)
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) tables.push_back(&kernels_avx2());
-  if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq")) tables.push_back(&kernels_avx512());
-  if (__builtin_cpu_supports("avx512vnni")) tables.push_back(&kernels_vnni());
-  if (may_use_amx()) tables.push_back(&kernels_amx());
-#endif
+  const std::vector<const KernelTable*> tables = kernel_tables();
   for (size_t i = argc > 1 ? size_t(std::atoi(argv[1])) : 0; i < tables.size(); i += argc > 1 ? 2 : 1) {
     const KernelTable* table = tables[i];
     checks = converged = rows_solved = slopes_compared = series_compared = layers_compared = narrow = stretched = 0;

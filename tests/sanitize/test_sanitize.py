@@ -28,4 +28,5 @@ def test_kernels_are_clean(tmp_path: Path) -> None:
     result = subprocess.run([HERE / "run"], capture_output=True, text=True, errors="replace")
     assert result.returncode == 0, result.stdout + result.stderr
     assert "base: " in result.stdout
+    assert "base: penalty, " in result.stdout
     assert "bodies of the CUDA kernels: " in result.stdout
