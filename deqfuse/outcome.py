@@ -14,3 +14,4 @@ class Outcome(enum.IntEnum):
     MAX_ITER = 1  # the evaluation budget ran out first
     STALLED = 2  # no new best residual in 20 steps
     NON_FINITE = 3  # the row's map became NaN or infinite
+    COUPLED = 4  # it had converged; later steps of other rows moved its residual off the tolerance
