@@ -163,6 +163,7 @@ class ImplicitGradient(torch.autograd.Function):
                 solution.residual,
                 ctx.adjoint,
                 ctx.on_failure,
+                cotangents=(grad,),
             )
         u = solution.z
         # With create_graph=True, u depends on z* and the parameters in ways that no graph records.

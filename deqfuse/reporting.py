@@ -6,6 +6,7 @@ import sys
 import threading
 import warnings
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -72,8 +73,12 @@ def report(
     on_failure: str,
     *,
     all_converged: bool = False,  # known already
+    cotangents: Sequence[Tensor | None] = (),  # of a backward solve, as they came
 ) -> None:
     """Warn or raise when rows of a solve failed.
+
+    A backward whose incoming cotangents are not finite warns where it would raise: nothing failed
+    here, and ``GradScaler`` counts on such gradients to arrive, in order to skip their step.
 
     Args:
         parts: names of what was solved, and where its statistics are in the tensors.
@@ -82,6 +87,7 @@ def report(
         on_failure: "warn", "raise" or "ignore". Under ``torch.compile``, and while a CUDA graph is
             captured, always "ignore".
         all_converged: whether the caller knows that no row failed.
+        cotangents: what a backward solve was given; () for a forward one.
     """
     if torch.compiler.is_compiling():
         return
@@ -95,6 +101,10 @@ def report(
             _report_late(parts, outcome, residual, option)
             return
     if outcome.any():  # CONVERGED is 0; the summary is for those who need it
+        if on_failure == "raise" and any(
+            g is not None and not g.isfinite().all() for g in cotangents
+        ):
+            on_failure = "warn"
         outcome, residual = outcome.cpu(), residual.detach().cpu()
         for what, at in parts:
             _say(what, _summary(outcome[at], residual[at]), option, on_failure)
@@ -159,12 +169,13 @@ def _say(
     failed = int(budget + stalled + poisoned + coupled)
     if failed == 0:
         return
+    source = "loss" if isinstance(option, GradientOption) else "input"
     parts = [
         f"{int(count)} {text}"
         for count, text in (
             (budget, "used up their evaluations"),
             (stalled, "stalled"),
-            (poisoned, "became NaN or infinite (check the input)"),
+            (poisoned, f"became NaN or infinite (check the {source})"),
             (coupled, "had converged and changed with later steps of other rows"),
         )
         if count
