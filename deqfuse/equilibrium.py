@@ -30,9 +30,6 @@ from deqfuse.torch_private import (
 ITERATES = "iterates until every row has converged, which no graph can hold. Remedy: "
 _COMPILE_F = f"DEQ(f) {ITERATES}compile f itself, DEQ(torch.compile(f)), or leave fullgraph out"
 
-FIXED_POINT: reporting.Parts = (("the fixed point", ...),)
-BACKWARD: reporting.Parts = (("the backward solve", ...),)
-
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
@@ -115,7 +112,7 @@ def fixed_point(
         with torch.no_grad():
             backend = backends.for_rows(start, solver)
             found = solve(checked, start, solver, run=_anderson_of(backend, solver))
-    info = block_info(found, FIXED_POINT, solver, on_failure)
+    info = block_info(found, reporting.FIXED_POINT, solver, on_failure)
     z_star = found.z
     if torch.is_grad_enabled() and not isinstance(adjoint, Unrolled):
         leaf = z_star.detach().requires_grad_()
@@ -176,11 +173,12 @@ class ImplicitGradient(torch.autograd.Function):
             solution = solve_adjoint(vjp, grad, ctx.adjoint)
         if ctx.adjoint.reports:
             reporting.report(
-                BACKWARD,
+                reporting.backward(reporting.FIXED_POINT),
                 solution.outcome,
                 solution.residual,
                 ctx.adjoint,
                 ctx.on_failure,
+                cotangents=(grad,),
             )
         u = solution.z
         # With create_graph=True, u depends on z* and the parameters in ways that no graph records.

@@ -6,6 +6,7 @@ import sys
 import threading
 import warnings
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -24,7 +25,14 @@ _LAYER_NAMES = ("the modality cells", "the fuse block")
 CELLS: Parts = ((_LAYER_NAMES[0], ...),)
 FUSE: Parts = ((_LAYER_NAMES[1], ...),)
 LAYER: Parts = ((_LAYER_NAMES[0], slice(None, -1)), (_LAYER_NAMES[1], -1))
+FIXED_POINT: Parts = (("the fixed point", ...),)  # of any callable
 NEAR_ROUNDING = 1e-5  # where float32 residuals of wide layers end
+COUPLED = (
+    "The map lets rows see each other (batch statistics, attention or a product over the batch, "
+    "random draws), so their answers and gradients are wrong. Remedy: DEQ(f, rows='joint'), or a "
+    "map of each row alone."
+)
+JOINT = " If the map lets rows see each other: DEQ(f, rows='joint')."
 ROUNDING = "That is near float32 rounding. Remedy: a larger tol, or float64."
 
 
@@ -65,8 +73,12 @@ def report(
     on_failure: str,
     *,
     all_converged: bool = False,  # known already
+    cotangents: Sequence[Tensor | None] = (),  # of a backward solve, as they came
 ) -> None:
     """Warn or raise when rows of a solve failed.
+
+    A backward whose incoming cotangents are not finite warns where it would raise: nothing failed
+    here, and ``GradScaler`` counts on such gradients to arrive, in order to skip their step.
 
     Args:
         parts: names of what was solved, and where its statistics are in the tensors.
@@ -75,6 +87,7 @@ def report(
         on_failure: "warn", "raise" or "ignore". Under ``torch.compile``, and while a CUDA graph is
             captured, always "ignore".
         all_converged: whether the caller knows that no row failed.
+        cotangents: what a backward solve was given; () for a forward one.
     """
     if torch.compiler.is_compiling():
         return
@@ -88,6 +101,10 @@ def report(
             _report_late(parts, outcome, residual, option)
             return
     if outcome.any():  # CONVERGED is 0; the summary is for those who need it
+        if on_failure == "raise" and any(
+            g is not None and not g.isfinite().all() for g in cotangents
+        ):
+            on_failure = "warn"
         outcome, residual = outcome.cpu(), residual.detach().cpu()
         for what, at in parts:
             _say(what, _summary(outcome[at], residual[at]), option, on_failure)
@@ -130,11 +147,11 @@ def _capturing() -> bool:
 
 
 def _summary(outcome: Tensor, residual: Tensor) -> list[float]:
-    """[rows, failed by max_iter, by stalling, by NaN, worst residual among the failed]."""
+    """[rows, failed by each of the outcomes but the first, worst residual among the failed]."""
     total = float(outcome.numel())
     failed = outcome != int(Outcome.CONVERGED)
     if not failed.any():
-        return [total, 0.0, 0.0, 0.0, 0.0]
+        return [total, *[0.0] * len(Outcome)]
     kinds = [
         float((outcome == int(kind)).sum()) for kind in Outcome if kind is not Outcome.CONVERGED
     ]
@@ -148,25 +165,31 @@ def _say(
     option: SolverOption | GradientOption,
     on_failure: str,
 ) -> None:
-    total, budget, stalled, poisoned, worst = summary
-    failed = int(budget + stalled + poisoned)
+    total, budget, stalled, poisoned, coupled, worst = summary
+    failed = int(budget + stalled + poisoned + coupled)
     if failed == 0:
         return
+    source = "loss" if isinstance(option, GradientOption) else "input"
     parts = [
         f"{int(count)} {text}"
         for count, text in (
             (budget, "used up their evaluations"),
             (stalled, "stalled"),
-            (poisoned, "became NaN or infinite (check the input)"),
+            (poisoned, f"became NaN or infinite (check the {source})"),
+            (coupled, "had converged and changed with later steps of other rows"),
         )
         if count
     ]
     message = f"deqfuse: {failed} of {int(total)} rows of {what} did not converge: "
     message += ", ".join(parts)
-    if budget or stalled:  # for rows that are merely poisoned no solver option is a remedy
+    if coupled:  # no solver option makes separate rows of these
+        message += f"; worst relative residual {worst:.1e}. {COUPLED}"
+    elif budget or stalled:  # for rows that are merely poisoned no solver option is a remedy
         tol = getattr(option, "tol", float("nan"))
         message += f"; worst relative residual {worst:.1e}, tol {tol:.1e}. "
         message += ROUNDING if tol < worst < NEAR_ROUNDING else _remedy(what, option)
+        if what.endswith(FIXED_POINT[0][0]) and total > 1:
+            message += JOINT
     else:
         message += "."
     message += " on_failure='ignore' silences this."

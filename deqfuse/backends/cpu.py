@@ -12,9 +12,9 @@ from deqfuse.backends.maps import Variant
 from deqfuse.backends.problem import LayerStatistics, Problem, Solved, SolvedLayer, Statistics
 from deqfuse.outcome import Outcome
 from deqfuse.solvers.anderson import Anderson, Picard
-from deqfuse.solvers.newton_krylov import Map
+from deqfuse.solvers.derivatives import Map
 from deqfuse.solvers.options import GradientOption, Implicit, Neumann, OneStep, SolverOption
-from deqfuse.solvers.rows import Solution
+from deqfuse.solvers.rows import RESIDUAL_FLOOR, Solution, rejudged, row_norm
 
 MAX_HISTORY = 8  # csrc/cpu/mixing.h
 ADJOINT_SOLVERS = ("auto", "anderson", "neumann")
@@ -132,14 +132,16 @@ def anderson(f: Map, z0: Tensor, option: Anderson) -> Solution:
     best_residual, trace = new(rows).fill_(torch.inf), new(steps, rows).fill_(torch.nan)
     nfe, best_at = new(rows, dtype=torch.int32), new(rows, dtype=torch.int32)
     outcome = new(rows, dtype=torch.int8).fill_(int(Outcome.MAX_ITER))
-    active, step = torch.ones(rows, dtype=torch.bool), 0
+    active, step, fz = torch.ones(rows, dtype=torch.bool), 0, f(z).contiguous()
     while cpu_native.anderson_step(
-        f(z).contiguous(), z, best, images, residuals, gram, best_residual,
+        fz, z, best, images, residuals, gram, best_residual,
         nfe, best_at, outcome, active, trace, step,
         option.tol, option.max_iter, option.beta, option.lam,
     ):  # fmt: skip
-        step += 1
-    return Solution(best, best_residual, nfe, outcome, trace[: step + 1] if option.trace else None)
+        step, fz = step + 1, f(z).contiguous()
+    kept = trace[: step + 1] if option.trace else None
+    found = Solution(best, best_residual, nfe, outcome, kept)
+    return rejudged(found, row_norm(fz - z) / (row_norm(fz) + RESIDUAL_FLOOR), option.tol)
 
 
 def takes_rows(z0: Tensor, solver: SolverOption) -> bool:

@@ -27,7 +27,7 @@ from deqfuse.backends.maps import Variant
 from deqfuse.backends.penalty import penalty_layer
 from deqfuse.backends.problem import Problem, Solved, SolvedLayer, compute_dtype
 from deqfuse.solvers.anderson import Anderson, Picard
-from deqfuse.solvers.newton_krylov import Map
+from deqfuse.solvers.derivatives import Map
 from deqfuse.solvers.options import SolverOption, Unrolled
 from deqfuse.solvers.rows import Solution
 

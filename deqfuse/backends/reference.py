@@ -29,7 +29,7 @@ from deqfuse.backends.problem import (
 )
 from deqfuse.solvers.adjoint import solve_adjoint
 from deqfuse.solvers.anderson import Anderson, anderson
-from deqfuse.solvers.newton_krylov import Linearize, Map
+from deqfuse.solvers.derivatives import Linearize, Map
 from deqfuse.solvers.options import GradientOption, SolverOption
 from deqfuse.solvers.rows import Solution
 from deqfuse.solvers.solve import rescue, solve

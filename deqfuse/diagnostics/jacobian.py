@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from deqfuse import checks
+from deqfuse.solvers.derivatives import plain_kernels
 
 Map = Callable[[Tensor], Tensor]
 
@@ -44,7 +45,8 @@ def jacobian_penalty(blocks: Sequence[tuple[Map, Tensor]], num_probes: int) -> T
     with torch.enable_grad():
         for f, z in blocks:
             z = z.detach().requires_grad_()
-            fz = f(z)
+            with plain_kernels():  # the penalty is differentiated, and with it J^T v
+                fz = f(z)
             if not fz.requires_grad:  # J = 0
                 continue
             for _ in range(num_probes):

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 from collections.abc import Callable
-from typing import Any, overload
+from typing import Any, Literal, get_args, overload
 
 import torch
 from torch import Tensor, nn
 
 from deqfuse import checks, functional
+from deqfuse.nn.inspection import modules_behind, refusing_batch_statistics
 from deqfuse.reporting import OnFailure
 from deqfuse.result import SolvedMap, SolveInfo
 from deqfuse.solvers.anderson import Anderson
 from deqfuse.solvers.options import GradientOption, Implicit, SolverOption
 
 State = Tensor | tuple[Tensor, ...]
+RowsMode = Literal["separate", "joint"]
 
 
 class DEQ(nn.Module):
@@ -26,13 +29,21 @@ class DEQ(nn.Module):
     does not grow with the number of steps.
 
     Args:
-        f: callable or module. Its state z is a tensor (B, ...) or a tuple of tensors that share B;
-            it returns a state of the same structure and shapes. Row b of the output may depend on
-            row b of the input only: a row is one sample, a problem of its own, which stops on its
-            own.
+        f: callable or module. Its state z is a tensor (B, ...) or a tuple of tensors that share B
+            (a named tuple stays one); it returns a state of the same structure and shapes. It is
+            called at every evaluation of the solve, some ten times a forward, and what it writes
+            (running statistics of batch norm) moves on as often.
+        rows: "separate": row b of f's output depends on row b of its input only; every row is a
+            problem of its own and stops on its own. "joint": rows may see each other (batch
+            statistics, attention or a graph over the batch), and the whole state is one problem
+            with one residual; its tensors may have any shapes.
         solver: forward solver and tolerance.
         adjoint: how gradients pass; they reach ``args`` and everything that f closes over.
         on_failure: "warn", "raise" or "ignore" when rows do not converge, forward or backward.
+
+    An f that couples rows in the separate mode is refused where batch norm uses the statistics of
+    the batch; other couplings show where they spoil the answer: a row that had stopped, and whose
+    residual later steps of other rows moved off the tolerance, ends as ``Outcome.COUPLED``.
 
     Raises:
         TypeError: f is not callable, or an option is of a wrong type.
@@ -51,6 +62,7 @@ class DEQ(nn.Module):
         self,
         f: Callable[..., Any],
         *,
+        rows: RowsMode = "separate",
         solver: SolverOption = Anderson(),  # noqa: B008 - frozen
         adjoint: GradientOption = Implicit(),  # noqa: B008 - frozen
         on_failure: OnFailure = "warn",
@@ -58,8 +70,10 @@ class DEQ(nn.Module):
         super().__init__()
         if not callable(f):
             raise TypeError(f"f: expected a callable f(z, *args), got {type(f).__name__}")
+        checks.one_of("rows", rows, get_args(RowsMode))
         checks.options(solver, adjoint, on_failure)
-        self.f, self.solver, self.adjoint, self.on_failure = f, solver, adjoint, on_failure
+        self.f, self.rows = f, rows
+        self.solver, self.adjoint, self.on_failure = solver, adjoint, on_failure
 
     @overload
     def forward(self, z0: Tensor, *args: Any) -> tuple[Tensor, SolveInfo]: ...
@@ -73,25 +87,32 @@ class DEQ(nn.Module):
         """Equilibrium and statistics.
 
         Args:
-            z0: start, tensor (B, ...) or tuple of such, of one floating dtype; no gradient flows to
-                it.
+            z0: start, tensor (B, ...) or tuple of such, of one floating dtype, with
+                ``rows="joint"`` of any shapes; no gradient flows to it.
             *args: passed on to f.
 
         Returns:
             The equilibrium, structured like ``z0``, (B, ...) each, and a :class:`SolveInfo` whose
-            ``fuse`` block has shape (B,). Always both, since not every f
-            converges; for ``nn.Sequential`` write a module that keeps the first.
+            ``fuse`` block has shape (B,), with ``rows="joint"`` (1,): one problem. Always both,
+            since not every f converges; for ``nn.Sequential`` write a module that keeps the first.
 
         Raises:
             TypeError: z0, or what f returned, has a wrong type or dtype.
-            ValueError: z0, or what f returned, has a wrong shape or device.
+            ValueError: z0, or what f returned, has a wrong shape or device; f takes batch
+                statistics over separate rows.
             NotImplementedError: inside a ``torch.func`` transform or forward-mode differentiation.
             ConvergenceError: rows failed and ``on_failure="raise"``.
         """
-        layout = _Layout(z0)
+        layout = _Layout(z0, joint=self.rows == "joint")
+        looked_at = self.rows == "joint" or layout.count < 2
 
         def rows(z: Tensor) -> Tensor:
-            return layout.flatten(self.f(layout.unflatten(z), *args), "f(z, *args)")
+            nonlocal looked_at
+            with contextlib.ExitStack() as stack:
+                if not looked_at:
+                    stack.enter_context(refusing_batch_statistics(modules_behind(self.f)))
+                    looked_at = True
+                return layout.flatten(self.f(layout.unflatten(z), *args), "f(z, *args)")
 
         z, block, backend = functional.fixed_point(
             rows,
@@ -106,10 +127,12 @@ class DEQ(nn.Module):
 
 
 class _Layout:
-    """How a state is laid out as rows (B, n), and back."""
+    """How a state is laid out as rows (B, n), or as one row (1, n) where it is joint, and back."""
 
-    def __init__(self, z0: State) -> None:
+    def __init__(self, z0: State, joint: bool) -> None:
         self.is_tuple = isinstance(z0, tuple)
+        # A tuple's own type: f finds the fields of a named one.
+        self.build: Callable[[Any], Any] = getattr(type(z0), "_make", type(z0))
         parts = z0 if isinstance(z0, tuple) else (z0,)
         if not parts:
             raise ValueError("z0: expected a tensor or a non-empty tuple of tensors, got ()")
@@ -118,17 +141,19 @@ class _Layout:
         for i, part in enumerate(parts):
             name = f"z0[{i}]" if self.is_tuple else "z0"
             checks.tensor(name, part, like=parts[0] if i else None)
-            if part.dim() < 1 or part.shape[0] != parts[0].shape[0]:
+            if not joint and (part.dim() < 1 or part.shape[0] != parts[0].shape[0]):
                 raise ValueError(
                     f"{name}: expected shape (B, ...) with one row per sample"
-                    f"{f' and B = {parts[0].shape[0]}' if i else ''}, got {tuple(part.shape)}"
+                    f"{f' and B = {parts[0].shape[0]}' if i else ''}, got {tuple(part.shape)}. "
+                    "Remedy: rows='joint' for a state that is one problem"
                 )
         self.like = parts[0]  # for dtype and device
         self.shapes = [tuple(part.shape) for part in parts]
-        self.sizes = [math.prod(shape[1:]) for shape in self.shapes]
+        self.count = 1 if joint else self.shapes[0][0]
+        self.sizes = [math.prod(shape if joint else shape[1:]) for shape in self.shapes]
 
     def flatten(self, state: Any, name: str) -> Tensor:
-        """State -> rows (B, n)."""
+        """State -> rows (B, n), one row where it is joint."""
         parts = state if isinstance(state, tuple) else (state,)
         if isinstance(state, tuple) != self.is_tuple or len(parts) != len(self.shapes):
             wanted = f"a tuple of {len(self.shapes)} tensors" if self.is_tuple else "a tensor"
@@ -139,16 +164,16 @@ class _Layout:
             entry = f"{name}[{i}]" if self.is_tuple else name
             checks.tensor(entry, part, like=self.like)
             checks.shape(entry, part, shape, "the shape of z0")
-        rows = [p.reshape(p.shape[0], n) for p, n in zip(parts, self.sizes, strict=True)]
+        rows = [p.reshape(self.count, n) for p, n in zip(parts, self.sizes, strict=True)]
         return torch.cat(rows, dim=1) if len(rows) > 1 else rows[0]
 
     def unflatten(self, rows: Tensor) -> Any:
-        """Rows (B, n) -> state."""
+        """The inverse of :meth:`flatten`."""
         if not self.is_tuple:
             return rows.reshape(self.shapes[0])
         # Not split(): torch forbids in-place use of its views.
         bounds = [0, *itertools.accumulate(self.sizes)]
-        return tuple(
+        return self.build(
             rows[:, start:stop].reshape(shape)
             for (start, stop), shape in zip(itertools.pairwise(bounds), self.shapes, strict=True)
         )

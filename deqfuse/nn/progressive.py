@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from deqfuse import checks, functional
+from deqfuse.nn.inspection import uses_batch_statistics
 from deqfuse.nn.sites import EncoderRun, RandomState, Site, find_site, tensors, version
 from deqfuse.nn.solving import last_step
 from deqfuse.reporting import OnFailure
@@ -296,12 +297,7 @@ class _Model:
         self.buffers = [entry for entry in self.buffers if id(entry[0]) not in own]
         behind = set() if self.owner.head is None else set(self.owner.head.modules())
         for name, module in self.owner.named_modules():
-            if (
-                isinstance(module, nn.modules.batchnorm._BatchNorm)
-                and module not in behind
-                and module not in before
-                and (module.training or module.running_mean is None)
-            ):
+            if uses_batch_statistics(module) and module not in behind and module not in before:
                 raise ValueError(
                     f"{name}: expected rows that do not depend on each other, got "
                     f"{type(module).__name__} with statistics over the batch, behind the injection "

@@ -88,6 +88,7 @@ def gradient(
             option,
             on_failure,
             all_converged=any(known),
+            cotangents=[None if g is None else values_of(g) for g in cotangents],
         )
     if block is not ctx.block:
         row_grads = list(row_grads[0].unbind())

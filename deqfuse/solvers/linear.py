@@ -15,7 +15,7 @@ from torch import Tensor
 
 from deqfuse.outcome import Outcome
 from deqfuse.solvers.anderson import Anderson, Picard, anderson, picard
-from deqfuse.solvers.rows import Solution, row_dot, row_norm, select
+from deqfuse.solvers.rows import Solution, rejudged, row_dot, row_norm, select
 
 Operator = Callable[[Tensor], Tensor]
 TINY = 1e-30
@@ -30,11 +30,42 @@ def solve_linear(
     max_iter: int,
 ) -> Solution:
     """Solve ``(I - A) x = b`` by the named method (see :class:`deqfuse.Implicit`)."""
-    # Solved for b / max|b|, row by row: no absolute constant may matter, nor the norm underflow.
-    scale = b.abs().amax(1) if b.shape[1] else b.new_ones(len(b))
-    scale = torch.where(scale > 0, scale, 1.0)[:, None]
-    found = _solve_scaled(apply, b / scale, method, tol, max_iter)
+    scale, ratio = _scales(b)
+
+    def scaled(x: Tensor) -> Tensor:
+        return apply(x) if ratio is None else apply(x * ratio) / ratio
+
+    found = _solve_scaled(scaled, b / scale, method, tol, max_iter)
     return dataclasses.replace(found, z=found.z * scale)
+
+
+def _scales(b: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Powers of two that b is divided by: no absolute constant may matter, nor a square vanish.
+
+    One for all rows, since A is only known to act on rows of one scale: whether it keeps them
+    apart is what the solve is to find out. Rows smaller by 2^-40, whose squares would vanish, have
+    their own, and what A is given is scaled back.
+
+    Returns:
+        the scale, (1, 1) or (R, 1), and its ratio to the common one, None where that is 1.
+    """
+    largest = b.abs().amax(1, keepdim=True) if b.shape[1] else b.new_zeros(len(b), 1)
+    largest = torch.where(torch.isfinite(largest), largest, 0.0)
+    common = _power_of_two(largest.amax(0, keepdim=True)) if len(b) else b.new_ones(1, 1)
+    own = _power_of_two(largest)
+    small = (largest > 0) & (own < common * 2.0**-40)
+    if not small.any():
+        return common, None
+    ratio = torch.where(small, own / common, 1.0).clamp_min(2.0**-100)
+    return common * ratio, ratio
+
+
+def _power_of_two(a: Tensor) -> Tensor:
+    """The one at or below each a >= 0, a normal number; 1 for 0."""
+    exponent = torch.frexp(a).exponent - 1
+    least = -1022 if a.dtype == torch.float64 else -126
+    power = torch.ldexp(torch.ones_like(a), exponent.clamp_min(least))
+    return torch.where(a > 0, power, 1.0)
 
 
 def _solve_scaled(apply: Operator, b: Tensor, method: str, tol: float, max_iter: int) -> Solution:
@@ -76,8 +107,9 @@ class _Budget:
         self.judge(b)
 
     def judge(self, residual: Tensor) -> bool:
-        """Record the true residual vectors; True while any row is active."""
-        self.residual = torch.where(self.active, row_norm(residual) / self.scale, self.residual)
+        """Record the true residual vectors, of all rows; True while any row is active."""
+        self.last = row_norm(residual) / self.scale
+        self.residual = torch.where(self.active, self.last, self.residual)
         done = (self.residual <= self.tol) | ~torch.isfinite(self.residual)
         self.active = self.active & ~done & (self.nfe + self.least <= self.max_iter)
         return bool(self.active.any())
@@ -92,7 +124,8 @@ class _Budget:
         finite = torch.isfinite(self.residual)
         outcome = torch.where(finite, outcome, int(Outcome.NON_FINITE))
         x = torch.where(finite[:, None], x, torch.nan)  # a poisoned row must not look solved
-        return Solution(x, self.residual, self.nfe, outcome.to(torch.int8))
+        found = Solution(x, self.residual, self.nfe, outcome.to(torch.int8))
+        return rejudged(found, self.last, self.tol)
 
 
 def gmres(
@@ -109,8 +142,9 @@ def gmres(
     while budget.active.any():
         x = select(budget.active, x + _gmres_cycle(apply, r, budget, restart), x)
         budget.spend(budget.active)
-        r = select(budget.active, b - x + apply(x), r)
-        budget.judge(r)
+        true = b - x + apply(x)
+        r = select(budget.active, true, r)
+        budget.judge(true)
     return budget.solution(x)
 
 
@@ -180,10 +214,12 @@ def bicgstab(apply: Operator, b: Tensor, tol: float, max_iter: int) -> Solution:
         x_new = _bicgstab_run(apply, x, r, budget)
         r_new = b - x_new + apply(x_new)
         # The residual of BiCGStab is not monotone: a run that ends worse than it began is undone.
-        taken = budget.active & ~(row_norm(r_new) >= row_norm(r))
-        x, r = select(taken, x_new, x), select(taken, r_new, r)
+        undone = budget.active & (row_norm(r_new) >= row_norm(r))
+        taken = budget.active & ~undone
+        x, true = select(taken, x_new, x), select(undone, r, r_new)
+        r = select(taken, r_new, r)
         budget.spend(budget.active)
-        budget.judge(r)
+        budget.judge(true)
     return budget.solution(x)
 
 
@@ -232,8 +268,10 @@ def dense(apply: Operator, b: Tensor, tol: float) -> Solution:
     for row in range(count):
         if finite[row]:
             x[row] = torch.linalg.solve_ex(matrix[row], b[row]).result
-    residual = row_norm(b - x + apply(x)) / _safe_norm(b)
+    # Of what was factorised; if rows are separate problems, A itself says the same.
+    residual = row_norm(b - (matrix @ x[:, :, None])[:, :, 0]) / _safe_norm(b)
     outcome = torch.where(residual <= tol, int(Outcome.CONVERGED), int(Outcome.STALLED))
     outcome = torch.where(finite, outcome, int(Outcome.NON_FINITE))
     nfe = torch.full((count,), n + 1, dtype=torch.int32, device=b.device)
-    return Solution(x, residual, nfe, outcome.to(torch.int8))
+    found = Solution(x, residual, nfe, outcome.to(torch.int8))
+    return rejudged(found, row_norm(b - x + apply(x)) / _safe_norm(b), tol)

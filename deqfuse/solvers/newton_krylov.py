@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from deqfuse import scalars
+from deqfuse.solvers.derivatives import Linearize, Map, jvp_of
 from deqfuse.solvers.linear import gmres
 from deqfuse.solvers.options import SolverOption, knob
 from deqfuse.solvers.rows import Rows, Solution, row_norm, select
-
-Map = Callable[[Tensor], Tensor]
-Linearize = Callable[[Tensor], Map]  # z -> (v -> J(z) v)
 
 HALVINGS = 5
 SUFFICIENT_DECREASE = 1e-4
@@ -49,15 +46,6 @@ class NewtonKrylov(SolverOption):
         return [*super().remedies(), "Anderson(rescue=True)"]
 
 
-def jvp_of(f: Map) -> Linearize:
-    """JVPs of any ``f`` by forward-mode differentiation."""
-
-    def linearize(z: Tensor) -> Map:
-        return lambda v: torch.func.jvp(f, (z,), (v,))[1]
-
-    return linearize
-
-
 def newton_krylov(
     f: Map,
     z0: Tensor,  # (R, n)
@@ -79,7 +67,7 @@ def newton_krylov(
     while rows.observe(z, fz, cost) and steps != max_steps:
         if steps == 0 and active is None:  # a cold start says nothing about J at the solution
             z, cost = select(rows.active, fz, z), torch.ones_like(rows.nfe)
-            fz, steps = select(rows.active, f(z), fz), 1
+            fz, steps = f(z), 1
             continue
         g = fz - z
         size = row_norm(g)
@@ -89,7 +77,7 @@ def newton_krylov(
         inner = gmres(linearize(z), g, forcing, cycle, option.restart, rows.active)
         z_new, fz_new, cost = _line_search(f, z, fz, inner.z, size, rows.active, left - inner.nfe)
         cost = cost + inner.nfe
-        z, fz = select(rows.active, z_new, z), select(rows.active, fz_new, fz)
+        z, fz = select(rows.active, z_new, z), fz_new
         steps += 1
     return rows.solution()
 
@@ -103,20 +91,22 @@ def _line_search(
     active: Tensor,
     left: Tensor,  # (R,) evaluations that the row may still spend, >= 1 where active
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Halve each row's step until ``|f(z) - z|`` decreases; z, f(z) and the cost per row."""
-    best_z, best_f = z, fz
+    """Halve each row's step until ``|f(z) - z|`` decreases; z, f(z) and the cost per row.
+
+    The f(z) returned is that of all rows at once, those that stand still included.
+    """
+    best_z = z
     open_rows, cost = active, torch.zeros_like(active, dtype=torch.int32)
     for halving in range(HALVINGS + 1):
         t = 0.5**halving
         last = (cost + 1 >= left) | (halving == HALVINGS)  # then z <- f(z), whatever it brings
-        trial = select(last & (halving > 0), fz, z + t * step)
+        trial = select(open_rows, select(last & (halving > 0), fz, z + t * step), best_z)
         f_trial = f(trial)
         cost = cost + open_rows.to(torch.int32)
         accept = row_norm(f_trial - trial) <= (1 - SUFFICIENT_DECREASE * t) * size
         accept = accept | last
-        best_z = select(open_rows & accept, trial, best_z)
-        best_f = select(open_rows & accept, f_trial, best_f)
+        best_z = select(accept, trial, best_z)
         open_rows = open_rows & ~accept
         if not open_rows.any():
             break
-    return best_z, best_f, cost
+    return best_z, f_trial, cost

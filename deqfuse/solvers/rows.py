@@ -1,11 +1,13 @@
 """Bookkeeping that every solver shares: who is still active, what was best, how it ended.
 
 A *row* is one independent problem. Solvers propose iterates for all rows at once; `Rows.observe`
-looks at each row alone, so a row's answer never depends on its neighbours.
+looks at each row alone, so a row's answer never depends on its neighbours. Maps that couple rows
+all the same are found out by :func:`rejudged`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +17,9 @@ from deqfuse.outcome import Outcome
 
 STALL_STEPS = 20
 RESIDUAL_FLOOR = 1e-5
+# A row that has stopped keeps its iterate, and with it its residual, up to rounding and up to the
+# order of a device's atomic sums. Twice the tolerance is beyond both wherever a row can converge.
+MOVED = 2.0
 
 
 @dataclass(frozen=True)
@@ -60,6 +65,30 @@ def row_dot(a: Tensor, b: Tensor) -> Tensor:
         (R,).
     """
     return (a * b).sum(1)
+
+
+def rejudged(
+    found: Solution,
+    last: Tensor,  # (R,)
+    tol: float | Tensor,
+) -> Solution:
+    """The solution after a look at every converged row with all rows at their final iterates.
+
+    A row that stops is frozen, while others go on. If rows are separate problems, its residual
+    stays what it was; if the map couples them, it does not, and what was judged is no longer true.
+    The solve's last evaluation covers all rows, so that this look costs none.
+
+    Args:
+        found: as the rows were judged when they stopped.
+        last: relative residuals at the last evaluation.
+        tol: what they were judged by.
+    """
+    moved = (found.outcome == int(Outcome.CONVERGED)) & ~(last <= MOVED * tol)
+    return dataclasses.replace(
+        found,
+        residual=torch.where(moved, last, found.residual),
+        outcome=torch.where(moved, int(Outcome.COUPLED), found.outcome).to(torch.int8),
+    )
 
 
 def select(mask: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -112,6 +141,7 @@ class Rows:
         )
         self.best = z0
         self.best_residual = torch.full((count,), float("inf"), dtype=z0.dtype, device=device)
+        self._last = self.best_residual  # of every row, active or not
         self.nfe = torch.zeros(count, dtype=torch.int32, device=device)
         self.outcome = torch.full((count,), int(Outcome.MAX_ITER), dtype=torch.int8, device=device)
         self._steps = 0
@@ -122,7 +152,7 @@ class Rows:
         """Note ``fz = f(z)``: judge every active row by its residual and end those that are done.
 
         Args:
-            z: (R, n) iterates.
+            z: (R, n) iterates of all rows: those that have stopped stay at their last one.
             fz: (R, n) their images.
             cost: evaluations that this took, for all rows alike or (R,) int32.
 
@@ -131,7 +161,7 @@ class Rows:
         """
         with torch.no_grad():
             scale = row_norm(fz) + RESIDUAL_FLOOR if self.scale is None else self.scale
-            residual = row_norm(fz - z) / scale
+            self._last = residual = row_norm(fz - z) / scale
             self.nfe = torch.where(self.active, self.nfe + cost, self.nfe).to(torch.int32)
             # A NaN compares false: a poisoned row never becomes "better".
             self._steps += 1
@@ -161,4 +191,5 @@ class Rows:
     def solution(self) -> Solution:
         """Answers and statistics as they stand: z (R, n), statistics (R,)."""
         trace = None if self._trace is None else torch.stack(self._trace)
-        return Solution(self.best, self.best_residual, self.nfe, self.outcome, trace)
+        found = Solution(self.best, self.best_residual, self.nfe, self.outcome, trace)
+        return rejudged(found, self._last, self.tol)

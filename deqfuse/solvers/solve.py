@@ -11,9 +11,10 @@ from torch import Tensor
 from deqfuse.outcome import Outcome
 from deqfuse.solvers.anderson import RESCUE_STEPS, Anderson, Picard, anderson, picard
 from deqfuse.solvers.broyden import Broyden, broyden
-from deqfuse.solvers.newton_krylov import Linearize, Map, NewtonKrylov, newton_krylov
+from deqfuse.solvers.derivatives import Linearize, Map, jvp_of
+from deqfuse.solvers.newton_krylov import NewtonKrylov, newton_krylov
 from deqfuse.solvers.options import SolverOption
-from deqfuse.solvers.rows import Solution, select
+from deqfuse.solvers.rows import RESIDUAL_FLOOR, Solution, rejudged, row_norm, select
 
 Solver = Callable[[Map, Tensor, Any, "Linearize | None"], Solution]  # f, z0, option, linearize
 
@@ -86,7 +87,19 @@ def rescue(
         return found
     start = select(torch.isfinite(found.z).all(1), found.z, z0)
     newton = NewtonKrylov(tol=option.tol, max_iter=10_000, trace=option.trace)
-    rescued = newton_krylov(f, start, newton, linearize, active=left, max_steps=RESCUE_STEPS)
+    images: list[Tensor] = []  # the first and the last f(z), of all rows
+
+    def observed(z: Tensor) -> Tensor:
+        fz = f(z)
+        images[1:] = [fz.detach()]
+        return fz
+
+    rescued = newton_krylov(
+        observed, start, newton, linearize or jvp_of(f), active=left, max_steps=RESCUE_STEPS
+    )
+    # The rows that had converged stood still meanwhile: if f moved there, it couples rows.
+    shift = row_norm(images[-1] - images[0]) / (row_norm(images[0]) + RESIDUAL_FLOOR)
+    found = rejudged(found, shift, option.tol)
     better = left & (rescued.residual < found.residual)
     trace = found.trace
     if trace is not None and rescued.trace is not None:

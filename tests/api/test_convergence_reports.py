@@ -270,7 +270,7 @@ class Event:
 
 
 def enqueue(event: Event, failed: int, what: str = "the fuse block") -> None:
-    summary = torch.tensor([8.0, float(failed), 0.0, 0.0, 0.25], dtype=torch.float64)
+    summary = torch.tensor([8.0, float(failed), 0.0, 0.0, 0.0, 0.25], dtype=torch.float64)
     reporting._late.append(reporting._Late(summary, event, what, Anderson(tol=1e-4, max_iter=50)))
 
 

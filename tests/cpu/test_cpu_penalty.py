@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from cpu_cases import Case, assert_equal, named
 from cpu_layer_cases import each_variant, flat, layer_of
 from penalty_cases import Penalty, assert_near, double_backward, inputs
 
-from deqfuse.backends import cpu, reference
+from deqfuse.backends import cpu, cpu_native, reference
 from deqfuse.backends.maps import VARIANTS
 from deqfuse.backends.penalty import draw_probes
 
@@ -173,6 +175,56 @@ def test_opcheck(rows):
     given = inputs(Case(rows, variant="released", dtype="f32"), mask=True)
     params = [t.detach().bfloat16() for t in flat(given.layer)]
     for want in (True, False):
+        call = (given.probes, given.states, given.xs, params, want, given.mask, 2, True, False)
+        utils = ["test_schema", "test_faketensor"]
+        found = torch.library.opcheck(cpu_native.penalty_layer, call, test_utils=utils)
+        assert set(found.values()) == {"SUCCESS"}
+
+
+def test_wrong_sizes_are_refused_by_the_kernel():
+    given = inputs(Case(5, variant="released"), mask=True)
+    params = [t.detach() for t in flat(given.layer)]
+    tensors = {"probes": given.probes, "states": given.states, "x": given.xs, "params": params}
+    tensors |= {"mask": given.mask}
+    refused = 0
+
+    def run(probes, states, x, params, mask) -> None:
+        cpu_native.penalty_layer(probes, states, x, params, True, mask, 2, True, False)
+
+    run(**tensors)
+    for name, value in tensors.items():
+        for k, right in enumerate(value) if isinstance(value, list) else [(None, value)]:
+            wrong = right[..., 1:] if right.dim() != 3 else right[:-1]
+            broken = wrong if k is None else [*value[:k], wrong, *value[k + 1 :]]
+            with pytest.raises(RuntimeError, match="contiguous values of the compute"):
+                run(**{**tensors, name: broken})
+            refused += 1
+    assert refused == 3 + 2 + len(params)
+    with pytest.raises(RuntimeError, match="expected at least one, got none"):
+        run(**{**tensors, "probes": given.probes[:0]})
+    with pytest.raises(RuntimeError, match="got 3 and 3 dimensions"):
+        run(**{**tensors, "probes": given.probes[0]})
+
+
+PROGRAM = """
+import json, sys, torch
+from deqfuse.backends import cpu, cpu_native
+torch.set_num_threads(1)
+calls = torch.load(sys.argv[1], weights_only=False)
+torch.save([cpu.penalty_layer(*call) for call in calls], sys.argv[2])
+print(json.dumps(cpu_native.module.build_info()))
+"""
+
+
+@pytest.mark.parametrize("name", ["base", "avx2", "avx512", "vnni", "amx"])
+def test_instruction_sets_agree(name, tmp_path: Path):
+    """Float32 against the same in float64: each within what test_float32 allows of the other."""
+    calls, answers, limits = [], [], []
+    for variant, dtype, (dim, groups) in itertools.product(
+        VARIANTS, ("f64", "f32"), ((20, 4), (35, 5), (132, 4))
+    ):
+        given = inputs(Case(37, dim, groups, variant=variant, dtype=dtype), 2, mask=True)
+        params = [t.detach() for t in flat(given.layer)]
         how = (groups, VARIANTS[variant], True)
         call = (given.probes, given.states, given.xs, params, given.mask, *how)
         calls.append(call)

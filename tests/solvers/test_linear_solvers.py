@@ -333,3 +333,21 @@ def test_implicit_uses_its_own_options(method: str) -> None:
 def test_unrolled_has_no_adjoint_solve() -> None:
     with pytest.raises(TypeError, match="adjoint: expected Implicit, OneStep, Neumann"):
         solve_adjoint(lambda v: v, torch.zeros(1, 1), Unrolled())
+
+
+@pytest.mark.parametrize("method", LINEAR_SOLVERS)
+@pytest.mark.parametrize("sizes", [(1, 1e-3, 1e-6, 1e-2, 1), (1, 1e-3, 1e-14, 1e-30, 0)], ids=str)
+def test_rows_that_see_each_other_are_solved_in_one_scale(
+    method: str, sizes: tuple[float, ...]
+) -> None:
+    """Each divided by its own size, they would be rows of another matrix: converged, and wrong."""
+    generator = torch.Generator().manual_seed(0)
+    mix = 0.02 * torch.rand(5, 5, dtype=torch.float64, generator=generator)
+    b = torch.randn(5, 3, dtype=torch.float64, generator=generator)
+    b = b * torch.tensor(sizes, dtype=torch.float64)[:, None]
+    found = solve_linear(lambda x: mix @ x, b, method, 1e-10, 60)
+    exact = torch.linalg.solve(torch.eye(5, dtype=torch.float64) - mix, b)
+    failed = found.outcome != Outcome.CONVERGED
+    # The norm of (I - mix)^-1 is below 1.2; twice the tolerance is what a converged row may have.
+    error = (found.z - exact).norm() / b.norm()
+    assert failed.any() or error <= 1.2 * 2e-10 * len(b)

@@ -1,0 +1,99 @@
+"""What can be seen of a given module or callable before it runs: its parts, what they do."""
+
+from __future__ import annotations
+
+import contextlib
+import dis
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import nn
+
+__all__ = ["modules_behind", "refusing_batch_statistics", "uses_batch_statistics"]
+
+
+def uses_batch_statistics(module: nn.Module) -> bool:
+    """Whether this module, by itself, normalises by statistics over the batch."""
+    return isinstance(module, nn.modules.batchnorm._BatchNorm) and (
+        module.training or module.running_mean is None
+    )
+
+
+def modules_behind(f: Callable[..., Any]) -> list[nn.Module]:
+    """Modules that a callable is, holds, closes over or names, as far as Python lets one see.
+
+    Seen are bound methods, ``functools.partial``, attributes of callable objects, closures and
+    globals of functions, and functions of the same file that those name. Some may never be called.
+    """
+    found: list[nn.Module] = []
+    seen: set[int] = set()
+    pending: list[Any] = [f]
+    while pending:
+        value = pending.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, nn.Module):
+            found.append(value)
+        elif isinstance(value, functools.partial):
+            pending += [value.func, *value.args, *value.keywords.values()]
+        elif inspect.ismethod(value):
+            pending += [value.__self__, value.__func__]
+        elif inspect.isfunction(value):
+            pending += [v for v in _named_by(value) if _looked_into(v, value)]
+        elif isinstance(value, (list, tuple)):
+            pending += [v for v in value if isinstance(v, nn.Module)]
+        elif callable(value) and not inspect.isclass(value):
+            held = getattr(value, "__dict__", {})
+            pending += [v for v in held.values() if isinstance(v, nn.Module)]
+    return found
+
+
+def _named_by(function: Any) -> Iterator[Any]:
+    """What a function closes over, and the globals that it reads."""
+    for cell in function.__closure__ or ():
+        with contextlib.suppress(ValueError):  # not filled yet
+            yield cell.cell_contents
+    for instruction in dis.get_instructions(function):
+        if instruction.opname == "LOAD_GLOBAL" and instruction.argval in function.__globals__:
+            yield function.__globals__[instruction.argval]
+
+
+def _looked_into(value: Any, function: Any) -> bool:
+    """Modules, and functions of the same file; not the libraries that it calls."""
+    if inspect.isfunction(value):
+        return bool(value.__module__ == function.__module__)
+    return isinstance(value, (nn.Module, functools.partial, list, tuple)) or inspect.ismethod(value)
+
+
+@contextlib.contextmanager
+def refusing_batch_statistics(modules: list[nn.Module]) -> Iterator[None]:
+    """Raises ``ValueError`` when one of these, or a part of it, is called with batch statistics.
+
+    Only a call shows that a module has a part in the map: a method of a model may use a few of its
+    parts, and batch norm in front of an equilibrium is an ordinary layer.
+    """
+
+    def refuse(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any) -> None:
+            raise ValueError(
+                f"f: expected rows that do not depend on each other, got {type(module).__name__}"
+                f"{f' ({name})' if name else ''} with statistics over the batch. Remedy: "
+                "rows='joint', eval() for this module, or LayerNorm or GroupNorm instead"
+            )
+
+        return hook
+
+    handles = [
+        part.register_forward_pre_hook(refuse(name))
+        for module in modules
+        for name, part in module.named_modules()
+        if uses_batch_statistics(part)
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
