@@ -37,12 +37,15 @@ class BlockInfo:
         return self.outcome == int(Outcome.CONVERGED)
 
     @classmethod
-    def exact(cls, like: Tensor, shape: tuple[int, ...], nfe: int) -> BlockInfo:
-        """For a block solved in closed form (``like`` gives device and dtype)."""
+    def exact(cls, z: Tensor, nfe: int) -> BlockInfo:
+        """For a block solved in closed form by z (..., d), an answer where it is finite."""
+        finite = z.detach().isfinite().all(-1)
         return cls(
-            residual=torch.zeros(shape, device=like.device, dtype=like.dtype),
-            nfe=torch.full(shape, nfe, device=like.device, dtype=torch.int32),
-            outcome=torch.zeros(shape, device=like.device, dtype=torch.int8),
+            residual=torch.where(finite, 0.0, torch.nan).to(z.dtype),
+            nfe=torch.full(finite.shape, nfe, device=z.device, dtype=torch.int32),
+            outcome=torch.where(finite, int(Outcome.CONVERGED), int(Outcome.NON_FINITE)).to(
+                torch.int8
+            ),
         )
 
     def reshape(self, *shape: int) -> BlockInfo:
