@@ -46,21 +46,23 @@ class BlockInfo:
         return self.outcome == int(Outcome.CONVERGED)
 
     @classmethod
-    def exact(cls, like: Tensor, shape: tuple[int, ...], nfe: int) -> BlockInfo:
-        """Statistics of a block that was solved in closed form: residual 0, converged.
+    def exact(cls, z: Tensor, nfe: int) -> BlockInfo:
+        """Statistics of a block that was solved in closed form: converged where it is finite.
 
         Args:
-            like: (...) any tensor of the solve, which gives device and dtype.
-            shape: of the statistics, for example (B,) or (N, B).
+            z: (..., d) its answer.
             nfe: evaluations that each row took.
 
         Returns:
-            The statistics, of shape (...) = ``shape``.
+            The statistics, of shape (...).
         """
+        finite = z.detach().isfinite().all(-1)
         return cls(
-            residual=torch.zeros(shape, device=like.device, dtype=like.dtype),
-            nfe=torch.full(shape, nfe, device=like.device, dtype=torch.int32),
-            outcome=torch.zeros(shape, device=like.device, dtype=torch.int8),
+            residual=torch.where(finite, 0.0, torch.nan).to(z.dtype),
+            nfe=torch.full(finite.shape, nfe, device=z.device, dtype=torch.int32),
+            outcome=torch.where(finite, int(Outcome.CONVERGED), int(Outcome.NON_FINITE)).to(
+                torch.int8
+            ),
         )
 
     def reshape(self, *shape: int) -> BlockInfo:

@@ -156,7 +156,8 @@ def _anderson_step_kernel(
             older = gram_ptr + at * M + (slot - b + M) % M
             gram += (tl.load(older, mask=a < count, other=0.0),)
 
-    residual = tl.sqrt(gram[0]) / (tl.sqrt(tl.sum(square, 0)) + RESIDUAL_FLOOR)
+    norm = tl.sqrt(tl.sum(square, 0))
+    residual = tl.sqrt(gram[0]) / (norm + RESIDUAL_FLOOR + (norm - norm))  # NaN if it overflows
     better = residual < best
     best_at = tl.where(better, step + 1, best_at)
     ended = verdict(residual, step + 1, best_at, tl.full((), tol, T), max_iter)

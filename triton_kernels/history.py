@@ -79,7 +79,8 @@ def judge(f, square, step, found, tol, max_iter):
     """Which rows keep the image of evaluation ``step`` as their answer, and the statistics."""
     best, best_at, nfe, outcome = found
     active = outcome == RUNNING
-    residual = tl.sqrt(square) / (tl.sqrt(tl.sum(f * f, 1)) + RESIDUAL_FLOOR)
+    norm = tl.sqrt(tl.sum(f * f, 1))
+    residual = tl.sqrt(square) / (norm + RESIDUAL_FLOOR + (norm - norm))  # NaN if it overflows
     better = active & (residual < best)  # NaN compares false
     best = tl.where(better, residual, best)
     best_at = tl.where(better, step, best_at)

@@ -193,12 +193,16 @@ def normalize(
     C2: tl.constexpr,
     BM: tl.constexpr,
 ):
-    """``x_hat`` (BM, GT * C2) and ``rstd`` (BM, GT). Two passes, so that no digits cancel."""
+    """``x_hat`` (BM, GT * C2) and ``rstd`` (BM, GT). Two passes, so that no digits cancel.
+
+    NaN where the variance overflows: 0 would make a huge input look like none.
+    """
     y = tl.reshape(y, (BM, GT, C2))
     centred = y - (tl.sum(y, 2) * (1.0 / C))[:, :, None]
     if C != C2:
         centred = tl.where(tl.reshape(real, (1, GT, C2)), centred, 0.0)
-    rstd = tl.rsqrt(tl.sum(centred * centred, 2) * (1.0 / C) + EPS)
+    variance = tl.sum(centred * centred, 2) * (1.0 / C)
+    rstd = tl.rsqrt(variance + EPS) + (variance - variance)
     return tl.reshape(centred * rstd[:, :, None], (BM, GT * C2)), rstd
 
 

@@ -9,11 +9,13 @@ namespace DEQFUSE_ISA {
 template <class T>
 constexpr T kGroupNormEps = T(1e-5);
 
-// 1 / sqrt(var + eps), from the sum of squares of the centred values; `inv_width` is one over their number.
+// 1 / sqrt(var + eps), from the sum of squares of the centred values; `inv_width` is one over their number. NaN where
+// the variance overflows: 0 would make a huge input look like none, with a fixed point that is found at once.
 template <class L>
 DEQFUSE_INLINE typename L::Value inverse_deviation(typename L::Value squares, typename L::Scalar inv_width) {
   using T = typename L::Scalar;
-  return L::splat(T(1)) / L::square_root(L::fma(squares, L::splat(inv_width), L::splat(kGroupNormEps<T>)));
+  const typename L::Value var = L::fma(squares, L::splat(inv_width), L::splat(kGroupNormEps<T>));
+  return L::splat(T(1)) / L::square_root(var) + (var - var);
 }
 
 template <class L>

@@ -31,7 +31,7 @@ void anderson_row(const StepProblem<T>& p, int64_t row) {
     const int other = at(a);
     gram[slot * m + other] = gram[other * m + slot] = dot(g, residual_of(a), n);
   }
-  const T residual = std::sqrt(gram[slot * m + slot]) / (std::sqrt(dot(f, f, n)) + T(1e-5));
+  const T residual = std::sqrt(gram[slot * m + slot]) / residual_scale<ScalarLane<T>>(std::sqrt(dot(f, f, n)));
   const int k = ++p.nfe[row];
   if (p.trace) p.trace[int64_t(k - 1) * p.rows + row] = residual;
   const bool better = residual < p.best_residual[row];

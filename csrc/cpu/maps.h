@@ -45,7 +45,7 @@ class CellMap {
   }
 
   bool first_is_free() const { return z0_ == nullptr; }
-  Vec<T> scale(int, Vec<T> norm) const { return norm + splat(T(1e-5)); }
+  Vec<T> scale(int, Vec<T> norm) const { return residual_scale<VecLane<T>>(norm); }
 
   void stage(const LaneRows<R>& rows, T* start, bool in_place) {
     T* x = in_place ? x_ : next_x_;
@@ -167,7 +167,7 @@ class FuseMap {
   }
 
   bool first_is_free() const { return z0_ == nullptr; }
-  Vec<T> scale(int, Vec<T> norm) const { return norm + splat(T(1e-5)); }
+  Vec<T> scale(int, Vec<T> norm) const { return residual_scale<VecLane<T>>(norm); }
 
   void stage(const LaneRows<R>& rows, T* start, bool in_place) {
     T *x = in_place ? x_ : next_x_, *constant = in_place ? constant_ : next_constant_;

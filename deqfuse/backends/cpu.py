@@ -14,7 +14,7 @@ from deqfuse.outcome import Outcome
 from deqfuse.solvers.anderson import Anderson, Picard
 from deqfuse.solvers.derivatives import Map
 from deqfuse.solvers.options import GradientOption, Implicit, Neumann, OneStep, SolverOption
-from deqfuse.solvers.rows import RESIDUAL_FLOOR, Solution, rejudged, row_norm
+from deqfuse.solvers.rows import Solution, rejudged, residual_of
 
 MAX_HISTORY = 8  # csrc/cpu/mixing.h
 ADJOINT_SOLVERS = ("auto", "anderson", "neumann")
@@ -141,7 +141,7 @@ def anderson(f: Map, z0: Tensor, option: Anderson) -> Solution:
         step, fz = step + 1, f(z).contiguous()
     kept = trace[: step + 1] if option.trace else None
     found = Solution(best, best_residual, nfe, outcome, kept)
-    return rejudged(found, row_norm(fz - z) / (row_norm(fz) + RESIDUAL_FLOOR), option.tol)
+    return rejudged(found, residual_of(z, fz), option.tol)
 
 
 def takes_rows(z0: Tensor, solver: SolverOption) -> bool:

@@ -109,11 +109,16 @@ def normalize(
     y: Tensor,  # (..., d)
     num_groups: int,
 ) -> tuple[Tensor, Tensor]:  # x_hat (..., d), rstd (..., G, 1)
-    """Centre and scale each group of d / G features; two passes, so that no digits cancel."""
+    """Centre and scale each group of d / G features; two passes, so that no digits cancel.
+
+    Where the variance overflows, rstd is NaN and so is the row: 1 / sqrt(inf) = 0 would make a
+    huge input look like none, with a fixed point that is found at once.
+    """
     # Not unflatten: under torch.set_default_device Dynamo cannot trace it.
     grouped = y.reshape(*y.shape[:-1], num_groups, y.shape[-1] // num_groups)
     centred = grouped - grouped.mean(-1, keepdim=True)
-    rstd = (centred.square().mean(-1, keepdim=True) + GROUP_NORM_EPS).rsqrt()
+    variance = centred.square().mean(-1, keepdim=True)
+    rstd = (variance + GROUP_NORM_EPS).rsqrt() + (variance - variance)
     return (centred * rstd).flatten(-2), rstd
 
 

@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deqfuse import checks, functional
@@ -248,7 +247,7 @@ class DEQFusion(nn.Module):
             dtype = functools.reduce(torch.promote_types, dtypes)
             xs = [x.to(dtype) for x in xs]
         if self.injection_norm:
-            xs = [F.layer_norm(x, (self.dim,)) for x in xs]
+            xs = [_normalised(x) for x in xs]
         return xs, lead
 
     def _widths(self) -> list[int]:
@@ -326,6 +325,15 @@ class DEQFusion(nn.Module):
         layer = cls(**sizes, variant=variant, **options).to(renamed["combine.norm.weight"].dtype)
         layer.load_state_dict(renamed)
         return layer
+
+
+def _normalised(x: Tensor) -> Tensor:
+    """Each row of x (B, d) less its mean, over its deviation; NaN where the variance overflows.
+
+    Torch's rstd is 0 there, and the row would be zeros, an input like any other.
+    """
+    normed, _, rstd = torch.native_layer_norm(x, x.shape[-1:], None, None, 1e-5)
+    return normed + torch.where(rstd > 0, 0.0, torch.nan).to(x.dtype)
 
 
 def _projections(

@@ -17,6 +17,7 @@ from deqfuse.reporting import OnFailure
 from deqfuse.result import SolvedMap, SolveInfo
 from deqfuse.solvers.anderson import Anderson
 from deqfuse.solvers.options import GradientOption, Implicit, SolverOption, Unrolled
+from deqfuse.torch_private import in_transform, traced
 
 
 class ProFusion(nn.Module):
@@ -48,6 +49,10 @@ class ProFusion(nn.Module):
             first Linear takes more columns than ``in_dims[i]`` says has them already.
         in_dims: widths of the injection sites, read off the first Linear (convolution, recurrent
             layer) of each site when not given.
+        batch_dims: per encoder the dimension of the rows at its site: 1 for (T, B, d), else 0. When
+            not given: 1 for a site that is itself a recurrent, attention or transformer layer
+            without ``batch_first``. Where the time is as long as the batch, the first call with
+            such shapes checks that a row's context reaches that row only.
         sites: per encoder the name of a submodule whose input is the injection site; "" (or None)
             is the encoder's own input. What an encoder computes before its site is computed once.
         head: module applied to the last context.
@@ -82,6 +87,7 @@ class ProFusion(nn.Module):
         adjoint: GradientOption = Implicit(),  # noqa: B008 - frozen
         inject: Literal["add", "concat"] = "add",
         in_dims: Sequence[int] | None = None,
+        batch_dims: Sequence[int | None] | None = None,
         sites: Sequence[str | None] | None = None,
         head: nn.Module | None = None,
         on_failure: OnFailure = "warn",
@@ -100,6 +106,7 @@ class ProFusion(nn.Module):
         checks.one_of("inject", inject, ("add", "concat"))
         names = _per_encoder("sites", sites, len(encoders), "names of submodules")
         widths = _per_encoder("in_dims", in_dims, len(encoders), "widths")
+        batches = _per_encoder("batch_dims", batch_dims, len(encoders), "dimensions")
 
         self.encoders = nn.ModuleList(encoders)
         self.fusion, self.head, self.context_dim = fusion, head, context_dim
@@ -108,8 +115,10 @@ class ProFusion(nn.Module):
         self.back_projections = nn.ModuleList()
         self.extra_columns = nn.ModuleDict()  # by number of the encoder, with inject="concat"
         self._sites: list[Site] = []
-        for i, (encoder, name, width) in enumerate(zip(encoders, names, widths, strict=True)):
-            site, linear = find_site(f"[{i}]", encoder, name or "", width, inject)
+        self._seen: set[tuple[torch.Size | None, ...]] = set()  # shapes at the sites: checked
+        given = zip(encoders, names, widths, batches, strict=True)
+        for i, (encoder, name, width, batch) in enumerate(given):
+            site, linear = find_site(f"[{i}]", encoder, name or "", width, batch, inject)
             like = _like_parameters(encoder)
             self._sites.append(site)
             self.back_projections.append(nn.Linear(context_dim, site.width, bias=False, **like))
@@ -193,6 +202,8 @@ class ProFusion(nn.Module):
 
     def _unrolled(self, model: _Model) -> tuple[list[Tensor], Callable[[], SolveInfo]]:
         contexts = [model.fuse(model.encoded)]
+        if (self.steps or 1) > 1:
+            model.check_alignment(contexts[0])
         while len(contexts) < (self.steps or 1):
             contexts.append(model.apply(contexts[-1]))
 
@@ -207,6 +218,7 @@ class ProFusion(nn.Module):
     def _equilibrium(self, model: _Model) -> tuple[list[Tensor], Callable[[], SolveInfo]]:
         model.check_rows()
         first = model.fuse(model.encoded)
+        model.check_alignment(first)
         # Solvers begin with f(0), which is the given model's answer: it is there already.
         known = [
             first.flatten(1) if isinstance(self.adjoint, Unrolled) else first.detach().flatten(1)
@@ -286,6 +298,37 @@ class _Model:
                 buffer.copy_(saved)
         with RandomState.kept(self.device):
             return self.fuse(self.encode(context))  # encode ends where the first one ended
+
+    def check_alignment(self, context: Tensor) -> None:
+        """Once for given shapes: whether a row's context reaches that row and no other.
+
+        Only asked where the shapes at a site leave it open. In eval mode, so that nothing is
+        counted or drawn; rows of the batch statistics in training mode are the model's own affair.
+        """
+        shapes = tuple(run.shape for run in self.runs)
+        mistakable = [run.name for run in self.runs if run.may_be_mistaken(len(context))]
+        if not mistakable or shapes in self.owner._seen or in_transform() or traced(context):
+            return
+        one = torch.zeros_like(context)
+        one[0] = 1.0
+        modes = [(module, module.training) for module in self.owner.modules()]
+        try:
+            for module, _ in modes:
+                module.training = False
+            with torch.no_grad():
+                change = (self.apply(one) - self.apply(torch.zeros_like(one))).flatten(1).abs()
+        finally:
+            for module, mode in modes:
+                module.training = mode
+        reached = change.amax(1)
+        if reached[1:].amax() > 1e-3 * reached[0]:  # rounding is far below, a mistake far above
+            raise ValueError(
+                f"batch_dims: expected a row's context to reach that row only, got an influence on "
+                f"others, through {' or '.join(mistakable)}, whose site has two dimensions of "
+                f"{len(context)}. Remedy: batch_dims, 1 for (T, B, d); batch_first=True in layers "
+                "that take (B, T, d)"
+            )
+        self.owner._seen.add(shapes)
 
     def check_rows(self) -> None:
         """An equilibrium is solved row by row: refuse statistics over the batch behind the sites.

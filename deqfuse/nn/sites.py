@@ -29,11 +29,17 @@ class Site(NamedTuple):
     name: str  # of the submodule; "" is the encoder itself
     width: int  # of what is injected
     axis: int  # of the features: -1, or 1 for a convolution
+    batch: int  # dimension of the rows: 0, or 1 where time comes first
     how: Literal["add", "pad", "extend"]  # to the input; as columns behind it; to a Linear's output
 
 
 def find_site(
-    index: str, encoder: nn.Module, name: str, width: int | None, inject: str
+    index: str,
+    encoder: nn.Module,
+    name: str,
+    width: int | None,
+    batch: int | None,
+    inject: str,
 ) -> tuple[Site, nn.Linear | None]:
     """The injection site of one encoder, and the Linear that needs extra columns, if one does."""
     if not isinstance(name, str):
@@ -56,8 +62,14 @@ def find_site(
         )
     taken = None if layer is None else _input_width(layer[1])
     axis = 1 if layer is not None and isinstance(layer[1], CONVOLUTIONS) else -1
+    if batch not in (None, 0, 1) or (batch == 1 and axis == 1):
+        raise ValueError(
+            f"batch_dims{index}: expected 0, or 1 for inputs (T, B, d) whose features are last, "
+            f"got {batch!r}"
+        )
+    batch = int(takes_time_first(target)) if batch is None else batch
     if inject == "add":
-        return Site(name, width or taken or 0, axis, "add"), None
+        return Site(name, width or taken or 0, axis, batch, "add"), None
     if layer is None or not isinstance(layer[1], nn.Linear) or taken is None:
         got = "none" if layer is None else type(layer[1]).__name__
         raise ValueError(
@@ -65,13 +77,23 @@ def find_site(
             f"the extra columns, got {got}. Remedy: inject='add', or another site"
         )
     if width is not None and taken > width:
-        return Site(name, taken - width, -1, "pad"), None
+        return Site(name, taken - width, -1, batch, "pad"), None
     if width not in (None, taken):
         raise ValueError(
             f"in_dims{index}: expected at most {taken}, the columns that the first Linear takes, "
             f"got {width}"
         )
-    return Site(f"{name}.{layer[0]}".strip("."), taken, -1, "extend"), layer[1]
+    return Site(f"{name}.{layer[0]}".strip("."), taken, -1, batch, "extend"), layer[1]
+
+
+def takes_time_first(module: nn.Module) -> bool:
+    """Whether a recurrent, attention or transformer layer says that its input is (T, B, d)."""
+    if isinstance(module, nn.TransformerEncoder):
+        module = module.layers[0]
+    if isinstance(module, nn.TransformerEncoderLayer):
+        module = module.self_attn
+    known = isinstance(module, (nn.RNNBase, nn.MultiheadAttention))
+    return known and not module.batch_first
 
 
 def _input_width(layer: nn.Module) -> int:
@@ -134,6 +156,7 @@ class EncoderRun:
         self.target = encoder.get_submodule(site.name)
         self.device = device
         self.drawing = RandomState(device)  # when the site is reached
+        self.shape: torch.Size | None = None  # of the features at the site
         self.finished: list[_Finished] = []
         self.stand_ins: list[tuple[nn.Module, str, nn.Module, _Remembered]] | None = None
 
@@ -170,6 +193,7 @@ class EncoderRun:
 
     def _nothing_injected(self, x: Tensor) -> Tensor:
         """A copy, since what follows may work in place; with zeros behind it for "concat"."""
+        self.shape = x.shape
         if self.site.how == "extend" and x.shape[-1] != self.site.width:
             raise ValueError(
                 f"{self.name}: expected {self.site.width} columns at its first Linear, got "
@@ -225,7 +249,7 @@ class EncoderRun:
         if self.site.how == "extend":
             handles.append(
                 self.target.register_forward_hook(
-                    lambda module, args, out: out + _aligned(injected, out, -1)
+                    lambda module, args, out: out + self._align(injected, out, -1)
                 )
             )
         if self.stand_ins is None:
@@ -255,7 +279,7 @@ class EncoderRun:
         ]
 
     def _inject(self, x: Tensor, injected: Tensor) -> Tensor:
-        aligned = _aligned(injected, x, self.site.axis)
+        aligned = self._align(injected, x, self.site.axis)
         if self.site.how == "pad":
             return torch.cat([x, aligned.expand(*x.shape[:-1], -1).to(x.dtype)], dim=-1)
         if x.shape[self.site.axis] != self.site.width or not x.is_floating_point():
@@ -267,10 +291,29 @@ class EncoderRun:
             )
         return x + aligned
 
+    def _align(self, injected: Tensor, like: Tensor, axis: int) -> Tensor:
+        """(B, width) with singleton dimensions: along ``like``'s rows and its features."""
+        batch = self.site.batch
+        if like.dim() > 2 and like.shape[batch] != len(injected):
+            raise ValueError(
+                f"{self.name}: expected {len(injected)} rows, those of the context, on dimension "
+                f"{batch} at its site, got shape {tuple(like.shape)}. Remedy: batch_dims, 1 for "
+                "(T, B, d); or batch_first=True in its layers, with inputs (B, T, d)"
+            )
+        return _aligned(injected[None] if batch else injected, like, axis)
+
+    def may_be_mistaken(self, rows: int) -> bool:
+        """Whether another dimension at the site is as long as that of the rows, by chance."""
+        if self.shape is None or len(self.shape) < 3 or rows < 2:
+            return False
+        features = self.site.axis % len(self.shape)
+        others = (n for i, n in enumerate(self.shape) if i not in (self.site.batch, features))
+        return rows in others
+
     def _with_features(self, args: tuple[Any, ...], change: Callable[[Tensor], Tensor]) -> Any:
         """Positional arguments with the features changed: a tensor, or the first of a sequence."""
         value: Any = args[0] if args else None
-        packed = type(value) in (list, tuple) and len(value) > 0  # [values, lengths]
+        packed = _is_packed(value)  # [values, lengths]
         x = value[0] if packed else value
         if not isinstance(x, Tensor):
             raise TypeError(
@@ -279,7 +322,18 @@ class EncoderRun:
                 "Remedy: another site"
             )
         changed = change(x)
-        return (type(value)((changed, *value[1:])) if packed else changed, *args[1:])
+        if packed:
+            changed = getattr(type(value), "_make", type(value))((changed, *value[1:]))
+        return (changed, *args[1:])
+
+
+def _is_packed(value: Any) -> bool:
+    """A list or tuple, named ones too; torch's PackedSequence has rows of several lengths."""
+    return (
+        isinstance(value, (list, tuple))
+        and len(value) > 0
+        and not isinstance(value, nn.utils.rnn.PackedSequence)
+    )
 
 
 def _aligned(injected: Tensor, like: Tensor, axis: int) -> Tensor:

@@ -175,12 +175,12 @@ def _block_by_block(
 ) -> Found:
     """The cells first; for the ablations, and for gradients through the steps."""
     x, options = torch.stack(xs), _options(equations, how)
-    rows, blocks = tuple(x.shape[:-1]), []
+    blocks = []
     if equations.cells:
         zs, cells, backend = functional.solve_cells(x, equations.cells, z0=start_cells, **options)
         blocks.append(lambda: equations.solved_cells(x, zs.detach()))
     else:
-        zs, cells, backend = x, BlockInfo.exact(x, rows, 0), "reference"
+        zs, cells, backend = x, BlockInfo.exact(x, 0), "reference"
 
     x_fuse = equations.x_fuse(x)
     if equations.closed_form is None:
@@ -199,7 +199,7 @@ def _block_by_block(
         blocks.append(lambda: equations.solved_fuse(*given, z.detach()))
     else:
         z = equations.closed_form.evaluate(x[0], zs.to(x.dtype), x_fuse, mask)
-        fuse = BlockInfo.exact(x, rows[1:], equations.closed_form.nfe)
+        fuse = BlockInfo.exact(z, equations.closed_form.nfe)
     info = SolveInfo(fuse, cells, backend, tuple(blocks))
     # A copy: the backward pass and `info` keep the original, and `z += ...` must be possible.
     return Found(z.clone(), lambda: zs, lambda: info)

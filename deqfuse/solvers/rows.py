@@ -67,6 +67,18 @@ def row_dot(a: Tensor, b: Tensor) -> Tensor:
     return (a * b).sum(1)
 
 
+def residual_of(
+    z: Tensor,  # (R, n)
+    fz: Tensor,  # (R, n)
+) -> Tensor:  # (R,)
+    """``|f(z) - z| / (|f(z)| + 1e-5)`` per row, by which a row is judged.
+
+    NaN where |f(z)| overflows: any residual over an infinite number would be none.
+    """
+    norm = row_norm(fz)
+    return row_norm(fz - z) / (norm + RESIDUAL_FLOOR + (norm - norm))
+
+
 def rejudged(
     found: Solution,
     last: Tensor,  # (R,)
@@ -160,8 +172,9 @@ class Rows:
             True while any row is active.
         """
         with torch.no_grad():
-            scale = row_norm(fz) + RESIDUAL_FLOOR if self.scale is None else self.scale
-            self._last = residual = row_norm(fz - z) / scale
+            scale = self.scale
+            residual = residual_of(z, fz) if scale is None else row_norm(fz - z) / scale
+            self._last = residual
             self.nfe = torch.where(self.active, self.nfe + cost, self.nfe).to(torch.int32)
             # A NaN compares false: a poisoned row never becomes "better".
             self._steps += 1

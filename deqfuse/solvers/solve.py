@@ -14,7 +14,7 @@ from deqfuse.solvers.broyden import Broyden, broyden
 from deqfuse.solvers.derivatives import Linearize, Map, jvp_of
 from deqfuse.solvers.newton_krylov import NewtonKrylov, newton_krylov
 from deqfuse.solvers.options import SolverOption
-from deqfuse.solvers.rows import RESIDUAL_FLOOR, Solution, rejudged, row_norm, select
+from deqfuse.solvers.rows import Solution, rejudged, residual_of, select
 
 Solver = Callable[[Map, Tensor, Any, "Linearize | None"], Solution]  # f, z0, option, linearize
 
@@ -98,8 +98,7 @@ def rescue(
         observed, start, newton, linearize or jvp_of(f), active=left, max_steps=RESCUE_STEPS
     )
     # The rows that had converged stood still meanwhile: if f moved there, it couples rows.
-    shift = row_norm(images[-1] - images[0]) / (row_norm(images[0]) + RESIDUAL_FLOOR)
-    found = rejudged(found, shift, option.tol)
+    found = rejudged(found, residual_of(images[0], images[-1]), option.tol)
     better = left & (rescued.residual < found.residual)
     trace = found.trace
     if trace is not None and rescued.trace is not None:

@@ -12,13 +12,18 @@ from torch import Tensor, nn
 from deqfuse import (
     DEQ,
     Anderson,
+    Broyden,
     ConvergenceError,
     ConvergenceWarning,
     DEQFusion,
     Implicit,
+    NewtonKrylov,
+    Outcome,
+    Picard,
     ProFusion,
     functional,
 )
+from deqfuse.solvers.options import SolverOption
 
 B, N, D = 4, 2, 16
 BACKENDS = ["cpu", "reference"]
@@ -137,3 +142,75 @@ def test_grad_scaler_skips_the_step_and_goes_on() -> None:
         scaler.update(None if not taken else 1.0)
         taken.append(any(not torch.equal(a, p) for a, p in zip(before, params, strict=True)))
     assert taken == [False, False, True]
+
+
+# ---- inputs whose squares overflow ---------------------------------------------------------------
+
+LAYERS: dict[str, dict[str, Any]] = {
+    "paper": {},
+    "released": {"variant": "released"},
+    "released-mmimdb": {"variant": "released-mmimdb"},
+    "injection norm": {"injection_norm": True},
+    "identity cells": {"cell": "identity"},
+    "no gate": {"gate": False},
+    "sum": {"combine": "sum"},
+    "weighted sum": {"combine": "weighted_sum"},
+    "weight-tied steps": {"weight_tied_steps": 3},
+}
+
+
+@backends
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_what_is_called_converged_is_right(kind: str, dtype: torch.dtype, backend: str) -> None:
+    """Huge inputs beside ordinary ones. In float64 the same inputs are ordinary, too.
+
+    From 1e20 on the square of most entries is beyond float32. Rounding to bfloat16 costs 2^-8.
+    """
+    torch.manual_seed(0)
+    options: dict[str, Any] = {"on_failure": "ignore", **LAYERS[kind]}
+    module = DEQFusion(D, N, backend=backend, **options).to(dtype)
+    exact = DEQFusion(D, N, backend="reference", **options).double()
+    exact.load_state_dict(module.state_dict())
+    sizes = torch.tensor([1e2, 1e6, 1e12, 1e17, 1e20, 1e25, 1e30, 1e37], dtype=torch.float64)
+    shared = torch.randn(N, 1, D, dtype=torch.float64)
+    xs = list((shared * sizes[:, None]).to(dtype))
+    with torch.no_grad():
+        z, info = module(xs, return_info=True)
+        truth = exact([x.double() for x in xs])
+    if kind == "weighted sum":  # which has no squares
+        assert info.converged.all()
+    else:
+        assert (info.outcome[sizes >= 1e20] == Outcome.NON_FINITE).all()
+        assert z[sizes >= 1e20].isnan().all()
+    for found, right, size in zip(z.double(), truth, sizes, strict=True):
+        if size < 1e20 or kind == "weighted sum":
+            # Both are solved to 1e-4, by maps that contract by ten or so.
+            assert (found - right).norm() <= (
+                1e-3 if dtype == torch.float32 else 0.02
+            ) * right.norm()
+
+
+def test_a_closed_form_of_an_overflow_is_no_answer() -> None:
+    module = DEQFusion(D, N, combine="weighted_sum")
+    xs = [torch.full((3, D), 1.0), torch.full((3, D), 1.0)]
+    xs[0][1] = xs[1][1] = 3e38
+    _, info = module(xs, return_info=True)
+    assert info.outcome.tolist() == [0, Outcome.NON_FINITE, 0]
+    assert info.residual.isnan().tolist() == [False, True, False]
+
+
+@backends
+@pytest.mark.parametrize(
+    "solver", [Anderson(), Picard(), Broyden(), NewtonKrylov(), Anderson(max_iter=2, rescue=True)],
+    ids=repr,
+)  # fmt: skip
+def test_a_state_whose_norm_overflows_is_not_converged(
+    solver: SolverOption, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DEQFUSE_BACKEND", backend)
+    x = torch.tensor([[1.0], [1e19]]).expand(2, D)
+    f = lambda z, x: 0.5 * z + x  # noqa: E731
+    start = 1.9 * x  # so near that the difference has a norm and f(z) has none
+    _, info = DEQ(f, solver=solver, on_failure="ignore")(start, x)
+    assert info.outcome.tolist() == [Outcome.CONVERGED, Outcome.NON_FINITE]
