@@ -53,8 +53,8 @@ def options(solver: Any, adjoint: Any, on_failure: Any) -> None:
         )
     if isinstance(adjoint, Unrolled) and not solver.unrolls:
         raise ValueError(
-            "adjoint: Unrolled() cannot backpropagate through Newton-Krylov steps; got "
-            f"solver={solver!r}. Remedy: Implicit(), or Anderson(), Picard() or Broyden()."
+            "adjoint: Unrolled() backpropagates through the solver's steps; autograd cannot follow "
+            f"those of {solver!r}. Remedy: Implicit(), or Anderson(), Picard() or Broyden()."
         )
     one_of("on_failure", on_failure, ON_FAILURE)
 
