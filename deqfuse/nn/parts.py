@@ -93,7 +93,7 @@ def weights_and_biases(
                 f"{name}: expected GroupNorm with num_groups={module.num_groups} and "
                 f"eps={GROUP_NORM_EPS:g}, got num_groups={part.num_groups}, eps={part.eps:g}"
             )
-        flat += (_tensor(part, name, which) for which in ("weight", "bias"))
+        flat += [_tensor(part, name, which) for which in ("weight", "bias")]
     return flat
 
 
