@@ -70,6 +70,7 @@ def fixed_point(
         statistics (B,); the name of the backend that ran the solver.
     """
     checks.options(solver, adjoint, on_failure)
+    checks.not_traced()
     if not callable(f):
         raise TypeError(f"f: expected a callable f(z), got {type(f).__name__}")
     checks.tensor("z0", z0)
