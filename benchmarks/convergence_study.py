@@ -30,7 +30,7 @@ PLAIN = Anderson(tol=TOL, max_iter=50)
 WIDTHS, SMALL_WIDTH, MODALITIES = (64, 300, 500, 512), 16, (2, 3, 6)
 SCALES, NORMED_SCALES = (0.3, 1.0, 3.0, 10.0), (0.01, 0.1, 1.0, 10.0, 100.0)
 INPUTS = ("gaussian", "rectified")
-MISSING_WIDTHS, MISSING_LAYERS = (64, 128, 256, 512), 8  # layers per seed
+MISSING_WIDTHS, MISSING_LAYERS = (64, 128, 256), 8  # layers per seed
 REQUIRED_SHARE = 0.999
 
 
