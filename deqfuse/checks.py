@@ -62,6 +62,7 @@ def options(solver: Any, adjoint: Any, on_failure: Any) -> None:
 def tensor(name: str, value: Any, like: Tensor | None = None) -> None:
     """``value`` must be a floating-point tensor, of the dtype and device of ``like`` when given."""
     if not isinstance(value, Tensor):
+        not_symbolic(name, value)
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
     if value.layout is not torch.strided or value.is_nested:
         kind, remedy = f"layout {value.layout}", f"{name}.to_dense()"
@@ -81,6 +82,25 @@ def tensor(name: str, value: Any, like: Tensor | None = None) -> None:
         raise TypeError(
             f"{name}: expected dtype {like.dtype} like the other tensors, got {value.dtype}. "
             f"Remedy: {name}.to({like.dtype}), or convert the module"
+        )
+
+
+def not_symbolic(name: str, *values: Any) -> None:
+    """``torch.fx`` runs a forward on stand-ins; one that looks at its inputs cannot take them."""
+    if any(type(value).__module__ == "torch.fx.proxy" for value in values):
+        raise TypeError(
+            f"{name}: expected a torch.Tensor, got a Proxy of torch.fx. Remedy: a Tracer whose "
+            "is_leaf_module() is true for deqfuse's modules; docs/compile.md has one"
+        )
+
+
+def not_traced() -> None:
+    """``torch.jit.trace`` would write down the steps of one solve, for data of any difficulty."""
+    if torch.jit.is_tracing():  # type: ignore[attr-defined]
+        raise NotImplementedError(
+            "deqfuse: torch.jit.trace (and the ONNX exporter on top of it) is not supported: it "
+            "records the steps of one solve, and other data need others. Remedy: "
+            "torch.export.export, which keeps the solve as one operator (docs/compile.md)"
         )
 
 

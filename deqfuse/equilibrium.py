@@ -85,6 +85,7 @@ def fixed_point(
         ConvergenceError: rows failed and ``on_failure="raise"``.
     """
     checks.options(solver, adjoint, on_failure)
+    checks.not_traced()
     if not callable(f):
         raise TypeError(f"f: expected a callable f(z), got {type(f).__name__}")
     checks.tensor("z0", z0)

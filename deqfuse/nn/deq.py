@@ -41,6 +41,9 @@ class DEQ(nn.Module):
         adjoint: how gradients pass; they reach ``args`` and everything that f closes over.
         on_failure: "warn", "raise" or "ignore" when rows do not converge, forward or backward.
 
+    A module, or a bound method of one, as f is copied with its owner (``deepcopy``, EMA, SWA); a
+    lambda that closes over ``self`` goes on with the original's parameters.
+
     An f that couples rows in the separate mode is refused where batch norm uses the statistics of
     the batch; other couplings show where they spoil the answer: a row that had stopped, and whose
     residual later steps of other rows moved off the tolerance, ends as ``Outcome.COUPLED``.

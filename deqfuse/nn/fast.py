@@ -40,6 +40,7 @@ def plain_weights_and_biases(
             if (
                 type(part) is not kind
                 or "forward" in own
+                or own["_forward_hooks"]
                 or bias is None
                 or (
                     kind is nn.GroupNorm

@@ -9,9 +9,16 @@ import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch import nn
 
-__all__ = ["modules_behind", "refusing_batch_statistics", "uses_batch_statistics"]
+__all__ = [
+    "modules_behind",
+    "refuse_scripted",
+    "refusing_batch_statistics",
+    "takes_time_first",
+    "uses_batch_statistics",
+]
 
 
 def uses_batch_statistics(module: nn.Module) -> bool:
@@ -19,6 +26,27 @@ def uses_batch_statistics(module: nn.Module) -> bool:
     return isinstance(module, nn.modules.batchnorm._BatchNorm) and (
         module.training or module.running_mean is None
     )
+
+
+def takes_time_first(module: nn.Module) -> bool:
+    """Whether a recurrent, attention or transformer layer says that its input is (T, B, d)."""
+    if isinstance(module, nn.TransformerEncoder):
+        module = module.layers[0]
+    if isinstance(module, nn.TransformerEncoderLayer):
+        module = module.self_attn
+    known = isinstance(module, (nn.RNNBase, nn.MultiheadAttention))
+    return known and not module.batch_first
+
+
+def refuse_scripted(index: str, encoder: nn.Module, name: str) -> None:
+    """Sites are reached by hooks, and what comes before is replaced: not in ``torch.jit``."""
+    parts = encoder.modules() if name else [encoder]
+    if any(isinstance(part, torch.jit.ScriptModule) for part in parts):
+        raise TypeError(
+            f"encoders{index}: expected modules that take hooks, got one of torch.jit (scripted or "
+            "traced). Remedy: the module that it was made of; or, for a part of an encoder, "
+            "the encoder's own input as the site"
+        )
 
 
 def modules_behind(f: Callable[..., Any]) -> list[nn.Module]:

@@ -81,8 +81,15 @@ def weights_and_biases(
         ):
             raise TypeError(
                 f"{name}: expected torch.nn.{expected.__name__}, whose weight and bias are all "
-                f"there is to it, got {type(part).__name__}. The layer reads them and calls no "
-                "part. Remedy: a parametrisation (torch.nn.utils.parametrize)"
+                f"there is to it, got {type(part).__module__}.{type(part).__qualname__}. The layer "
+                "reads them and calls no part. Remedy: a parametrisation "
+                "(torch.nn.utils.parametrize), or an adapter that leaves this layer out"
+            )
+        if any(_of_opacus(hook) for hook in part._forward_hooks.values()):
+            raise TypeError(
+                f"{name}: expected no hooks of Opacus, got some: the layer reads its parts and "
+                "calls none, so that they never fire and there are no per-sample gradients. "
+                "Remedy: torch.func.vmap(torch.func.grad(...)) over the samples"
             )
         # Under dynamic=True a float is a symbol, and comparing one costs a second graph.
         if expected is nn.GroupNorm and (
@@ -95,6 +102,10 @@ def weights_and_biases(
             )
         flat += [_tensor(part, name, which) for which in ("weight", "bias")]
     return flat
+
+
+def _of_opacus(hook: Any) -> bool:
+    return getattr(hook, "__module__", None) is not None and hook.__module__.startswith("opacus.")
 
 
 def _tensor(part: Any, name: str, which: str) -> Tensor:

@@ -249,6 +249,7 @@ class _Model:
 
     def __init__(self, owner: ProFusion, inputs: Sequence[Any], *, again: bool) -> None:
         checks.sequence("inputs", inputs, "inputs, one per encoder")
+        checks.not_symbolic("inputs", *inputs)
         if len(inputs) != len(owner.encoders):
             raise ValueError(
                 f"inputs: expected one for each of {len(owner.encoders)} encoders, got "
@@ -289,6 +290,16 @@ class _Model:
             if run.site.how == "extend":
                 injected = owner.extra_columns[str(i)](injected)
             encoded.append(run.again(injected))
+            if (
+                torch.is_grad_enabled()
+                and injected.requires_grad
+                and not any(t.requires_grad for t in tensors(encoded[-1]))
+            ):
+                raise ValueError(
+                    f"{run.name}: expected an output that back_projections[{i}] can be trained by, "
+                    "got one that no gradient passes (a forward under torch.no_grad, or detach()). "
+                    "Remedy: requires_grad_(False) on a frozen encoder, instead of no_grad"
+                )
         return encoded
 
     def apply(self, context: Tensor) -> Tensor:

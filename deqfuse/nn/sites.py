@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from deqfuse import checks
+from deqfuse.nn.inspection import refuse_scripted, takes_time_first
 
 __all__ = ["EncoderRun", "RandomState", "Site", "find_site", "tensors"]
 
@@ -44,6 +45,7 @@ def find_site(
     """The injection site of one encoder, and the Linear that needs extra columns, if one does."""
     if not isinstance(name, str):
         raise TypeError(f"sites{index}: expected the name of a submodule, got {name!r}")
+    refuse_scripted(index, encoder, name)
     try:
         target = encoder.get_submodule(name)
     except AttributeError:
@@ -84,16 +86,6 @@ def find_site(
             f"got {width}"
         )
     return Site(f"{name}.{layer[0]}".strip("."), taken, -1, batch, "extend"), layer[1]
-
-
-def takes_time_first(module: nn.Module) -> bool:
-    """Whether a recurrent, attention or transformer layer says that its input is (T, B, d)."""
-    if isinstance(module, nn.TransformerEncoder):
-        module = module.layers[0]
-    if isinstance(module, nn.TransformerEncoderLayer):
-        module = module.self_attn
-    known = isinstance(module, (nn.RNNBase, nn.MultiheadAttention))
-    return known and not module.batch_first
 
 
 def _input_width(layer: nn.Module) -> int:

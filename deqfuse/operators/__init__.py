@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deqfuse import checks
 from deqfuse.operators import bodies, eager, registered, transforms
 from deqfuse.operators.blocks import CELLS, FUSE, LAYER, Block
 from deqfuse.operators.penalty import penalty_layer
@@ -45,6 +46,7 @@ def solve(
     if traced(rows[0]):
         result: tuple[Any, ...] = block.solve(*block.join(rows, params, others), *options)
         return result
+    checks.not_traced()
     if in_transform_or_forward_mode():
         return transforms.solve(block, rows, params, others, options)
     if torch.is_grad_enabled():

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from deqfuse import Anderson, DEQFusion, NewtonKrylov
+from deqfuse import Anderson, ConvergenceWarning, DEQFusion, NewtonKrylov
 
 TOL, ROWS = 1e-5, 256
 
@@ -53,6 +53,39 @@ def test_injection_norm_takes_any_scale(rms: float) -> None:
     solver = Anderson(tol=TOL, max_iter=50)
     layer = DEQFusion(64, 3, injection_norm=True, solver=solver, on_failure="ignore")
     assert min(shares(layer, inputs(64, 3, rms, rectified=True))) >= 0.999
+
+
+@pytest.mark.parametrize("injection_norm", [False, True])
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_zeros_in_place_of_a_modality_are_settled_or_said(dim: int, injection_norm: bool) -> None:
+    """That cell is driven by its biases alone, and at the default init may settle nowhere near.
+
+    Whatever it is called must be true: one more step, in float64, agrees with ``converged``. The
+    other blocks, and a constant of ordinary size in place of the zeros, converge as ever.
+    """
+    solver = Anderson(tol=TOL, max_iter=50)
+    for seed in range(4):
+        torch.manual_seed(seed)
+        layer = DEQFusion(dim, 3, solver=solver, injection_norm=injection_norm, on_failure="ignore")
+        xs = inputs(dim, 3, 1.0, rectified=False)
+        filled = [0.5 * torch.randn(dim).expand(ROWS, dim), *xs[1:]]
+        xs[0] = torch.zeros(ROWS, dim)
+        with torch.no_grad():
+            _, cells, info = layer(xs, return_cells=True, return_info=True)
+            z, x = cells[0].double(), xs[0].double()
+            moved = (layer.cells[0].double()(z, x) - z).norm(dim=1) / z.norm(dim=1)
+        settled = info.cells.converged[0]
+        # f(z) is returned, whose residual is below |J| times that of z.
+        assert (moved[settled] <= 100 * TOL).all()
+        assert (info.cells.residual[0][~settled] > TOL).all()
+        assert info.cells.converged[1:].all()
+        assert info.fuse.converged.all()
+        layer.cells[0].float()
+        assert min(shares(layer, filled)) == 1.0
+        if not settled.all():
+            layer.on_failure = "warn"
+            with pytest.warns(ConvergenceWarning, match="modality cells"):
+                layer(xs)
 
 
 def test_torch_init_is_not_well_posed_and_says_so() -> None:
