@@ -67,7 +67,7 @@ def backward_flops(problem: Problem, answer: Answer, tol: float) -> float:
 
 
 def penalty_flops(case: Case) -> float:
-    """Of the Jacobian penalty with one probe, at a given equilibrium: 11 products per row and block.
+    """Of the Jacobian penalty with one probe at an equilibrium: 11 products per row and block.
 
     Two to linearise, two for J^T v, two back along the same way, one back through the evaluation;
     two matrices have a gradient each by J^T v and by the evaluation: four products over all rows.

@@ -28,7 +28,7 @@ def expected(
     truth: Truth,
     probes: Tensor,  # (N + 1, B, d)
 ) -> tuple[float, dict[str, Tensor]]:
-    """``sum_b |J_bb^T v|^2 / (B (N + 1) d)`` and its gradients; the equilibrium is held constant."""
+    """``sum_b |J_bb^T v|^2 / (B (N + 1) d)`` at a constant equilibrium, and its gradients."""
     twin = problem.double()
     layer = twin.layer
     features = [x.detach().requires_grad_() for x in twin.features]
