@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks.cases import Problem
-from benchmarks.gate import LEAF_ERROR, Limits, Truth, Verdict, gradient_errors
+from benchmarks.gate import LEAF_ERROR, Limits, Truth, Verdict, gradient_errors, row_error
 from benchmarks.variants import Contender
 from deqfuse import testing
 
@@ -56,7 +57,8 @@ def judge_penalty(
 ) -> Verdict:
     """Whether a contender that passed the gate may be timed with the penalty.
 
-    Its value and gradients have the limits that the gate has for a training step's.
+    Output and penalty of the step that is timed, and the gradients of both, each by itself, have
+    the limits that the gate has for a training step's.
 
     Args:
         verdict: of the gate, without the penalty; what is found is added to it.
@@ -67,13 +69,20 @@ def judge_penalty(
         torch.manual_seed(SEED)
         probes = contender.penalized.probes()
         torch.manual_seed(SEED)
-        _, penalty = contender.penalized.run(problem.features)
-    found = torch.autograd.grad(
-        penalty, list(leaves.values()), allow_unused=True, materialize_grads=True
-    )
+        z, penalty = contender.penalized.run(problem.features)
+
+    def errors(output: Tensor, grad: Tensor | None, right: dict[str, Tensor]) -> Any:
+        found = torch.autograd.grad(
+            output, list(leaves.values()), grad,
+            retain_graph=True, allow_unused=True, materialize_grads=True,
+        )  # fmt: skip
+        return gradient_errors(dict(zip(leaves, found, strict=True)), right)
+
     value, gradients = expected(problem, truth, probes)
     off = abs(float(penalty.detach()) - value) / value
-    worst, leaf, whole = gradient_errors(dict(zip(leaves, found, strict=True)), gradients)
+    off_output = row_error(z.detach(), truth.z)
+    worst, leaf, whole = errors(penalty, None, gradients)
+    worst_output, leaf_output, whole_output = errors(z, problem.cotangent, truth.gradients)
     limits = Limits.at(problem.case.tol)
     reason = None
     if not _gaussian(probes):
@@ -84,6 +93,13 @@ def judge_penalty(
         reason = f"penalty: gradient of {leaf} off by {worst:.1e}, above {LEAF_ERROR:g}"
     elif not whole <= limits.gradient:
         reason = f"penalty: gradient off by {whole:.1e} as a whole, above {limits.gradient:g}"
+    elif not off_output <= limits.fused:
+        reason = f"with penalty: output off by {off_output:.1e}, above {limits.fused:g}"
+    elif not worst_output <= LEAF_ERROR or not whole_output <= limits.gradient:
+        reason = (
+            f"with penalty: gradient of the output off by {whole_output:.1e} as a whole and "
+            f"{worst_output:.1e} at {leaf_output}, above {limits.gradient:g} or {LEAF_ERROR:g}"
+        )
     return dataclasses.replace(
         verdict, reason=reason, penalty_error=off, penalty_gradient_error=whole
     )

@@ -106,6 +106,15 @@ def test_gate_refuses_a_wrong_gradient(problem: Problem, truth: Truth) -> None:
     assert str(verdict_of(problem, truth, wrong).reason).startswith("penalty: gradient")
 
 
+def test_gate_refuses_another_output_beside_the_right_penalty(
+    problem: Problem, truth: Truth
+) -> None:
+    wrong = changed(reference(problem), lambda out: (out[0] + 0.1, out[1]))
+    assert "output off by" in str(verdict_of(problem, truth, wrong).reason)
+    wrong = changed(reference(problem), lambda out: (out[0] + out[0] - out[0].detach(), out[1]))
+    assert "gradient of the output" in str(verdict_of(problem, truth, wrong).reason)
+
+
 def test_gate_refuses_the_joint_jacobian(problem: Problem, truth: Truth) -> None:
     """The norm of the whole Jacobian has the fuse equation's dependence on the cells in it."""
     layer = problem.layer
