@@ -15,7 +15,8 @@ import torch
 from benchmarks import floor
 from benchmarks.cases import Case, Problem, build
 from benchmarks.gate import Limits, Truth, Verdict, find_truth, judge, reference_share, row_error
-from benchmarks.timing import Phases, forward_call, interleave, spread, step_call
+from benchmarks.penalty import judge_penalty
+from benchmarks.timing import MAKERS, Phases, forward_call, interleave, spread
 from benchmarks.variants import BUILDERS, OURS, Contender, available, fastest_backend
 
 # "tolerance": every row at the case's tol. "equal-error": each variant at the loosest tolerance at
@@ -23,6 +24,8 @@ from benchmarks.variants import BUILDERS, OURS, Contender, available, fastest_ba
 # initialisation, where rows may have no equilibrium and everybody has the same budget; forward
 # only, since without an equilibrium there is no gradient to check.
 REGIMES = ("tolerance", "equal-error", "torch-init")
+# Measured in the same turns, since the share of the penalty compares them.
+TOGETHER = ("step", "penalty")
 INF = float("inf")
 EQUAL_ERROR = Limits(residual=INF, block=INF, fused=1e-5, gradient=1e-4)
 TOLERANCES = (1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 3e-5, 1e-5, 3e-6, 1e-6)
@@ -73,17 +76,24 @@ class Arena:
         """Of every variant that can run here; refused ones have a reason and no samples."""
         key = (case.name, regime, quantity)
         if key not in self._results:
-            self._results[key] = self._measure(case, regime, quantity)
+            together = regime == "tolerance" and quantity in TOGETHER
+            found = self._measure(case, regime, TOGETHER if together else (quantity,))
+            self._results |= {(case.name, regime, each): own for each, own in found.items()}
         return self._results[key]
 
-    def entrant(self, case: Case, variant: str) -> tuple[Problem, Contender]:
+    def entrant(self, case: Case, variant: str, quantity: str = "") -> tuple[Problem, Contender]:
         """A variant that passed the gate at the case's tolerance, to do something else with.
+
+        Args:
+            quantity: "penalty" for one whose penalty passed as well.
 
         Raises:
             Refused: it did not pass.
         """
         setting = self._enter(case, "tolerance", "")
         contender, verdict, _ = setting.entrants[variant]
+        if quantity == "penalty" and verdict.reason is None:
+            verdict = _verdict_with_penalty(setting, variant)
         if verdict.reason is not None:
             raise Refused(verdict.reason)
         return setting.problem, contender
@@ -112,26 +122,28 @@ class Arena:
         self._accuracy[case.name] = found
         return found
 
-    def _measure(self, case: Case, regime: str, quantity: str) -> dict[str, Result]:
-        setting = self._enter(case, regime, quantity)
-        right = {
-            name: contender
-            for name, (contender, verdict, _) in setting.entrants.items()
-            if verdict.reason is None and (quantity == "forward" or contender.differentiable)
+    def _measure(
+        self, case: Case, regime: str, quantities: tuple[str, ...]
+    ) -> dict[str, dict[str, Result]]:
+        """By quantity and variant, all in the same turns."""
+        setting = self._enter(case, regime, quantities[0])
+        verdicts = {quantity: _verdicts(setting, quantity) for quantity in quantities}
+        calls = {
+            f"{quantity} {name}": MAKERS[quantity](setting.problem, setting.entrants[name][0])
+            for quantity, own in verdicts.items()
+            for name, verdict in own.items()
+            if verdict.reason is None
         }
-        make = forward_call if quantity == "forward" else step_call
-        calls = {name: make(setting.problem, contender) for name, contender in right.items()}
-        samples = interleave(calls, self.budget, self.turns, seed=case.seed)
-        return {
-            name: Result(
-                samples.get(name, []),
-                verdict,
-                tol,
-                _facts(setting, name, regime, quantity) if name in samples else {},
-            )
-            for name, (_, verdict, tol) in setting.entrants.items()
-            if verdict.reason is not None or name in samples
-        }
+        samples = interleave(calls, len(quantities) * self.budget, self.turns, seed=case.seed)
+        found: dict[str, dict[str, Result]] = {quantity: {} for quantity in quantities}
+        for quantity, own in verdicts.items():
+            for name, verdict in own.items():
+                taken = samples.get(f"{quantity} {name}", [])
+                facts = _facts(setting, name, regime, quantity) if taken else {}
+                if taken and quantity == "penalty":
+                    facts["without"] = [sum(sample) for sample in samples[f"step {name}"]]
+                found[quantity][name] = Result(taken, verdict, setting.entrants[name][2], facts)
+        return found
 
     def _enter(self, case: Case, regime: str, quantity: str) -> Setting:
         """Build the problem and send every variant through the gate."""
@@ -156,6 +168,27 @@ class Arena:
         return setting
 
 
+def _verdicts(setting: Setting, quantity: str) -> dict[str, Verdict]:
+    """Of the variants that have this quantity, and of those that the gate refused."""
+    found = {}
+    for name, (contender, verdict, _) in setting.entrants.items():
+        if verdict.reason is None and quantity == "penalty" and contender.penalized is not None:
+            found[name] = _verdict_with_penalty(setting, name)
+        elif (
+            verdict.reason is not None
+            or quantity == "forward"
+            or (quantity == "step" and contender.differentiable)
+        ):
+            found[name] = verdict
+    return found
+
+
+def _verdict_with_penalty(setting: Setting, name: str) -> Verdict:
+    contender, verdict, _ = setting.entrants[name]
+    assert setting.truth is not None
+    return judge_penalty(setting.problem, contender, setting.truth, verdict)
+
+
 def _facts(setting: Setting, name: str, regime: str, quantity: str) -> dict[str, Any]:
     """Work counts and rates, where they mean something."""
     problem, case = setting.problem, setting.problem.case
@@ -165,8 +198,10 @@ def _facts(setting: Setting, name: str, regime: str, quantity: str) -> dict[str,
         with torch.no_grad():
             answer = contender.answer(problem.features)
         facts["flops"] = {"forward": floor.forward_flops(case, answer)}
-        if quantity == "step":
+        if quantity != "forward":
             facts["flops"]["backward"] = floor.backward_flops(problem, answer, tol)
+        if quantity == "penalty":
+            facts["flops"]["penalty"] = floor.penalty_flops(case)
         facts["bytes"] = floor.least_bytes(case)
     if regime == "tolerance" and quantity == "forward":
         if name == fastest_backend():

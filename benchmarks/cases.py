@@ -16,6 +16,7 @@ from torch import Tensor
 from deqfuse import DEQFusion
 
 MAX_ITER, ADJOINT_MAX_ITER = 50, 60  # of every variant
+PENALTY_WEIGHT = 20.0  # of the Jacobian penalty in the loss: the paper's
 DEVICE = "cpu"  # of a whole run; `--device` of pytest sets it before anything is built
 
 

@@ -117,11 +117,14 @@ def refuse() -> Any:
 
 @pytest.fixture
 def entrant(arena: Arena, refuse: Any) -> Any:
-    """``entrant(case, variant)``: its problem and contender; what the gate refuses is not used."""
+    """``entrant(case, variant)``: its problem and contender; what the gate refuses is not used.
 
-    def enter(case: cases.Case, variant: str) -> Any:
+    With "penalty" as a third argument, what it refuses with the penalty is not used either.
+    """
+
+    def enter(case: cases.Case, variant: str, quantity: str = "") -> Any:
         try:
-            return arena.entrant(case, variant)
+            return arena.entrant(case, variant, quantity)
         except Refused as refused:
             return refuse(variant, case.name, "tolerance", str(refused))
 

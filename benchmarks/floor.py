@@ -66,6 +66,15 @@ def backward_flops(problem: Problem, answer: Answer, tol: float) -> float:
     return case.dim**2 * (4 * applications + rest)
 
 
+def penalty_flops(case: Case) -> float:
+    """Of the Jacobian penalty with one probe at an equilibrium: 11 products per row and block.
+
+    Two to linearise, two for J^T v, two back along the same way, one back through the evaluation;
+    two matrices have a gradient each by J^T v and by the evaluation: four products over all rows.
+    """
+    return 22 * case.dim**2 * case.rows * (case.modalities + 1)
+
+
 def least_bytes(case: Case) -> float:
     """Weights once, inputs once, answers once, in float32."""
     weights = (2 * case.modalities + 2) * case.dim**2

@@ -63,6 +63,8 @@ class Verdict:
     nfe_fuse: float
     error: float | None = None  # of the worst row's fused output
     gradient_error: float | None = None  # of the whole gradient
+    penalty_error: float | None = None  # of the Jacobian penalty's value
+    penalty_gradient_error: float | None = None  # of its whole gradient
 
     def facts(self) -> dict[str, float | None]:
         """What is saved beside the times."""

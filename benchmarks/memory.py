@@ -47,7 +47,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("case")
     parser.add_argument("variant")
-    parser.add_argument("quantity", choices=("forward", "step"))
+    parser.add_argument("quantity", choices=("forward", "step", "penalty"))
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--threads", type=int)
     parser.add_argument("--max-iter", type=int)
@@ -85,10 +85,9 @@ def _contender(problem: Any, args: argparse.Namespace) -> Any:
 
 
 def _call(problem: Any, args: argparse.Namespace) -> Any:
-    from benchmarks.timing import forward_call, step_call
+    from benchmarks.timing import MAKERS
 
-    make = forward_call if args.quantity == "forward" else step_call
-    return make(problem, _contender(problem, args))
+    return MAKERS[args.quantity](problem, _contender(problem, args))
 
 
 def _on_cpu(call: Any) -> dict[str, Any]:

@@ -3,12 +3,14 @@
 The equations of arXiv 2306.16645 as the papers and their code write them, on the layer's own
 parameters: ``F.linear``, ``F.group_norm`` and ``relu``, one gate per modality, every block from the
 old state. Nothing of deqfuse runs in ``joint_map``: no operator, no collapsed gate, no block order.
-``cells_step`` and ``collapsed_step`` are for the ``compiled`` variant only, which has the last two.
+``cells_step``, ``collapsed_step`` and ``squared_pull`` are for the ``compiled`` variant only, which
+has the last two.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -73,21 +75,39 @@ def collapsed_step(
     return F.group_norm(F.relu(e), groups, *norm)
 
 
+def squared_pull(
+    f: Callable[..., Tensor],
+    v: Tensor,  # like z
+    z: Tensor,
+    *operands: Any,
+) -> Tensor:
+    """``|J^T v|^2`` summed up, for the compiled variant: J is that of ``f(z, *operands)`` in z.
+
+    A compiled graph has one backward pass: the product with J^T has to be inside.
+    """
+    return torch.func.vjp(lambda state: f(state, *operands), z)[1](v)[0].square().sum()
+
+
 def joint_map(
     layer: DEQFusion,
     features: Sequence[Tensor],  # N tensors (B, d)
 ) -> tuple[Callable[..., Blocks], Blocks]:
-    """The map of Eq. 17, ``step(z_1, .., z_N, z_f)``, and its start, zero."""
+    """The map of Eq. 17, ``step(z_1, .., z_N, z_f)``, and its start, zero.
+
+    ``step(..., seen=cells)`` has the fuse equation see these cells in place of its arguments. With
+    equal values that changes no result, and its derivative has the diagonal blocks alone.
+    """
     layer_cells, combine = list(layer.cells), layer.combine
     cell_weights = [cell.flat() for cell in layer_cells]
     combine_weights, groups = combine.flat(), layer.num_groups
     x_fuse = sum(w * x for w, x in zip(layer.modality_weights.unbind(), features, strict=True))
 
-    def step(*state: Tensor) -> Blocks:
+    def step(*state: Tensor, seen: Sequence[Tensor] | None = None) -> Blocks:
         *cells, z = state
         triples = zip(cells, features, cell_weights, strict=True)
         new = [cell_step(own, x, weights, groups) for own, x, weights in triples]
-        return *new, combine_step(z, cells, x_fuse, combine_weights, groups)
+        seen = cells if seen is None else seen
+        return *new, combine_step(z, seen, x_fuse, combine_weights, groups)
 
     return step, tuple(torch.zeros_like(x) for x in (*features, x_fuse))
 
@@ -95,11 +115,12 @@ def joint_map(
 def flat_map(
     layer: DEQFusion,
     features: Sequence[Tensor],  # N tensors (B, d)
-) -> tuple[Callable[[Tensor], Tensor], Tensor]:
-    """The same on one state (B, (N + 1) d)."""
+) -> tuple[Callable[..., Tensor], Tensor]:
+    """The same on one state (B, (N + 1) d); ``seen`` is (B, N d)."""
     step, start = joint_map(layer, features)
 
-    def f(state: Tensor) -> Tensor:
-        return torch.cat(step(*state.split(layer.dim, dim=1)), dim=1)
+    def f(state: Tensor, seen: Tensor | None = None) -> Tensor:
+        cells = None if seen is None else seen.split(layer.dim, dim=1)
+        return torch.cat(step(*state.split(layer.dim, dim=1), seen=cells), dim=1)
 
     return f, torch.cat(start, dim=1)

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from benchmarks.results import Run
-from benchmarks.tables import flops, number, rivals
+from benchmarks.tables import HEADLINES, flops, headlines, number, rivals
 from benchmarks.timing import paired_ratio
 
 # Okabe-Ito colours: distinct for colour-blind readers too.
@@ -60,11 +60,12 @@ def _plain(axis: Axes, which: str) -> None:
 
 
 def speedup(run: Run) -> Figure:
-    """Ratios over every rival, forward and step, with quartiles."""
+    """Ratios over every rival in the headline quantities that were measured, with quartiles."""
     cases, names = run.cases("speed", regime="tolerance"), rivals(run)
-    figure = Figure(figsize=(10, 0.55 + 0.2 * len(cases) * (len(names) + 1)), layout="constrained")
-    axes = figure.subplots(1, 2, sharey=True)
-    for axis, quantity in zip(axes, ("forward", "step"), strict=True):
+    figure = Figure(figsize=(12, 0.55 + 0.2 * len(cases) * (len(names) + 1)), layout="constrained")
+    quantities = headlines(run)
+    axes = figure.subplots(1, len(quantities), sharey=True, squeeze=False)[0]
+    for axis, quantity in zip(axes, quantities, strict=True):
         for i, case in enumerate(cases):
             entries = run.by_variant("speed", case, regime="tolerance", quantity=quantity)
             for j, name in enumerate(names):
@@ -77,13 +78,12 @@ def speedup(run: Run) -> Figure:
                 bar = {"height": 0.24, "color": COLOURS[name], "label": label}
                 axis.barh(y, r.median, xerr=whiskers, error_kw={"linewidth": 0.8}, **bar)
                 axis.text(r.high, y, f"  {number(r.median)}", va="center", fontsize=7, color=INK)
-        title = "forward" if quantity == "forward" else "training step (forward + backward)"
-        _style(axis, title, "times as fast, median and quartiles of paired samples", "")
+        _style(axis, HEADLINES[quantity], "times as fast, medians and quartiles", "")
         axis.axvline(1, color=INK, linewidth=0.8)
         axis.margins(x=0.1)
     axes[0].set_yticks(range(len(cases)), cases)
     axes[0].set_ylim(len(cases) - 0.4, -0.6)
-    axes[1].legend(frameon=False, fontsize=8, loc="lower right")
+    axes[-1].legend(frameon=False, fontsize=8, loc="lower right")
     return figure
 
 

@@ -2,7 +2,9 @@
 
 One joint state (z_1 .. z_N, z_f), Anderson mixing with an *absolute* ridge over the last six
 iterates, one stopping test for the whole batch, and the same solver again for the backward pass.
-The map is that of benchmarks/plain.py.
+The map is that of benchmarks/plain.py. The Jacobian penalty is theirs, too: a product of J^T with a
+Gaussian probe on the graph of the last evaluation, which the backward pass uses as well,
+differentiated once more. (They draw two probes; here everybody has one.)
 """
 
 from __future__ import annotations
@@ -75,29 +77,58 @@ def joint_implicit(
         zero = torch.zeros_like(grad)
         return joint_anderson(lambda u: vjp(u) + grad, zero, tol, adjoint_max_iter)[0]
 
-    return attach_gradient(f, f, z_star, solve), nfe
+    leaf = z_star.detach().requires_grad_()
+    image = f(leaf)
+
+    def vjp(u: Tensor) -> Tensor:
+        return torch.autograd.grad(image, leaf, u, retain_graph=True)[0]
+
+    return attach_gradient(image, lambda grad: solve(vjp, grad)), nfe
 
 
-def attach_gradient(
-    f: Callable[[Tensor], Tensor],
-    frozen: Callable[[Tensor], Tensor],
-    z_star: Tensor,
-    solve: Callable[[Callable[[Tensor], Tensor], Tensor], Tensor],
-) -> Tensor:
+def joint_penalized(
+    f: Callable[..., Tensor],
+    z0: Tensor,  # (B, n)
+    dim: int,
+    tol: float,
+    max_iter: int,
+    adjoint_max_iter: int,
+) -> tuple[Tensor, Tensor]:
+    """The fixed point as of :func:`joint_implicit`, and the Jacobian penalty there.
+
+    Their penalty is that of the joint map, in which the fuse equation depends on the cells, too.
+    Here these are given to it as a second argument (``seen``): the penalty leaves them out, so that
+    everybody estimates the same quantity, and the backward solve has both, in the same products.
+
+    Args:
+        f: ``f(z, seen)`` with seen (B, n - dim).
+    """
+    with torch.no_grad():
+        z_star, _ = joint_anderson(f, z0, tol, max_iter)
+    leaf = z_star.detach().requires_grad_()
+    seen = z_star[:, :-dim].detach().requires_grad_()
+    image = f(leaf, seen)
+
+    def solve(grad: Tensor) -> Tensor:
+        def step(u: Tensor) -> Tensor:
+            out, through_gates = torch.autograd.grad(image, (leaf, seen), u, retain_graph=True)
+            out[:, :-dim] += through_gates
+            return out.add_(grad)
+
+        return joint_anderson(step, torch.zeros_like(grad), tol, adjoint_max_iter)[0]
+
+    probe = torch.randn_like(leaf)
+    (pulled,) = torch.autograd.grad(image, leaf, probe, create_graph=True)
+    return attach_gradient(image, solve), pulled.square().sum() / leaf.numel()
+
+
+def attach_gradient(image: Tensor, solve: Callable[[Tensor], Tensor]) -> Tensor:
     """f(z*) whose backward first solves ``(I - J^T) u = grad`` and then goes through f once.
 
     Args:
-        frozen: f, differentiable in z; whether in anything else does not matter.
-        solve: ``solve(vjp, grad)`` returns u.
+        image: f(z*), with the graph of this one evaluation.
+        solve: u of a gradient.
     """
-    leaf = z_star.detach().requires_grad_()
-    image, inner = f(leaf), frozen(leaf)
-
-    def solved(grad: Tensor) -> Tensor:
-        def vjp(u: Tensor) -> Tensor:
-            return torch.autograd.grad(inner, leaf, u, retain_graph=True)[0]
-
-        return solve(vjp, grad)
-
-    image.register_hook(solved)
-    return image
+    out = image.view_as(image)  # so that products with J^T, from ``image`` back, do not solve again
+    out.register_hook(solve)
+    return out

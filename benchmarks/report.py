@@ -4,6 +4,7 @@ python -m benchmarks.report run.json             # writes benchmarks/results/<ma
 python -m benchmarks.report                      # the same from what is saved there
 python -m benchmarks.report --readme             # and the table in README.md
 python -m benchmarks.report run.json --compare old.json   # marks regressions; exit code 1
+python -m benchmarks.report run.json --penalty   # what the penalty costs; exit code 1
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import sys
 from pathlib import Path
 
 from benchmarks import plots, tables
+from benchmarks.cases import PENALTY_WEIGHT
 from benchmarks.results import RESULTS, Entry, Run, load, save
 from benchmarks.timing import paired_ratio
 from benchmarks.variants import OURS
@@ -59,6 +61,7 @@ def page(run: Run, pictures: list[str]) -> str:
         speed(run, "tolerance", "forward"),
         "## Training step, same tolerance reached",
         speed(run, "tolerance", "step"),
+        *_penalty_parts(run),
         "## Backward alone",
         speed(run, "tolerance", "backward"),
         "## Same true error: forward",
@@ -97,18 +100,40 @@ def page(run: Run, pictures: list[str]) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
+def _penalty_parts(run: Run) -> list[str]:
+    """Nothing where no penalty was measured, as in the saved runs of earlier commits."""
+    if "penalty" not in tables.headlines(run) and not run.select("penalty-memory"):
+        return []
+    return [
+        "## Training step with penalty, same tolerance reached",
+        f"{PENALTY_WEIGHT:g} times the Jacobian penalty in the loss, one Gaussian probe.",
+        tables.speed_table(run, "tolerance", "penalty"),
+        "### What the penalty costs",
+        "Steps without and with it took turns. Share: of the step with penalty. Quotient: the "
+        "ratio over torchdeq with the penalty on both sides, over the one without.",
+        tables.penalty_table(run, run.cases("speed", quantity="penalty")),
+        "### Memory of a training step with penalty",
+        tables.penalty_memory_table(run),
+        "### All times, training step with penalty, ms",
+        tables.times_table(run, "penalty"),
+    ]
+
+
 def readme_block(run: Run) -> str:
-    """The README's table: forward and step of every case, three ratios each."""
-    names, rows = tables.rivals(run), []
+    """The README's table: the headline quantities of every case, with three ratios each."""
+    names, rows, quantities = tables.rivals(run), [], tables.headlines(run)
     if not run.select("speed", regime="tolerance", variant=run.ours):
         raise ValueError(
             "--readme: expected a run with times of deqfuse, found none. Remedy: make bench"
         )
     for case in run.cases("speed", regime="tolerance", quantity="forward"):
-        row, quantities = [], ("forward", "step")
+        found = run.by_variant("speed", case, regime="tolerance", quantity="forward")
+        row = [f"{case} {tables.sizes(next(iter(found.values())))}"]
         for quantity in quantities:
             entries = run.by_variant("speed", case, regime="tolerance", quantity=quantity)
-            own = entries[run.ours]
+            if (own := entries.get(run.ours)) is None:
+                row += ["-", "-", "-"]
+                continue
             ratios = [
                 tables.number(paired_ratio(entries[n].samples, own.samples).median)
                 if n in entries
@@ -117,10 +142,11 @@ def readme_block(run: Run) -> str:
             ]
             share = tables.floor_cells(run, own, quantity)[1]
             row += [tables.number(1e3 * own.time.median), " / ".join(ratios), share]
-        rows.append([f"{case} {tables.sizes(own)}", *row])
+        rows.append(row)
     over = " / ".join(names)
-    header = ["case (B, N, d)", "forward ms", f"x {over}", "of peak"]
-    header += ["step ms", f"x {over}", "of peak"]
+    header = ["case (B, N, d)"]
+    for quantity in quantities:
+        header += [f"{tables.HEADLINES[quantity]} ms", f"x {over}", "of peak"]
     cpu = run.raw["machine_info"]["cpu"]["brand_raw"]
     note = (
         f"Medians on {run.machine['gpu'] or cpu}, {run.machine['threads']} threads, "
@@ -204,6 +230,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", nargs="*", type=Path, help="JSON of one machine and commit")
     parser.add_argument("--readme", action="store_true", help="also write the README's table")
+    parser.add_argument("--penalty", action="store_true", help="print what the penalty costs only")
     parser.add_argument("--compare", type=Path, metavar="OLD", help="earlier run, same machine")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the machines' folders")
     args = parser.parse_args()
@@ -213,6 +240,11 @@ def main() -> int:
             text, regressions = compare(run, load([args.compare]))
             print(text)
             return int(regressions > 0)
+        if args.penalty:
+            missed = tables.penalty_missed(run)
+            print(tables.penalty_table(run, tables.ASKED_OF))
+            print("\n".join(["", *(missed or ["Nothing is missed."])]))
+            return int(bool(missed))
         folder = args.out / run.slug
         save(run, folder)
         text = page(run, plots.save(run, folder))

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
+from benchmarks.cases import CASES
 from benchmarks.results import Entry, Run
-from benchmarks.timing import Spread, paired_ratio
+from benchmarks.timing import Spread, paired_ratio, spread
 from benchmarks.variants import OURS
 
 RIVALS = ("torchdeq", "released", "compiled", "cuda-graph")
+# The quantities of the README's table, as they are called there.
+HEADLINES = {"forward": "forward", "step": "step", "penalty": "step with penalty"}
+# What is asked of the step with penalty, in these cases.
+ASKED_OF = (
+    "small", "small_128", "serve", "medium", "rosmap", "brca", "mmimdb", "wide",
+)  # fmt: skip
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -39,14 +47,18 @@ def ratio(entries: dict[str, Entry], rival: str, ours: str) -> str:
     """How many times as long a rival takes, with quartiles; a dash where it was not timed."""
     if rival not in entries or ours not in entries:
         return "-"
-    r = paired_ratio(entries[rival].samples, entries[ours].samples)
-    return f"**{number(r.median)}** ({number(r.low)}-{number(r.high)})"
+    return _quartiles(paired_ratio(entries[rival].samples, entries[ours].samples))
 
 
 def rivals(run: Run) -> list[str]:
     """Those that were measured."""
     measured = {e.variant for e in run.select("speed")}
     return [name for name in RIVALS if name in measured]
+
+
+def headlines(run: Run) -> list[str]:
+    """Those that were measured: saved runs of earlier commits have no penalty."""
+    return [name for name in HEADLINES if run.select("speed", regime="tolerance", quantity=name)]
 
 
 def sizes(entry: Entry) -> str:
@@ -58,8 +70,8 @@ def sizes(entry: Entry) -> str:
 def flops(entry: Entry, quantity: str) -> float:
     """Products of the floor."""
     counted = entry.facts["flops"]
-    if quantity == "step":
-        return float(counted["forward"] + counted["backward"])
+    if quantity in ("step", "penalty"):
+        return float(sum(counted.values()))
     return float(counted[quantity])
 
 
@@ -115,16 +127,16 @@ def times_table(run: Run, quantity: str) -> str:
 
 
 def backends_table(run: Run) -> str:
-    """How far each of our backends is from its floor, forward and step."""
+    """How far each of our backends is from its floor, in every headline quantity."""
     rows = []
     for name in OURS:
-        for quantity in ("forward", "step"):
+        for quantity, of in HEADLINES.items():
             found = run.select("speed", regime="tolerance", quantity=quantity, variant=name)
             rows += [
                 [
                     e.facts["case"]["name"],
                     name,
-                    quantity,
+                    of,
                     ms(e.time),
                     *floor_cells(run, e, quantity),
                 ]
@@ -175,6 +187,87 @@ def memory_table(run: Run) -> str:
         name = e.facts["case"]["name"]
         text += f"\n\nAgainst evaluations per row, tolerance out of reach ({name}): {counts}."
     return text
+
+
+class PenaltyCost(NamedTuple):
+    """Of one case; all times that are compared are of the same turns."""
+
+    without: Spread  # seconds of our step
+    share: Spread  # of the penalty in our step with it
+    before: Spread | None  # ratio over torchdeq, nobody with a penalty
+    after: Spread | None  # ratio over torchdeq with its jac_reg
+    kept: Spread | None  # the second ratio over the first
+
+
+def penalty_cost(run: Run, case: str) -> PenaltyCost | None:
+    """None where our step with penalty was not measured, ratios None where torchdeq's was not."""
+    entries = run.by_variant("speed", case, quantity="penalty")
+    if run.ours not in entries:
+        return None
+    own, without = entries[run.ours].samples, entries[run.ours].facts["without"]
+    share = spread([1 - b / a for a, b in zip(own, without, strict=True)])
+    if "torchdeq" not in entries:
+        return PenaltyCost(spread(without), share, None, None, None)
+    rival = entries["torchdeq"]
+    before = [a / b for a, b in zip(rival.facts["without"], without, strict=True)]
+    after = [a / b for a, b in zip(rival.samples, own, strict=True)]
+    ratios = [spread(before), spread(after), paired_ratio(after, before)]
+    return PenaltyCost(spread(without), share, *ratios)
+
+
+def penalty_table(run: Run, cases: Sequence[str]) -> str:
+    """What the Jacobian penalty costs a training step, here and in torchdeq."""
+    rows = []
+    for case in cases:
+        if (cost := penalty_cost(run, case)) is None:
+            continue
+        own = run.by_variant("speed", case, quantity="penalty")[run.ours]
+        row = [case, sizes(own), str(len(own.samples)), ms(cost.without), ms(own.time)]
+        ratios = (cost.before, cost.after, cost.kept)
+        row += [_percents(cost.share), *("-" if r is None else _quartiles(r) for r in ratios)]
+        rows.append(row)
+    header = ["case", "(B, N, d)", "n", "step ms", "with penalty ms", "share of the penalty"]
+    header += ["x torchdeq, both without", "x torchdeq, both with penalty", "quotient"]
+    return markdown(header, rows)
+
+
+def penalty_missed(run: Run) -> list[str]:
+    """What is asked of the penalty and not reached or not measured, a sentence each.
+
+    A share of the step of at most 30% (35% below d = 256), and a ratio over torchdeq that is at
+    least 0.9 of the one that both have without a penalty (0.85 up to d = 128).
+    """
+    missed = []
+    for case in ASKED_OF:
+        cost = penalty_cost(run, case)
+        if cost is None or cost.kept is None:
+            missed.append(f"{case}: not measured, or not against torchdeq.")
+            continue
+        dim = CASES[case].dim
+        most, least = (0.3 if dim >= 256 else 0.35), (0.85 if dim <= 128 else 0.9)
+        if cost.share.median > most:
+            missed.append(f"{case}: share {cost.share.median:.1%}, at most {most:.0%} is asked.")
+        if cost.kept.median < least:
+            missed.append(f"{case}: quotient {cost.kept.median:.3f}, at least {least:g} is asked.")
+    return missed
+
+
+def _percents(share: Spread) -> str:
+    return f"**{share.median:.0%}** ({share.low:.0%}-{share.high:.0%})"
+
+
+def _quartiles(r: Spread) -> str:
+    return f"**{number(r.median)}** ({number(r.low)}-{number(r.high)})"
+
+
+def penalty_memory_table(run: Run) -> str:
+    """Peak over resting memory of a training step without and with the penalty."""
+    rows = []
+    for e in run.select("penalty-memory"):
+        without, extra = e.facts["without"], e.facts["extra"]
+        mib = [f"{size / 2**20:.0f}" for size in (without, extra)]
+        rows.append([e.facts["case"]["name"], e.variant, *mib, number(extra / without)])
+    return markdown(["case", "variant", "step, MiB", "with penalty, MiB", "quotient"], rows)
 
 
 def overhead_table(run: Run) -> str:

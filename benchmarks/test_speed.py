@@ -1,6 +1,7 @@
-"""Forward, backward and training step of every variant on every case, in turns.
+"""Forward, backward and training step, with and without the penalty, of every variant and case.
 
-A variant that the gate refuses is reported as wrong and not timed; if it is ours, the run fails.
+Variants take turns. One that the gate refuses is reported as wrong and not timed; if it is ours,
+the run fails.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from benchmarks.cases import CASES, QUICK, Case
 from benchmarks.variants import BUILDERS, missing
 
 QUANTITIES = {
-    "tolerance": ("forward", "step", "backward"),
+    "tolerance": ("forward", "step", "backward", "penalty"),
     "equal-error": ("forward", "step"),
     "torch-init": ("forward",),
 }
@@ -48,13 +49,13 @@ def test_speed(
         pytest.skip(f"{variant}: {missing(variant)}")
     if not full and case.name not in QUICK_CASES[regime]:
         pytest.skip("measured with --full (make bench-full)")
-    measured = "forward" if quantity == "forward" else "step"
+    measured = "step" if quantity == "backward" else quantity
     result = arena.results(case, regime, measured).get(variant)
     if result is None:
         pytest.skip(f"{variant} has no {quantity}")
     if result.verdict.reason is not None:
         refuse(variant, case.name, regime, result.verdict.reason)
-    seconds = {"forward": sum, "step": sum, "backward": lambda phases: phases[1]}[quantity]
+    seconds = (lambda phases: phases[1]) if quantity == "backward" else sum
     record(
         [seconds(sample) for sample in result.samples],
         group=f"{regime} {case.name} {quantity}",

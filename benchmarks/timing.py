@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks.cases import Problem
+from benchmarks.cases import PENALTY_WEIGHT, Problem
 from benchmarks.variants import Contender
 
 VISIT = 5e-3  # seconds that a visit lasts at least
@@ -79,6 +79,28 @@ def step_call(problem: Problem, contender: Contender) -> Call:
         return middle - start, now(device) - middle
 
     return call
+
+
+def penalty_call(problem: Problem, contender: Contender) -> Call:
+    """The same with ``PENALTY_WEIGHT`` times the Jacobian penalty in the loss."""
+    device, leaves = problem.cotangent.device, list(problem.leaves().values())
+    assert contender.penalized is not None
+    run, weight = contender.penalized.run, torch.tensor(PENALTY_WEIGHT, device=device)
+
+    def call() -> Phases:
+        for leaf in leaves:
+            leaf.grad = None
+        start = now(device)
+        outputs = run(problem.features)
+        middle = now(device)
+        torch.autograd.backward(outputs, (problem.cotangent, weight))
+        return middle - start, now(device) - middle
+
+    return call
+
+
+# What is timed of a variant, by the name of the quantity.
+MAKERS = {"forward": forward_call, "step": step_call, "penalty": penalty_call}
 
 
 def interleave(

@@ -7,6 +7,7 @@ evaluations it took (for the gate). To add one, write a builder and list it in `
 from __future__ import annotations
 
 import copy
+import functools
 import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,10 +18,16 @@ from torch import Tensor
 
 from benchmarks import cases
 from benchmarks.cases import ADJOINT_MAX_ITER, MAX_ITER, Problem
-from benchmarks.plain import cells_step, collapsed_step, flat_map, joint_map
-from benchmarks.released import attach_gradient, joint_anderson, joint_implicit
+from benchmarks.plain import cells_step, collapsed_step, flat_map, joint_map, squared_pull
+from benchmarks.released import (
+    attach_gradient,
+    joint_anderson,
+    joint_implicit,
+    joint_penalized,
+)
 from deqfuse import Anderson, Implicit, backends, functional
 from deqfuse.backends import maps
+from deqfuse.backends.penalty import draw_probes
 from deqfuse.result import BlockInfo
 from deqfuse.solvers.adjoint import solve_adjoint
 
@@ -38,6 +45,16 @@ Features = Sequence[Tensor]  # N tensors (B, d)
 
 
 @dataclass(frozen=True)
+class Penalized:
+    """The forward of a training step with the Jacobian penalty: one Gaussian probe."""
+
+    # The fused output (B, d) and the penalty ``sum_b |J_bb^T v|^2 / (B (N + 1) d)``, of one graph.
+    run: Callable[[Features], tuple[Tensor, Tensor]]
+    # (N + 1, B, d): the probes that `run`, called now, would draw from torch's generator.
+    probes: Callable[[], Tensor]
+
+
+@dataclass(frozen=True)
 class Contender:
     """A variant on one problem at one tolerance."""
 
@@ -45,6 +62,7 @@ class Contender:
     fused: Callable[[Features], Tensor]  # differentiable (B, d)
     answer: Callable[[Features], Answer]  # without gradients
     differentiable: bool = True
+    penalized: Penalized | None = None
 
 
 def deqfuse_variant(backend: str) -> Callable[[Problem, float], Contender]:
@@ -61,9 +79,27 @@ def deqfuse_variant(backend: str) -> Callable[[Problem, float], Contender]:
             assert info.backend == backend
             return Answer(z, cells, info.cells.nfe, info.fuse.nfe)
 
-        return Contender(f"deqfuse-{backend}", layer, answer)
+        def run(features: Features) -> tuple[Tensor, Tensor]:
+            z, info = layer(features, return_info=True)
+            return z, info.jacobian_penalty()
+
+        penalized = Penalized(run, lambda: draw_probes(_states(problem), 1)[0])
+        return Contender(f"deqfuse-{backend}", layer, answer, penalized=penalized)
 
     return build
+
+
+def _states(problem: Problem) -> Tensor:
+    """(N + 1, B, d), like a state of the problem."""
+    x = problem.features[0]
+    return torch.empty((problem.case.modalities + 1, *x.shape), dtype=x.dtype, device=x.device)
+
+
+def _joint_probes(problem: Problem) -> Tensor:
+    """(N + 1, B, d) as drawn at once for a joint state (B, (N + 1) d)."""
+    like = _states(problem)
+    rows = torch.randn_like(like.transpose(0, 1).flatten(1))
+    return rows.unflatten(1, (len(like), -1)).transpose(0, 1)
 
 
 def _split(state: Sequence[Tensor], calls: Sequence[None]) -> Answer:
@@ -96,12 +132,24 @@ def released(problem: Problem, tol: float) -> Contender:
         f, calls = counted(f)
         return _split(solve(f, z0), calls)
 
-    return Contender("released", lambda features: solve(*flat_map(layer, features))[-1], answer)
+    def run(features: Features) -> tuple[Tensor, Tensor]:
+        limits = (tol, MAX_ITER, ADJOINT_MAX_ITER)
+        state, penalty = joint_penalized(*flat_map(layer, features), layer.dim, *limits)
+        return state[:, -layer.dim :], penalty
+
+    penalized = Penalized(run, lambda: _joint_probes(problem))
+    fused = lambda features: solve(*flat_map(layer, features))[-1]  # noqa: E731
+    return Contender("released", fused, answer, penalized=penalized)
 
 
 def torchdeq(problem: Problem, tol: float) -> Contender:
-    """torchdeq 0.1 on the plain map: its Anderson on the joint state, its implicit gradient."""
+    """torchdeq 0.1 on the plain map: its Anderson on the joint state, its implicit gradient.
+
+    Its penalty, ``jac_reg``, is given an evaluation at the detached equilibrium: the graph of its
+    own last evaluation is not to be had.
+    """
     from torchdeq import get_deq  # type: ignore[import-untyped]
+    from torchdeq.loss import jac_reg  # type: ignore[import-untyped]
 
     layer = problem.layer
     deq = get_deq(
@@ -119,7 +167,15 @@ def torchdeq(problem: Problem, tol: float) -> Contender:
         step, calls = counted(step)  # its own count is that of the best step
         return _split(solve(step, start), calls)
 
-    return Contender("torchdeq", lambda features: solve(*joint_map(layer, features))[-1], answer)
+    def run(features: Features) -> tuple[Tensor, Tensor]:
+        blocks = solve(*joint_map(layer, features))
+        state = torch.cat(blocks, dim=1).detach().requires_grad_()
+        image = flat_map(layer, features)[0](state, seen=state[:, : -layer.dim].detach())
+        return blocks[-1], jac_reg(image, state, vecs=1)
+
+    penalized = Penalized(run, lambda: _joint_probes(problem))
+    fused = lambda features: solve(*joint_map(layer, features))[-1]  # noqa: E731
+    return Contender("torchdeq", fused, answer, penalized=penalized)
 
 
 def compiled(problem: Problem, tol: float) -> Contender:
@@ -129,7 +185,7 @@ def compiled(problem: Problem, tol: float) -> Contender:
     products, deqfuse's own Anderson step, row-wise stopping, block order and the collapsed gate.
     """
     layer, case = problem.layer, problem.case
-    cell_map, fuse_map = _compiled_maps()
+    cell_map, fuse_map, cell_penalty, fuse_penalty = _compiled_maps()
     option = Anderson(tol=tol, max_iter=MAX_ITER, m=case.m)
     adjoint = Implicit(tol=tol, max_iter=ADJOINT_MAX_ITER)
 
@@ -149,10 +205,16 @@ def compiled(problem: Problem, tol: float) -> Contender:
         with torch.no_grad():
             z, info, _ = functional.fixed_point(frozen, zero, solver=option, on_failure="ignore")
         if torch.is_grad_enabled():
-            z = attach_gradient(f, frozen, z, lambda vjp, g: solve_adjoint(vjp, g, adjoint).z)
+            leaf = z.detach().requires_grad_()
+            inner = frozen(leaf)
+
+            def vjp(u: Tensor) -> Tensor:
+                return torch.autograd.grad(inner, leaf, u, retain_graph=True)[0]
+
+            z = attach_gradient(f(leaf), lambda g: solve_adjoint(vjp, g, adjoint).z)
         return z.view(shape), info
 
-    def solve(features: Features) -> Any:
+    def solve(features: Features, probes: Tensor | None = None) -> Any:
         x = torch.stack(list(features))
         n, groups = case.modalities, case.num_groups
         weights: Any = tuple(tuple(cell.flat()) for cell in layer.cells)  # type: ignore[operator]
@@ -164,13 +226,23 @@ def compiled(problem: Problem, tol: float) -> Contender:
         x_fuse = (layer.modality_weights[:, None, None] * x).sum(0)
         constant = maps.gate_constant(cells.sum(0), n, fuse)
         z, info = equilibrium(fuse_map, x_fuse, constant, n, fuse, groups)
-        return z, cells, cells_info, info
+        if probes is None:
+            return z, cells, cells_info, info
+        # The equilibrium is held constant, in the gate's constant as well.
+        constant = maps.gate_constant(cells.detach().sum(0), n, fuse)
+        penalty = cell_penalty(probes[:-1], cells.detach(), x, weights, groups)
+        penalty = penalty + fuse_penalty(probes[-1], z.detach(), x_fuse, constant, n, fuse, groups)
+        return z, penalty / probes.numel()
 
     def answer(features: Features) -> Answer:
         z, cells, cells_info, info = solve(features)
         return Answer(z, cells, cells_info.nfe.view(case.modalities, -1), info.nfe)
 
-    return Contender("compiled", lambda features: solve(features)[0], answer)
+    penalized = Penalized(
+        lambda features: solve(features, torch.randn_like(_states(problem))),
+        lambda: torch.randn_like(_states(problem)),
+    )
+    return Contender("compiled", lambda features: solve(features)[0], answer, penalized=penalized)
 
 
 def _detached(value: Any) -> Any:
@@ -199,7 +271,11 @@ def _compiled_maps() -> Any:
         # Whichever is faster: a graph for all sizes is slow on batched products and grouped means
         # (2 times at d = 256), a graph per size is a fifth faster with them.
         cell_map = cells_step if ONE_GRAPH else maps.residual_cell
-        _maps.extend(torch.compile(f, dynamic=ONE_GRAPH) for f in (cell_map, collapsed_step))
+        for f in (cell_map, collapsed_step):
+            _maps.append(torch.compile(f, dynamic=ONE_GRAPH))
+        for f in (cell_map, collapsed_step):
+            penalty = functools.partial(squared_pull, f)
+            _maps.append(torch.compile(penalty, dynamic=ONE_GRAPH))
     return _maps
 
 
