@@ -144,14 +144,17 @@ def _whole_layer(
     )
 
     def info() -> SolveInfo:
-        x, states = torch.stack(xs), solved.states.detach()
+        states = solved.states.detach()
 
         def block(at: Any) -> BlockInfo:
             trace = solved.trace[:, at] if how.solver.trace else None
             return BlockInfo(solved.residual[at], solved.nfe[at], solved.outcome[at], trace)
 
+        def cells() -> SolvedMap:  # stacked when asked for: the penalty does without
+            return equations.solved_cells(torch.stack(xs), states[:-1])
+
         def fuse() -> SolvedMap:
-            x_fuse = equations.x_fuse(x)
+            x_fuse = equations.x_fuse(torch.stack(xs))
             assert x_fuse is not None
             return equations.solved_fuse(x_fuse, states[:-1].sum(0), mask, states[-1])
 
@@ -159,8 +162,7 @@ def _whole_layer(
             which = (equations.num_groups, equations.variant, backend)
             return functional.layer_penalty(xs, params, mask, states, num_probes, *which)
 
-        blocks = (lambda: equations.solved_cells(x, states[:-1]), fuse)
-        return SolveInfo(block(-1), block(slice(None, -1)), backend, blocks, penalty)
+        return SolveInfo(block(-1), block(slice(None, -1)), backend, (cells, fuse), penalty)
 
     return Found(solved.z, lambda: solved.states[:-1], info)
 
