@@ -21,12 +21,12 @@ import torch
 
 from benchmarks.tables import markdown, ms, number, percent
 from benchmarks.timing import Call, Phases, interleave, paired_ratio, spread
+from deqfuse import ConvergenceWarning
 from deqfuse.backends import BackendName
-from deqfuse.cli.training import count_convergence_warnings
 from deqfuse.data import MultiviewData
 from deqfuse.experiments.mmdynamics import MMDynamics
 from deqfuse.experiments.omics import FUSE_DROPOUT, FUSED_GAIN, PAPER
-from deqfuse.experiments.training import History, Recipe, train_step
+from deqfuse.experiments.training import History, Recipe, collect_warnings, train_step
 
 ROWS, WIDTHS, CLASSES, DIM = 196, (200, 200, 200), 2, 300
 STEPS_BEFORE = 100
@@ -98,7 +98,7 @@ def measure(steps: int, budget: float, turns: tuple[int, int]) -> str:
     """
     data = draw_data()
     # In the first steps many rows do not converge, here as in the study; the table says how many.
-    with count_convergence_warnings():
+    with collect_warnings(ConvergenceWarning):
         models = trained(data, steps)
         made = {
             "DEQ Fusion with penalty": step_of(models["deq"], data, PAPER, "auto"),
