@@ -20,7 +20,8 @@ struct Probes {
   int64_t count, stride;
 };
 
-// The products of the probes and of the way back. Random probes estimate the penalty, so that some digits are enough.
+// A product of the pull, of the way back or through the evaluation. Random probes estimate the penalty, so that some
+// digits are enough. Not for the linearisation: another sign of a relu would be another Jacobian.
 template <class T, int NV, class Matrix>
 void rough_product(const Matrix& a, const T* z, T* work, const T* add, T* out, int64_t d) {
   product<T, NV, Digits::kSome>(a, z, work, nullptr, add, out, d);
