@@ -14,8 +14,8 @@ namespace DEQFUSE_ISA {
 // file (32 registers, 16 on AVX2). With AVX-512 eight rows of one vector are faster than sixteen: fewer streams.
 constexpr int block_rows(int nv) { return kBytes == 64 ? (nv > 2 ? 6 : 8) : (kBytes == 16 ? 16 : 8) / nv; }
 
-// How exact a product must be: as float32 is, or enough for an iterate at which no row ends. Only amx.h and
-// vnni.h make a difference.
+// How exact a product must be: as float32 is, or enough for an iterate at which no row ends and for an estimate by
+// random probes. Only amx.h and vnni.h make a difference.
 enum class Digits { kAll, kSome };
 
 // About how many products with a tile a matrix takes part in: exact ones, and those where some digits are enough.

@@ -20,6 +20,13 @@ struct Probes {
   int64_t count, stride;
 };
 
+// A product of the pull, of the way back or through the evaluation. Random probes estimate the penalty, so that some
+// digits are enough. Not for the linearisation: another sign of a relu would be another Jacobian.
+template <class T, int NV, class Matrix>
+void rough_product(const Matrix& a, const T* z, T* work, const T* add, T* out, int64_t d) {
+  product<T, NV, Digits::kSome>(a, z, work, nullptr, add, out, d);
+}
+
 template <class T, int NV>
 class PenaltyBase {
  public:
@@ -105,9 +112,9 @@ class CellPenalty : public PenaltyBase<T, NV> {
   void pull() {
     const typename CellMap<T, NV>::Weights& f = at_.w.forward;
     at_.pull(v_, q_, t2_, projected_ + groups_ * R);
-    product<T, NV>(at_.w.w2_transposed, t2_, work_, nullptr, nullptr, pulled_, d_);
+    rough_product<T, NV>(at_.w.w2_transposed, t2_, work_, nullptr, pulled_, d_);
     group_norm_backward<T, NV>(pulled_, at_.h, f.g1, at_.xh1, at_.rstd, nullptr, t1_, d_, groups_, projected_);
-    product<T, NV>(at_.w.w1_transposed, t1_, work_, nullptr, f.skip ? q_ : nullptr, w_, d_);
+    rough_product<T, NV>(at_.w.w1_transposed, t1_, work_, f.skip ? q_ : nullptr, w_, d_);
   }
 
   // Back from w, the gradient with respect to J^T v: r at pulled, c at GN2's output; and what the norms pass on to
@@ -116,7 +123,7 @@ class CellPenalty : public PenaltyBase<T, NV> {
     const typename CellMap<T, NV>::Weights& f = at_.w.forward;
     const int64_t width = d_ / groups_;
     const Vec<T> zero{};
-    product<T, NV>(f.w1, w_, work_, nullptr, nullptr, r_, d_);
+    rough_product<T, NV>(f.w1, w_, work_, nullptr, r_, d_);
     for (int64_t g = 0; g < groups_; ++g) {
       const int64_t at = g * width;
       norm_group_slope<T, NV>(r_ + at * R, t1_ + at * R, projected_ + g * R, at_.xh1 + at * R, at_.rstd + g * R, width,
@@ -128,7 +135,7 @@ class CellPenalty : public PenaltyBase<T, NV> {
                                 store(r_ + o, h > zero ? s * splat(f.g1[at + k]) : zero);
                               });
     }
-    product<T, NV>(f.w2, r_, work_, nullptr, nullptr, c_, d_);
+    rough_product<T, NV>(f.w2, r_, work_, nullptr, c_, d_);
     for (int64_t g = 0; g < groups_; ++g) {
       const int64_t at = g * width;
       const T *xh2 = at_.xh2 + at * R, *xh3 = at_.xh3 + at * R, *rstd2 = at_.rstd + (groups_ + g) * R;
@@ -166,7 +173,7 @@ class CellPenalty : public PenaltyBase<T, NV> {
     const T* g1 = at_.w.forward.g1;
     const int64_t width = d_ / groups_;
     const Vec<T> zero{};
-    product<T, NV>(at_.w.w2_transposed, dy2_, work_, nullptr, nullptr, pulled_, d_);
+    rough_product<T, NV>(at_.w.w2_transposed, dy2_, work_, nullptr, pulled_, d_);
     for (int64_t g = 0; g < groups_; ++g) {
       const int64_t at = g * width;
       const auto rectified = [&](int64_t o) { return load(at_.h + o) > zero ? load(pulled_ + o) : zero; };
@@ -244,13 +251,13 @@ class FusePenalty : public PenaltyBase<T, NV> {
     at_.pull(v_, t_, projected_);
     if (at_.has_mask)
       for (int64_t o = 0; o < d_ * R; o += W) store(k_ + o, load(t_ + o) * load(at_.mask + o));
-    product<T, NV>(at_.w.fuse_transposed, at_.has_mask ? k_ : t_, work_, nullptr, nullptr, y_, d_);
+    rough_product<T, NV>(at_.w.fuse_transposed, at_.has_mask ? k_ : t_, work_, nullptr, y_, d_);
     for (int64_t o = 0; o < d_ * R; o += W) {
       const Vec<T> y = load(y_ + o);
       store(zy_ + o, n * load(at_.z + o) * y);
       store(dy_ + o, load(at_.gate + o) * y);
     }
-    product<T, NV>(at_.w.gate_transposed, zy_, work_, nullptr, dy_, w_, d_);
+    rough_product<T, NV>(at_.w.gate_transposed, zy_, work_, dy_, w_, d_);
   }
 
   // Back from w: dy at y, de in front of the norm, dgate at the gate.
@@ -258,14 +265,14 @@ class FusePenalty : public PenaltyBase<T, NV> {
     const typename FuseMap<T, NV>::Weights& f = at_.w.forward;
     const int64_t width = d_ / groups_;
     const Vec<T> n = splat(f.modalities), zero{};
-    product<T, NV>(f.gate, w_, work_, nullptr, nullptr, dy_, d_);
+    rough_product<T, NV>(f.gate, w_, work_, nullptr, dy_, d_);
     for (int64_t o = 0; o < d_ * R; o += W) {
       const Vec<T> w = load(w_ + o);
       add(dgate_ + o, w * load(y_ + o), first);
       store(dy_ + o, fma(load(at_.gate + o), w, n * load(at_.z + o) * load(dy_ + o)));
     }
     T* const de = y_;
-    product<T, NV>(f.fuse, dy_, work_, nullptr, nullptr, de, d_);
+    rough_product<T, NV>(f.fuse, dy_, work_, nullptr, de, d_);
     for (int64_t o = 0; o < d_ * R; o += W) {
       Vec<T> a = load(de + o);
       if (at_.has_mask) a *= load(at_.mask + o);
@@ -287,7 +294,7 @@ class FusePenalty : public PenaltyBase<T, NV> {
 
   void finish(const GradientParts<T, NV>& parts, const LaneRows<R>& rows) {
     at_.masked(de_);
-    product<T, NV>(at_.w.fuse_transposed, de_, work_, nullptr, nullptr, y_, d_);
+    rough_product<T, NV>(at_.w.fuse_transposed, de_, work_, nullptr, y_, d_);
     for (int64_t o = 0; o < d_ * R; o += W) store(dgate_ + o, fma(load(at_.z + o), load(y_ + o), load(dgate_ + o)));
     T* const sums[] = {dgate_, de_, dg_};
     for (int kind = 0; kind < kSums - 1; ++kind) row_sums<T, NV>(sums[kind], parts.sums + kind * d_, d_);

@@ -7,6 +7,9 @@
 namespace deqfuse {
 namespace DEQFUSE_ISA {
 
+// Features from which on copies of the matrices in fewer digits are worth making.
+constexpr int64_t kRoughFrom = 128;
+
 // Rows [begin, end) of some of the blocks, of which the fuse step is the last, at once.
 template <class T, int NV>
 class PenaltyBlocks {
@@ -16,8 +19,8 @@ class PenaltyBlocks {
   using Fuse = FusePenalty<T, NV>;
 
   PenaltyBlocks(const PenaltyProblem<T>& p, int64_t first, int64_t count, T* dx_fuse)
-      : straight(p.params + 10 * first, count, 10, p.d, uses(p)),
-        transposed(p.params + 10 * first, count, 10, p.d, uses(p)),
+      : straight(p.params + 10 * first, count, 10, p.d, uses(p, true)),
+        transposed(p.params + 10 * first, count, 10, p.d, uses(p, false)),
         p_(p),
         first_(first),
         count_(count),
@@ -25,7 +28,9 @@ class PenaltyBlocks {
 
   // Of one block, and `rows` rows at once.
   static int64_t bytes(const PenaltyProblem<T>& p, int64_t rows) {
-    const int64_t copies = StraightForm<T, NV>(p.d, uses(p)).size() + TransposedForm<T, NV>(p.d, uses(p)).size();
+    const StraightForm<T, NV> straight(p.d, uses(p, true));
+    const TransposedForm<T, NV> transposed(p.d, uses(p, false));
+    const int64_t copies = straight.size() + transposed.size();
     return 2 * int64_t(sizeof(T)) * copies + (p.dparams ? GradientMemory<T, NV>::bytes(factor_rows(p, rows), p.d) : 0);
   }
 
@@ -55,7 +60,12 @@ class PenaltyBlocks {
   }
 
  private:
-  static Uses uses(const PenaltyProblem<T>& p) { return {(p.probes + 1) * tiles<R>(p.rows), 0}; }
+  // Of a matrix as it lies: the linearisation, and back from every probe; of its transpose: every probe, and back through
+  // the evaluation. Which are rough depends on d alone, or a row's bits would depend on its batch.
+  static Uses uses(const PenaltyProblem<T>& p, bool linearises) {
+    const int64_t count = tiles<R>(p.rows), exact = linearises ? count : 0, some = (p.probes + !linearises) * count;
+    return p.d < kRoughFrom ? Uses{exact + some, 0} : Uses{exact, some};
+  }
   // Of the factors of the weights' gradients: a tile for every probe of a tile, and one for the evaluation.
   static int64_t factor_rows(const PenaltyProblem<T>& p, int64_t rows) { return tiles<R>(rows) * R * (p.probes + 1); }
 

@@ -1,4 +1,5 @@
-// Products of 16-bit integers beside those of gemm.h, for iterates at which no row ends (Digits::kSome).
+// Products of 16-bit integers beside those of gemm.h, for iterates at which no row ends and for random probes
+// (Digits::kSome).
 //
 // With AVX-512 VNNI an instruction adds the products of 16 pairs of 16-bit integers to 16 sums, twice the terms of a
 // fused multiply-add. Each row of the matrix, and each row of the batch (a lane), is rounded after a scaling by which no

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import math
 import os
 import subprocess
 import sys
@@ -74,26 +75,56 @@ def test_a_seed_draws_the_probes_that_a_record_draws(variant):
 
 
 FLOAT_SIZES = [(1, 12, 2), (15, 20, 2), (33, 33, 3), (70, 50, 2), (40, 300, 4), (257, 768, 4)]
+FLOAT_SIZES += [
+    (64, 126, 2),
+    (64, 128, 2),
+    (17, 259, 7),
+]  # around kRoughFrom, an odd rest of a segment
+
+
+def parts(found: Penalty) -> list[torch.Tensor]:
+    """Value, gradients of the injections and of the parameters: each of a size of its own."""
+    kinds = ([found[0]], found[1], found[2])
+    return [torch.cat([t.double().flatten() for t in kind]) for kind in kinds]
+
+
+def distance(found: Penalty, wanted: Penalty) -> float:
+    """The largest relative error of value, dx and dparams, in their norms."""
+    pairs = zip(parts(found), parts(wanted), strict=True)
+    return max(float((a - b).norm() / b.norm()) for a, b in pairs)
+
+
+def error_of_a_rough_product(dim: int) -> float:
+    """Relative root mean square. 16-bit integers: a row of the matrix and one of the batch, whose
+    256 features of a segment have the norm 32700, are rounded by sqrt(1 / 12) each feature. Two
+    bfloat16 pieces of three: csrc/README.md."""
+    name = cpu_native.module.build_info()["instruction_set"]
+    if name == "vnni" and dim >= 128:
+        return math.sqrt(2 * min(dim, 256) / 12) / 32700
+    return 2e-5 if name == "amx" else 0.0
 
 
 @each_variant
 @pytest.mark.parametrize(("rows", "dim", "groups"), FLOAT_SIZES)
 def test_float32_is_as_exact_as_torchs(rows, dim, groups, variant):
-    """Against float64: no further away than the reference in float32, whatever unit multiplies."""
+    """Against float64: no further away than the reference in float32, whatever unit multiplies,
+    and where that leaves out digits five times the error of such a product: the longest chain is
+    two products to J^T v, two on the way back and one through the evaluation, and its factors'
+    relative errors add up. (Where no digits are left out this is the old limit.)"""
     low = inputs(Case(rows, dim, groups, 1, variant, "f32"), mask=True)
+    exact = low.to(torch.float64).call(cpu)
+    limit = max(3 * distance(low.call(reference), exact), 1e-6)
+    assert distance(low.call(cpu), exact) <= limit + 5 * error_of_a_rough_product(dim)
 
-    def parts(found: Penalty) -> list[torch.Tensor]:
-        """Value, gradients of the injections and of the parameters: each of a size of its own."""
-        kinds = ([found[0]], found[1], found[2])
-        return [torch.cat([t.double().flatten() for t in kind]) for kind in kinds]
 
-    exact = parts(low.to(torch.float64).call(cpu))
-
-    def error(backend) -> float:
-        found = zip(parts(low.call(backend)), exact, strict=True)
-        return max(float((a - b).norm() / b.norm()) for a, b in found)
-
-    assert error(cpu) <= max(3 * error(reference), 1e-6)
+@each_variant
+@pytest.mark.parametrize("dim", [128, 512])
+def test_left_out_digits_drown_in_the_noise_of_the_probes(dim, variant):
+    """What other probes change in the mean over a batch, value and gradients, is far more."""
+    given = inputs(Case(64, dim, 4, 1, variant, "f32"))
+    other = dataclasses.replace(given, probes=draw_probes(given.states, 1))
+    exact = given.to(torch.float64).call(cpu)
+    assert 100 * distance(given.call(cpu), exact) < distance(other.call(cpu), exact)
 
 
 @pytest.mark.parametrize("dtype", ["f32", "f64"])

@@ -213,6 +213,8 @@ int main(int argc, char** argv) {
                       1 + turn % 5 % 3, turn % 5 < 2);
       }
     check_penalty(*tables[i], {1, 600, 12, 2, true, false, true, 0, 0}, 2, true);  // rows in parts
+    for (int64_t rows : {17, 70})  // products in fewer digits: an odd rest of a segment
+      check_penalty(*tables[i], {1, rows, 259, 7, rows == 17, false, true, 0, 0}, 2, false);
     if (tables[i]->plan(257, 768, 4, 5).rows_per_tile == 64) {                     // tiles of four vectors
       now = std::string(tables[i]->name) + " penalty of 257 rows, d=768";
       check_case<float>(*tables[i], LayerInputs({1, 257, 768, 4, false, false, true, 0, 0}, 1, false));
