@@ -28,7 +28,17 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from deqfuse.triton_kernels import anderson, cell, cell_vjp, fuse, fuse_vjp, solve, tiles
+from deqfuse.triton_kernels import (
+    anderson,
+    cell,
+    cell_penalty,
+    cell_vjp,
+    fuse,
+    fuse_penalty,
+    fuse_vjp,
+    solve,
+    tiles,
+)
 from deqfuse.triton_kernels.launch import Launch, intercept
 from deqfuse.triton_kernels.resource_table import SHARED, markdown
 
@@ -130,7 +140,7 @@ def measure(run: Callable[[], Any], targets: Iterable[str]) -> list[Resources]:
 class Problem:
     """What the kernels are compiled for. ``released`` has skip, relu_last and a dropout mask."""
 
-    kind: str  # "step", "anderson" or "solve"
+    kind: str  # "step", "penalty", "anderson" or "solve"
     dim: int
     groups: int = 4
     dtype: str = "float32"
@@ -169,6 +179,12 @@ class Problem:
             rest = (g, self.released, self.released, knobs)
             solve.solve_layer(x, packed, params, weights, bias, mask, start, z0, *rest)
             solve.solve_fuse(x[0], z[0], params, mask, start, 2, g, self.released, knobs)
+            return
+        if self.kind == "penalty":
+            probes, rest = z.new_zeros(3, *z.shape), (g, self.released, True)
+            cell_penalty.residual_cell_penalty(probes, z, x, packed, *rest)
+            operands = (z[0], x[0], z[0], mask, 2, params)
+            fuse_penalty.purify_combine_penalty(probes[:, 0], *operands, *rest)
             return
         cell.residual_cell(z, x, packed, g, self.released, active=active)
         cell_vjp.residual_cell_vjp(z, z, x, packed, g, self.released)
