@@ -33,7 +33,7 @@ from deqfuse.triton_kernels.rowmath import (
     tile_columns,
     tile_rows,
 )
-from deqfuse.triton_kernels.tiles import stages_of, step_tile
+from deqfuse.triton_kernels.tiles import cell_penalty_tile, stages_of
 
 
 @triton.jit(
@@ -182,22 +182,31 @@ def _residual_cell_penalty_kernel(
         q = load_tile(q_ptr, r, real_row, cols, real, D, T)
         t2 = load_tile(t2_ptr, r, real_row, cols, real, D, T)
         p, dy2 = slope(p, q * gamma2, t2, x_hat2, rstd2, C, GT, C2, BM)
-        dgamma2 = q * p
+        dgamma2 = tl.sum(q * p, 0)
         p *= gamma2
         if SKIP:
             p += load_tile(w_ptr, r, real_row, cols, real, D, T)
+        # Stored and loaded again, so that not all of it takes registers at once.
+        add_to_tile(dx_ptr, r, real_row, cols, real, dy2, probe > 0, D, T)
+        tl.debug_barrier()
         e = load_tile(e_ptr, r, real_row, cols, real, D, T)
         x_hat3, rstd3 = normalize(relu(e), real, C, GT, C2, BM)
         v = load_tile(v_ptr, r, real_row, cols, real, D, T)
         s = v * load_vector(norms_ptr + 4 * D, cols, real, T)
+        q = load_tile(q_ptr, r, real_row, cols, real, D, T)
         p, de = slope(tl.where(e > 0, p, 0.0), s, q, x_hat3, rstd3, C, GT, C2, BM)
         de = tl.where(e > 0, de, 0.0)
-        dy2 += symmetric(de * gamma2, x_hat2, rstd2, C, GT, C2, BM)
-        add_to_tile(dx_ptr, r, real_row, cols, real, dy2, probe > 0, D, T)
         if sums_ptr is not None:
-            store_sum(probe_sums_ptr + 4 * D, dgamma2 + de * x_hat2, cols, real)
             store_sum(probe_sums_ptr + 5 * D, de, cols, real)
             store_sum(probe_sums_ptr + 6 * D, v * p, cols, real)
+        tl.debug_barrier()
+        y2 = load_tile(y2_ptr, r, real_row, cols, real, D, T)
+        x_hat2, rstd2 = normalize(y2, real, C, GT, C2, BM)
+        if sums_ptr is not None:
+            dgamma2 += tl.sum(de * x_hat2, 0)
+            tl.store(probe_sums_ptr + 4 * D + cols, dgamma2, mask=real)
+        dy2 = symmetric(de * gamma2, x_hat2, rstd2, C, GT, C2, BM)
+        add_to_tile(dx_ptr, r, real_row, cols, real, dy2, True, D, T)
     if FIRST < LAST:
         tl.debug_barrier()
     if LAST == 8:
@@ -241,10 +250,9 @@ def residual_cell_penalty(
     probe and one more after the last where stages are launched one by one.
     """
     n, rows, d = z.shape
-    tile = step_tile(d, num_groups, z.dtype, vjp=True)
+    tile = cell_penalty_tile(d, num_groups, z.dtype)
     grid = (triton.cdiv(rows, tile.rows), triton.cdiv(num_groups, tile.groups), n)
-    scratch = [torch.empty_like(z) for _ in range(12)]
-    _, h, _, _, _, t2, _, t1, w, r, dy1, dx = scratch
+    y1, h, y2, e, q, t2, s, t1, w, r, dy1, dx = (torch.empty_like(z) for _ in range(12))
     value = z.new_empty(len(probes), n, grid[1], rows)
     weight1, weight2 = (z.new_empty(n, d, d) for _ in range(2)) if want_params else (None, None)
     sums = z.new_zeros(len(probes) + 1, n, grid[0], VECTORS, d) if want_params else None
@@ -255,7 +263,8 @@ def residual_cell_penalty(
         for first, last in stages_of(begin, end, d, num_groups):
             launch(
                 _residual_cell_penalty_kernel, grid,
-                v, z, x, packed, *scratch, value[k], of_probe, of_evaluation, rows, k,
+                v, z, x, packed, y1, h, y2, e, q, t2, s, t1, w, r, dy1, dx,
+                value[k], of_probe, of_evaluation, rows, k,
                 SKIP=skip, FIRST=first, LAST=last, **constants(d, num_groups, z.dtype, tile),
             )  # fmt: skip
         if weight1 is not None and weight2 is not None:

@@ -87,10 +87,10 @@ def join(
     """The layer's penalty from that of its two blocks.
 
     Args:
-        of_cells: ``(probes (K, N, B, d), z, x (N, B, d), params, num_groups, variant, want_params)``
-            to the values (N, B), dx and the parameters' gradients, cell after cell.
-        of_fuse: ``(probes (K, B, d), z, x_fuse, cell_sum (B, d), params, mask, N, num_groups,
-            variant, want_params)`` to the values (B,), dx_fuse and the parameters' gradients.
+        of_cells: of ``(probes (K, N, B, d), z, x, params, num_groups, variant, want_params)`` the
+            values (N, B), dx (N, B, d) and the parameters' gradients, cell after cell.
+        of_fuse: of ``(probes (K, B, d), z, x_fuse, cell_sum, params, mask, N, num_groups, variant,
+            want_params)`` the values (B,), dx_fuse (B, d) and the parameters' gradients.
         probes, states, x, flat_params, mask, num_groups, variant, want_params: see
             :func:`penalty_layer`. Blocks get x, parameters and mask as they are stored.
 
