@@ -33,7 +33,7 @@ from deqfuse.triton_kernels.rowmath import (
     tile_columns,
     tile_rows,
 )
-from deqfuse.triton_kernels.tiles import cell_penalty_tile, stages_of
+from deqfuse.triton_kernels.tiles import stages_of, step_tile
 
 
 @triton.jit(
@@ -250,7 +250,7 @@ def residual_cell_penalty(
     probe and one more after the last where stages are launched one by one.
     """
     n, rows, d = z.shape
-    tile = cell_penalty_tile(d, num_groups, z.dtype)
+    tile = step_tile(d, num_groups, z.dtype, vjp=True)
     grid = (triton.cdiv(rows, tile.rows), triton.cdiv(num_groups, tile.groups), n)
     y1, h, y2, e, q, t2, s, t1, w, r, dy1, dx = (torch.empty_like(z) for _ in range(12))
     value = z.new_empty(len(probes), n, grid[1], rows)

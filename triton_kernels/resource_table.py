@@ -27,7 +27,7 @@ def cells(entries: Iterable[dict[str, Any]]) -> dict[Row, dict[str, str]]:
     most: dict[Row, dict[str, list[int]]] = {}
     for e in entries:
         where = f"{e['dim']} in {e['groups']}" if e["kind"] != "anderson" else str(e["dim"])
-        history = "" if e["kind"] == "step" else f", m = {e['m']}"
+        history = "" if e["kind"] in ("step", "penalty") else f", m = {e['m']}"
         arithmetic = e["dtype"] if e["kind"] == "anderson" else f"{e['dtype']} {e['precision']}"
         kernel = e["kernel"].strip("_").removesuffix("_kernel")
         row = most.setdefault((kernel, where + history, arithmetic), {})

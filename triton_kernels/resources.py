@@ -181,10 +181,11 @@ class Problem:
             solve.solve_fuse(x[0], z[0], params, mask, start, 2, g, self.released, knobs)
             return
         if self.kind == "penalty":
-            probes, rest = z.new_zeros(3, *z.shape), (g, self.released, True)
-            cell_penalty.residual_cell_penalty(probes, z, x, packed, *rest)
-            operands = (z[0], x[0], z[0], mask, 2, params)
-            fuse_penalty.purify_combine_penalty(probes[:, 0], *operands, *rest)
+            operands, how = (z[0], x[0], z[0], mask, 2, params), (g, self.released, True)
+            for count in (1, 3):  # a probe is the only one, the first, the last, or none of these
+                probes = z.new_zeros(count, *z.shape)
+                cell_penalty.residual_cell_penalty(probes, z, x, packed, *how)
+                fuse_penalty.purify_combine_penalty(probes[:, 0], *operands, *how)
             return
         cell.residual_cell(z, x, packed, g, self.released, active=active)
         cell_vjp.residual_cell_vjp(z, z, x, packed, g, self.released)
@@ -196,6 +197,7 @@ class Problem:
 
 GROUPS = {32: 4, 50: 2, 64: 4, 128: 4, 256: 4, 300: 4, 500: 4, 512: 4, 768: 4, 1000: 4, 1024: 4}
 HUGE = ((512, 1), (768, 1), (1000, 1), (1000, 2), (1024, 1), (1024, 2))  # groups wider than 256
+PENALTIES = ((50, 2), (128, 4), (300, 4), (1024, 1))  # one of each kind of tile
 SMALL = [
     Problem(kind, dim, groups, precision=precision, released=released)
     for kind, dim, groups, precision in (
@@ -204,6 +206,9 @@ SMALL = [
         ("step", 1024, 1, "tf32"),
         ("solve", 50, 2, "ieee"),
         ("solve", 128, 4, "tf32"),
+        ("penalty", 128, 4, "tf32"),
+        ("penalty", 300, 4, "ieee"),
+        ("penalty", 1024, 1, "tf32"),
         ("anderson", 512, 4, "ieee"),
     )
     for released in (False, True)
@@ -250,6 +255,14 @@ FULL = [
         for t in ("bfloat16", "float16")
         for p in ("tf32", "ieee")
     ),
+    *(
+        Problem("penalty", d, g, precision=p, released=r)
+        for d, g in PENALTIES
+        for p in ("tf32", "ieee")
+        for r in (False, True)
+    ),
+    Problem("penalty", 300, 4, "float64"),
+    Problem("penalty", 300, 4, "bfloat16", "tf32"),
 ]
 
 

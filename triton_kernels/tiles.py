@@ -165,15 +165,6 @@ def fuse_vjp_tile(dim: int, num_groups: int, dtype: torch.dtype, stored: torch.d
     return dataclasses.replace(tile, registers=min(255 if many else 128, most))
 
 
-def cell_penalty_tile(dim: int, num_groups: int, dtype: torch.dtype) -> Tile:
-    """The tile of the cells' penalty, which may take all registers that a block has.
-
-    Left alone, ptxas spills a few numbers here for one more block on a multiprocessor.
-    """
-    tile = step_tile(dim, num_groups, dtype, vjp=True)
-    return dataclasses.replace(tile, registers=min(255, REGISTERS // (32 * tile.warps)))
-
-
 def amd_options(options: dict[str, Any]) -> dict[str, Any]:
     """Launch options on AMD, whose blocks have 64 KB of shared memory; registers' limit is ptxas's.
 

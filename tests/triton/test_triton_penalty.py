@@ -100,10 +100,10 @@ def test_wide_groups(case: Case) -> None:
 
 def test_products_whose_blocks_are_single_columns(monkeypatch: pytest.MonkeyPatch) -> None:
     """As in float64 above 512 channels a group."""
-    for module, name in ((cell_penalty, "cell_penalty_tile"), (fuse_penalty, "fuse_vjp_tile")):
+    for module, name in ((cell_penalty, "step_tile"), (fuse_penalty, "fuse_vjp_tile")):
         cut = getattr(tiles, name)
-        monkeypatch.setattr(module, name, lambda *a, cut=cut: replace(cut(*a), inner=1))
-    assert tiles.cell_penalty_tile(520, 1, torch.float64).inner == 1
+        monkeypatch.setattr(module, name, lambda *a, cut=cut, **k: replace(cut(*a, **k), inner=1))
+    assert tiles.step_tile(520, 1, torch.float64).inner == 1
     run(Case(rows=5, groups=1), 2)
 
 
