@@ -42,6 +42,19 @@ def pack_cells(flat_params: Sequence[Tensor]) -> Tensor:
     return torch.cat([p.reshape(-1) for p in flat_params])
 
 
+def flat_gradients(
+    weight1: Tensor | None,  # (N, d, d)
+    weight2: Tensor | None,  # (N, d, d)
+    vectors: Tensor | None,  # (N, 8, d): b1, b2, then gamma and beta of the three norms
+) -> list[Tensor]:
+    """``N * 10`` slices in the order that :func:`pack_cells` takes; none where there are none."""
+    flat: list[Tensor] = []
+    if weight1 is not None and weight2 is not None and vectors is not None:
+        for w1, w2, (b1, b2, *norms) in zip(weight1, weight2, vectors, strict=True):
+            flat += [w1, b1, w2, b2, *norms]
+    return flat
+
+
 def packed_size(dim: int) -> int:
     """Numbers of one cell in the buffer."""
     return 2 * dim * dim + VECTORS * dim
@@ -142,7 +155,7 @@ def residual_cell(
     hidden = torch.empty_like(z) if hidden is None else hidden
     tile = step_tile(d, num_groups, z.dtype)
     grid = (triton.cdiv(rows, tile.rows), triton.cdiv(num_groups, tile.groups), n)
-    for first, last in stages_of(2, d, num_groups):
+    for first, last in stages_of(1, 2, d, num_groups):
         launch(
             _residual_cell_kernel, grid, z, x, packed, hidden, out, active, rows,
             SKIP=skip, FIRST=first, LAST=last, **constants(d, num_groups, z.dtype, tile, tol),

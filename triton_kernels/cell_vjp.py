@@ -162,7 +162,7 @@ def residual_cell_vjp(
     rstd = z.new_empty(n, rows, num_groups)
     sums = z.new_empty(n, tiles, VECTORS, d) if want_params else None
     grid = (tiles, triton.cdiv(num_groups, tile.groups), n)
-    for first, last in stages_of(4, d, num_groups):
+    for first, last in stages_of(1, 4, d, num_groups):
         launch(
             _residual_cell_vjp_kernel, grid,
             u, z, x, packed, h, x_hat, rstd, dy1, dx, dz, sums, rows,

@@ -159,7 +159,7 @@ def purify_combine(
     out = torch.empty_like(z) if out is None else out
     gated = torch.empty_like(z) if gated is None else gated
     tile = step_tile(d, num_groups, z.dtype)
-    for first, last in stages_of(2, d, num_groups):
+    for first, last in stages_of(1, 2, d, num_groups):
         launch(
             _purify_combine_kernel, fuse_grid(rows, num_groups, tile),
             z, x_fuse, constant, mask, wa, wf, bf, gamma, beta, gated, out, active,

@@ -163,7 +163,7 @@ def purify_combine_vjp(
     gate_input = torch.add(cell_sum, z, alpha=num_modalities)
     grid = fuse_grid(rows, num_groups, tile)
     sums = z.new_empty(grid[0], 4, d) if want_params else None
-    for first, last in stages_of(4, d, num_groups):
+    for first, last in stages_of(1, 4, d, num_groups):
         launch(
             _purify_combine_vjp_kernel, grid,
             u, z, x_fuse, gate_input, mask, wa, ba, wf, bf, gamma, beta,

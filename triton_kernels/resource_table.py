@@ -16,7 +16,9 @@ HEADER = f"""# Registers, spills and shared memory of the GPU kernels
 Generated with triton {TRITON}: `python -m deqfuse.triton_kernels.resources --set full --markdown`.
 Read [kernels-gpu.md](kernels-gpu.md) first. In each cell: registers per thread / bytes spilled per
 thread / bytes of shared memory per block, the most over a kernel's stages and variants (paper and
-released, with and without dropout, warm start and damping). A dash: not launched there; steps are.
+released, with and without dropout, warm start and damping; of the penalty's kernels only released,
+with dropout). A dash: not launched there; steps are. The penalty's kernels have been compiled for
+sm_80 and sm_90 only.
 """
 
 Row = tuple[str, str, str]  # kernel, width and history, arithmetic
@@ -27,7 +29,7 @@ def cells(entries: Iterable[dict[str, Any]]) -> dict[Row, dict[str, str]]:
     most: dict[Row, dict[str, list[int]]] = {}
     for e in entries:
         where = f"{e['dim']} in {e['groups']}" if e["kind"] != "anderson" else str(e["dim"])
-        history = "" if e["kind"] == "step" else f", m = {e['m']}"
+        history = "" if e["kind"] in ("step", "penalty") else f", m = {e['m']}"
         arithmetic = e["dtype"] if e["kind"] == "anderson" else f"{e['dtype']} {e['precision']}"
         kernel = e["kernel"].strip("_").removesuffix("_kernel")
         row = most.setdefault((kernel, where + history, arithmetic), {})

@@ -28,7 +28,17 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from deqfuse.triton_kernels import anderson, cell, cell_vjp, fuse, fuse_vjp, solve, tiles
+from deqfuse.triton_kernels import (
+    anderson,
+    cell,
+    cell_penalty,
+    cell_vjp,
+    fuse,
+    fuse_penalty,
+    fuse_vjp,
+    solve,
+    tiles,
+)
 from deqfuse.triton_kernels.launch import Launch, intercept
 from deqfuse.triton_kernels.resource_table import SHARED, markdown
 
@@ -130,7 +140,7 @@ def measure(run: Callable[[], Any], targets: Iterable[str]) -> list[Resources]:
 class Problem:
     """What the kernels are compiled for. ``released`` has skip, relu_last and a dropout mask."""
 
-    kind: str  # "step", "anderson" or "solve"
+    kind: str  # "step", "penalty", "anderson" or "solve"
     dim: int
     groups: int = 4
     dtype: str = "float32"
@@ -139,7 +149,12 @@ class Problem:
     released: bool = True
 
     def shipped(self, target: str) -> bool:
-        """Whether the backend would launch it there: else steps take the place of a solve."""
+        """Whether it is compiled there: not where steps take the place of a solve.
+
+        Nor are the penalty's kernels on targets for which they have not been measured yet.
+        """
+        if self.kind == "penalty":
+            return target in ("sm_80", "sm_90")
         dtype = getattr(torch, self.dtype)
         return self.kind != "solve" or tiles.fits_solve(
             self.dim, self.groups, dtype, self.m, SHARED[target]
@@ -170,6 +185,13 @@ class Problem:
             solve.solve_layer(x, packed, params, weights, bias, mask, start, z0, *rest)
             solve.solve_fuse(x[0], z[0], params, mask, start, 2, g, self.released, knobs)
             return
+        if self.kind == "penalty":
+            operands, how = (z[0], x[0], z[0], mask, 2, params), (g, self.released, True)
+            for count in (1, 3):  # a probe is the only one, the first, the last, or none of these
+                probes = z.new_zeros(count, *z.shape)
+                cell_penalty.residual_cell_penalty(probes, z, x, packed, *how)
+                fuse_penalty.purify_combine_penalty(probes[:, 0], *operands, *how)
+            return
         cell.residual_cell(z, x, packed, g, self.released, active=active)
         cell_vjp.residual_cell_vjp(z, z, x, packed, g, self.released)
         constant = fuse.gate_constant(z[0], 2, params, g, state)
@@ -192,7 +214,12 @@ SMALL = [
     )
     for released in (False, True)
 ]
-SMALL += [Problem("step", 1024, 1, "float64")]
+PENALTIES = [  # one of each kind of tile
+    Problem("penalty", 128, 4, precision="tf32"),
+    Problem("penalty", 300, 4),
+    Problem("penalty", 1024, 1, precision="tf32"),
+]
+SMALL += [Problem("step", 1024, 1, "float64"), *PENALTIES]
 FULL = [
     *(
         Problem("step", d, g, precision=p, released=r)
@@ -234,6 +261,7 @@ FULL = [
         for t in ("bfloat16", "float16")
         for p in ("tf32", "ieee")
     ),
+    *PENALTIES,
 ]
 
 

@@ -149,6 +149,36 @@ def store_sum(ptr, terms, cols, real):
 
 
 @triton.jit
+def store_squares(ptr, r, real_row, terms):
+    """Each row's sum of squares over a tile's columns, those without a feature being 0.
+
+    Every thread of a row ends up with its sum, and on the way to memory any of them may be taken.
+    A square that the compiler merged with the sum's next addition would be rounded in one thread
+    and not in the other; as an ``fma`` of its own it is the same in both.
+    """
+    tl.store(ptr + r, tl.sum(tl.fma(terms, terms, 0.0), 1), mask=real_row)
+
+
+@triton.jit
+def add_to_tile(
+    ptr,
+    r,
+    real_row,
+    cols,
+    real,
+    value,
+    more,
+    D: tl.constexpr,
+    T: tl.constexpr,
+):
+    """Store ``value``, or what is there and ``value`` where there is ``more``; returns the sum."""
+    value += load_tile(ptr, r, real_row & more, cols, real, D, T)
+    tl.debug_barrier()  # several threads may hold a number that one of them replaces
+    store_tile(ptr, r, real_row, cols, real, value, D)
+    return value
+
+
+@triton.jit
 def dot(a, b, T: tl.constexpr, PREC: tl.constexpr):
     return tl.dot(a, b, input_precision=PREC, out_dtype=T)
 
@@ -241,6 +271,36 @@ def symmetric(
     along = tl.sum(t * x, 2) * (1.0 / C)
     out = rstd[:, :, None] * (t - mean[:, :, None] - x * along[:, :, None])
     return tl.reshape(out, (BM, GT * C2))
+
+
+@triton.jit
+def slope(
+    t,
+    s,
+    s_pulled,
+    x_hat,
+    rstd,
+    C: tl.constexpr,
+    GT: tl.constexpr,
+    C2: tl.constexpr,
+    BM: tl.constexpr,
+):
+    """``S t`` of :func:`symmetric`, and the gradient of ``<t, S s>`` in what was normalised.
+
+    ``-rstd (x_hat mean(t S s) + mean(s x_hat) S t + mean(t x_hat) S s)`` per group. ``t`` and ``s``
+    must be 0 in columns without a feature; the results are not. ``s_pulled``, ``S s``, may be 0
+    where ``t`` is, if only these entries of the gradient are wanted.
+    """
+    t_pulled = symmetric(t, x_hat, rstd, C, GT, C2, BM)
+    t = tl.reshape(t, (BM, GT, C2))
+    x = tl.reshape(x_hat, (BM, GT, C2))
+    s_ = tl.reshape(s_pulled, (BM, GT, C2))
+    both = tl.sum(t * s_, 2) * (1.0 / C)
+    s_along = tl.sum(tl.reshape(s, (BM, GT, C2)) * x, 2) * (1.0 / C)
+    t_along = tl.sum(t * x, 2) * (1.0 / C)
+    out = x * both[:, :, None] + t_along[:, :, None] * s_
+    out += s_along[:, :, None] * tl.reshape(t_pulled, (BM, GT, C2))
+    return t_pulled, tl.reshape(-rstd[:, :, None] * out, (BM, GT * C2))
 
 
 @triton.jit

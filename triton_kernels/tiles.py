@@ -120,6 +120,11 @@ def fits_whole(dim: int, num_groups: int) -> bool:
     return columns(dim, num_groups).whole <= FUSED_WIDTH
 
 
+def fits_steps(dim: int, num_groups: int) -> bool:
+    """Whether a tile can hold a group: no kernel takes wider ones."""
+    return columns(dim, num_groups).width <= MAX_GROUP
+
+
 def solve_bytes(dim: int, num_groups: int) -> int:
     """Shared memory of a whole solve: two weights, and a block of the gate constant's product."""
     width = columns(dim, num_groups).whole
@@ -171,8 +176,8 @@ def amd_options(options: dict[str, Any]) -> dict[str, Any]:
     return options | {"num_stages": min(options["num_stages"], 2)}
 
 
-def stages_of(count: int, dim: int, num_groups: int) -> list[tuple[int, int]]:
-    """First and last stage of each launch of a kernel with ``count`` stages."""
+def stages_of(first: int, last: int, dim: int, num_groups: int) -> list[tuple[int, int]]:
+    """First and last stage of each launch of the stages ``first`` to ``last`` of a kernel."""
     if fits_whole(dim, num_groups):
-        return [(1, count)]
-    return [(stage, stage) for stage in range(1, count + 1)]
+        return [(first, last)]
+    return [(stage, stage) for stage in range(first, last + 1)]

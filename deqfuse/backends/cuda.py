@@ -6,8 +6,8 @@ Which kernel runs which problem:
     and two weights fit a block's shared memory                               one launch a solve
     everything else that is not refused                                       fused steps
 
-Adjoints: cuda_adjoint.py. The kernels, and Triton with them, are imported when a solve asks for
-them: a bare checkout has none.
+Adjoints: cuda_adjoint.py; the Jacobian penalty: cuda_penalty.py. The kernels, and Triton with them,
+are imported when a solve asks for them: a bare checkout has none.
 """
 
 from __future__ import annotations
@@ -20,11 +20,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from deqfuse.backends import cuda_adjoint, layer, reference
+from deqfuse.backends import cuda_adjoint, cuda_penalty, layer, reference
 from deqfuse.backends.backend import Backend, Launchers
 from deqfuse.backends.layer import LayerParams
 from deqfuse.backends.maps import Variant
-from deqfuse.backends.penalty import penalty_layer
 from deqfuse.backends.problem import Problem, Solved, SolvedLayer, compute_dtype
 from deqfuse.solvers.anderson import Anderson, Picard
 from deqfuse.solvers.derivatives import Map
@@ -91,8 +90,8 @@ def refuses_problem(problem: Problem) -> str | None:
         return f"it keeps at most {tiles.MAX_STEP_HISTORY} residuals, not Anderson(m={solver.m})"
     if isinstance(problem.adjoint, Unrolled):
         return "it does not differentiate through its steps, as Unrolled asks"
-    width = problem.dim // problem.num_groups
-    if width > tiles.MAX_GROUP:
+    if not tiles.fits_steps(problem.dim, problem.num_groups):
+        width = problem.dim // problem.num_groups
         return f"it takes groups of at most {tiles.MAX_GROUP} channels, not {width}"
     return None
 
@@ -252,7 +251,7 @@ BACKEND = Backend(
     cells=Launchers(solve_cells, cuda_adjoint.adjoint_cells),
     fuse=Launchers(solve_fuse, cuda_adjoint.adjoint_fuse),
     layer=Launchers(solve_layer, cuda_adjoint.adjoint_layer),
-    penalty=penalty_layer,
+    penalty=cuda_penalty.penalty_layer,
     takes_rows=takes_rows,
     anderson=anderson,
 )

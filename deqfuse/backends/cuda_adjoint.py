@@ -60,10 +60,7 @@ def adjoint_cells(
         rows = g.reshape(-1, shape[-1])
         solution = solve_adjoint(lambda u: vjp(u).dz.flatten(0, 1), rows, adjoint)
         last = vjp(solution.z, want_params)
-    flat = []
-    if last.vectors is not None and last.weight1 is not None and last.weight2 is not None:
-        for w1, w2, (b1, b2, *norms) in zip(last.weight1, last.weight2, last.vectors, strict=True):
-            flat += [w1, b1, w2, b2, *norms]
+    flat = cell.flat_gradients(last.weight1, last.weight2, last.vectors)
     return last.dx.to(x.dtype), like_all(flat, flat_params), _statistics(solution, shape[:-1])
 
 

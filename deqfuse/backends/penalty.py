@@ -9,6 +9,8 @@ an equilibrium, and products with the same matrices.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -65,26 +67,86 @@ def penalty_layer(
         gradients in the order of ``flat_params``, or none. All in the compute dtype, so that the
         caller may scale what sums up all rows before it is stored in 16 bits.
     """
-    n, dtype = len(x), states.dtype
-    params = LayerParams.split([t.to(dtype) for t in flat_params], n)
-    mask = None if mask is None else mask.to(dtype)
-    stacked, zs = torch.stack([t.to(dtype) for t in x]), states[:-1]
-    cells = CellLinearization(zs, stacked, CellParams.stack(params.cells), num_groups, variant)
-    fuse_params = FuseParams(*params.fuse)
-    x_fuse = fuse_injection(stacked, params.weights, params.bias)
-    fuse = FuseLinearization(
-        states[-1], x_fuse, zs.sum(0), mask, n, fuse_params, num_groups, variant
+    return join(
+        _of_cells, _of_fuse, probes, states, x, flat_params, mask, num_groups, variant, want_params
     )
-    of_cells, dx, dcells = _cells(cells, probes[:, :-1])
-    of_fuse, dx_fuse, dfuse = _fuse(fuse, probes[:, -1])
-    value = torch.cat([of_cells, of_fuse[None]])
+
+
+def join(
+    of_cells: Callable[..., tuple[Tensor, Tensor, list[Tensor]]],
+    of_fuse: Callable[..., tuple[Tensor, Tensor, list[Tensor]]],
+    probes: Tensor,  # (K, N + 1, B, d)
+    states: Tensor,  # (N + 1, B, d)
+    x: list[Tensor],  # N tensors (B, d)
+    flat_params: list[Tensor],  # backends/layer.py
+    mask: Tensor | None,  # (B, d)
+    num_groups: int,
+    variant: Variant,
+    want_params: bool,
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """The layer's penalty from that of its two blocks.
+
+    Args:
+        of_cells: of ``(probes (K, N, B, d), z, x, params, num_groups, variant, want_params)`` the
+            values (N, B), dx (N, B, d) and the parameters' gradients, cell after cell.
+        of_fuse: of ``(probes (K, B, d), z, x_fuse, cell_sum, params, mask, N, num_groups, variant,
+            want_params)`` the values (B,), dx_fuse (B, d) and the parameters' gradients.
+        probes, states, x, flat_params, mask, num_groups, variant, want_params: see
+            :func:`penalty_layer`. Blocks get x, parameters and mask as they are stored.
+
+    Returns:
+        See :func:`penalty_layer`.
+    """
+    params, zs, how = LayerParams.split(flat_params, len(x)), states[:-1], (num_groups, variant)
+    stacked = torch.stack(list(x))
+    value, dx, dcells = of_cells(probes[:, :-1], zs, stacked, params.cells, *how, want_params)
+    x_fuse = fuse_injection(stacked, params.weights, params.bias)
+    value_fuse, dx_fuse, dfuse = of_fuse(
+        probes[:, -1], states[-1], x_fuse, zs.sum(0), params.fuse, mask, len(x), *how, want_params
+    )
     dx = dx + params.weights[:, None, None] * dx_fuse
-    grads: list[Tensor] = []
+    grads = [*dcells, *dfuse]
     if want_params:
-        grads = [*dcells.unstack(), *dfuse, (stacked * dx_fuse).sum((1, 2))]
+        grads.append((stacked * dx_fuse).sum((1, 2)))
         if params.bias is not None:
             grads.append(dx_fuse.sum().reshape(params.bias.shape))
-    return value, [d.clone() for d in dx], grads
+    return torch.cat([value, value_fuse[None]]), [d.clone() for d in dx], grads
+
+
+def _of_cells(
+    probes: Tensor,  # (K, N, B, d)
+    z: Tensor,  # (N, B, d)
+    x: Tensor,  # (N, B, d)
+    flat_params: list[Tensor],
+    num_groups: int,
+    variant: Variant,
+    want_params: bool,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    params = CellParams.stack([t.to(z.dtype) for t in flat_params])
+    at = CellLinearization(z, x.to(z.dtype), params, num_groups, variant)
+    value, dx, grads = _cells(at, probes)
+    return value, dx, grads.unstack() if want_params else []
+
+
+def _of_fuse(
+    probes: Tensor,  # (K, B, d)
+    z: Tensor,  # (B, d)
+    x_fuse: Tensor,  # (B, d)
+    cell_sum: Tensor,  # (B, d)
+    flat_params: list[Tensor],
+    mask: Tensor | None,  # (B, d)
+    num_modalities: int,
+    num_groups: int,
+    variant: Variant,
+    want_params: bool,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    params = FuseParams(*(t.to(z.dtype) for t in flat_params))
+    mask = None if mask is None else mask.to(z.dtype)
+    at = FuseLinearization(
+        z, x_fuse, cell_sum, mask, num_modalities, params, num_groups, variant
+    )  # fmt: skip
+    value, dx, grads = _fuse(at, probes)
+    return value, dx, list(grads) if want_params else []
 
 
 def _cells(

@@ -124,6 +124,17 @@ def solves(
     ]
 
 
+def assert_as_good_as_torch(given: list[torch.Tensor], reference) -> None:
+    """Each output errs at most 8 times as much as PyTorch in the same precision, or rounding."""
+    dtype = given[0].dtype
+    truth, other = reference(torch.float64), reference(dtype)
+    assert len(given) == len(truth)
+    for i, (mine, wanted, torchs) in enumerate(zip(given, truth, other, strict=True)):
+        error, scale = (mine - wanted).norm(), torch.finfo(dtype).eps * wanted.norm()
+        limit = 8 * scale if dtype == torch.float64 else 8 * (torchs - wanted).norm() + scale
+        assert error <= limit, (i, error / scale)
+
+
 class _Relus(TorchFunctionMode):
     """What the relus are given."""
 

@@ -24,12 +24,16 @@ INTERPRETED = (
     "test_triton_gpu.py",
     "test_triton_gpu_steps.py",
     "test_triton_adjoint.py",
+    "test_triton_penalty.py",
+    "test_triton_gpu_penalty.py",
 )
 SLOW = (
     "test_triton_steps.py",
     "test_triton_solve.py",
     "test_triton_gpu.py",
     "test_triton_gpu_steps.py",
+    "test_triton_penalty.py",
+    "test_triton_gpu_penalty.py",
 )
 interpreted_already = os.environ.get("TRITON_INTERPRET") == "1"
 

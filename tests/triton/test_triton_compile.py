@@ -32,6 +32,7 @@ KERNELS = {
         "_purify_combine_kernel",
         "_purify_combine_vjp_kernel",
     },
+    "penalty": {"_residual_cell_penalty_kernel", "_purify_combine_penalty_kernel"},
     "solve": {"_solve_cells_kernel", "_solve_fuse_kernel"},
     "anderson": {"_anderson_step_kernel"},
 }
@@ -180,6 +181,7 @@ from triton.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
 from deqfuse import Anderson, DEQFusion
 from deqfuse.backends import BACKENDS, cuda
+from deqfuse.backends.maps import PAPER
 from deqfuse.triton_kernels.launch import intercept
 from deqfuse.triton_kernels.resources import TARGETS
 
@@ -199,10 +201,14 @@ solver = Anderson(trace=True, max_iter=2)
 stepped = DEQFusion(
     dim, 3, num_groups=groups, on_failure="ignore", backend="cuda", solver=solver
 )
+params = [t for part in (*layer.cells, layer.combine) for t in part.flat()]
+params.append(layer.modality_weights)
 with intercept(note), torch.no_grad():
     for rows in range(30, 66):
         layer(list(torch.randn(3, rows, dim)))
         stepped(list(torch.randn(3, rows, dim)))
+        x, states, probes = (torch.randn(*n, rows, dim) for n in ((3,), (4,), (2, 4)))
+        cuda.BACKEND.penalty(probes, states, list(x), params, None, groups, PAPER, True)
         if rows == 30:
             before = {name: len(found) for name, found in seen.items()}
 print(json.dumps({name: len(seen[name]) - count for name, count in before.items()}))
@@ -213,5 +219,5 @@ print(json.dumps({name: len(seen[name]) - count for name, count in before.items(
 def test_another_batch_compiles_nothing(dim: int, groups: int) -> None:
     """What Triton specialises a launch on: alignment of pointers, divisors of numbers."""
     found = json.loads(output("-c", SPECIALIZATIONS, str(dim), str(groups)))
-    assert set(found) > KERNELS["solve"] | KERNELS["anderson"]
+    assert set(found) > KERNELS["solve"] | KERNELS["anderson"] | KERNELS["penalty"]
     assert set(found.values()) == {0}, found

@@ -24,6 +24,7 @@ from gpu_cases import (
     WHOLE,
     WIDE,
     anderson,
+    assert_as_good_as_torch,
     in_float64,
     needs_memory,
     rehearsal,  # noqa: F401 - a fixture
@@ -45,17 +46,6 @@ pytestmark = MARK
 WIDTHS = (
     (WHOLE, WIDE) if REHEARSAL else ((50, 2), (128, 4), (300, 4), (512, 4), (1000, 4), (1000, 1))
 )
-
-
-def assert_as_good_as_torch(given: list[Tensor], reference) -> None:
-    """Each output errs at most 8 times as much as PyTorch in the same precision, or rounding."""
-    dtype = given[0].dtype
-    truth, other = reference(torch.float64), reference(dtype)
-    assert len(given) == len(truth)
-    for i, (mine, wanted, torchs) in enumerate(zip(given, truth, other, strict=True)):
-        error, scale = (mine - wanted).norm(), torch.finfo(dtype).eps * wanted.norm()
-        limit = 8 * scale if dtype == torch.float64 else 8 * (torchs - wanted).norm() + scale
-        assert error <= limit, (i, error / scale)
 
 
 def operands(dim: int, dtype: str, n: int, rows: int = ROWS):

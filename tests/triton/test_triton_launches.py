@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import itertools
 import re
-from collections import deque
 
 import pytest
 import torch
@@ -16,6 +16,7 @@ from triton_cases import poison  # noqa: F401 - a fixture
 
 from deqfuse import Anderson, Broyden, DEQFusion, Implicit, Picard, Unrolled, reporting
 from deqfuse.backends import BACKENDS, Problem, cuda
+from deqfuse.backends.maps import VARIANTS
 from deqfuse.triton_kernels import tiles
 from deqfuse.triton_kernels.launch import Launch, counted, intercept
 
@@ -82,7 +83,7 @@ def test_a_warning_costs_two_copies_and_an_event(
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
-    late: deque = deque()
+    late: collections.deque = collections.deque()
     monkeypatch.setattr(reporting, "_late", late)
     with FakeTensorMode():
         outcome = torch.zeros(4, 5, dtype=torch.int8, device="cuda")
@@ -108,6 +109,32 @@ def test_launches_of_a_stepped_solve() -> None:
         fuse(solver)
     each = [*["_purify_combine_kernel"] * 2, "_anderson_step_kernel"]
     assert names == ["_gate_constant_kernel", *each * steps]
+
+
+def test_a_penalty_is_a_launch_a_probe_and_four_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What else there is, does not depend on the probes; nothing of it waits for the device."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+    case, kinds = Case(rows=5, dtype="f32", n=3, variant="released", mask=True), set()
+    layer = case.layer()
+    params = [t for part in (*layer.cells, layer.combine) for t in part.flat()]
+    params += [layer.modality_weights, layer.injection_bias]
+    x, states, mask = list(case.draw(3)), case.draw(4), case.drop()
+    for probes in (1, 3):
+        given = (case.draw(probes, 4), states, x, params, mask, case.groups)
+        launches: list[Launch] = []
+        with intercept(launches.append), Operations() as operations:
+            cuda.BACKEND.penalty(*given, VARIANTS[case.variant], True)
+        names = [call.name for call in launches]
+        assert names == [
+            *["_residual_cell_penalty_kernel"] * probes,
+            *["_purify_combine_penalty_kernel"] * probes,
+        ]
+        count = collections.Counter(operations.names)
+        assert [count.pop(name) for name in ("baddbmm_", "addmm_")] == [2 * probes + 2] * 2
+        kinds.add(tuple(sorted(count.items())))
+    (others,) = kinds
+    expected = {"add", "cat", "clone", "mul", "new_zeros", "stack", "sum"}
+    assert {name for name, _ in others} == expected
 
 
 # ---- choices -------------------------------------------------------------------------------------
