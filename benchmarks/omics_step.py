@@ -112,7 +112,7 @@ def measure(steps: int, budget: float, turns: tuple[int, int]) -> str:
     ours, rows = seconds["DEQ Fusion with penalty"], []
     for name, own in seconds.items():
         shares = made[name][1].converged
-        converged = percent(float(torch.stack(shares).mean())) if shares else "-"
+        converged = percent(float(torch.cat(shares).double().mean())) if shares else "-"
         times = number(paired_ratio(own, ours).median)
         rows.append([name, str(len(own)), ms(spread(own)), times, converged])
     return markdown(["step", "n", "ms", "x with penalty", "rows converged"], rows)

@@ -31,15 +31,16 @@ class BackendUnavailable(RuntimeError):
 
 
 class DoubleBackwardError(RuntimeError):
-    """A second derivative through an implicit gradient was requested.
+    """A second derivative through an implicit gradient or a Jacobian penalty was requested.
 
-    The implicit rule gives first derivatives only; ``adjoint=Unrolled()`` gives second ones.
+    Both give first derivatives only; ``adjoint=Unrolled()`` gives second ones of the layer,
+    ``deqfuse.diagnostics.jacobian_penalty`` of the penalty.
     """
 
     def __init__(self) -> None:
         super().__init__(
-            "deqfuse: a second derivative through an implicit gradient was requested "
-            "(create_graph=True or a Hessian). The implicit rule gives first derivatives only. "
-            "Remedy: use adjoint=Unrolled(), which backpropagates through the solver steps and can "
-            "be differentiated again."
+            "deqfuse: a second derivative through an implicit gradient or a layer's Jacobian "
+            "penalty was requested (create_graph=True or a Hessian). Both give first derivatives "
+            "only. Remedy: use adjoint=Unrolled(), which backpropagates through the solver steps "
+            "and can be differentiated again; for the penalty diagnostics.jacobian_penalty."
         )

@@ -14,15 +14,13 @@ from torch import Tensor
 from deqfuse import backends, checks, operators, reporting
 from deqfuse.backends import BackendName, maps, reference
 from deqfuse.backends.maps import VARIANTS, CellParams, FuseParams, VariantName
-from deqfuse.backends.penalty import draw_probes
-from deqfuse.backends.problem import Solved, SolvedLayer
+from deqfuse.backends.problem import Solved
 from deqfuse.equilibrium import ITERATES, block_info, fixed_point, uncompiled
 from deqfuse.operators.bodies import full_precision
 from deqfuse.reporting import OnFailure
 from deqfuse.result import BlockInfo
 from deqfuse.solvers.anderson import Anderson
 from deqfuse.solvers.options import GradientOption, Implicit, SolverOption, Unrolled
-from deqfuse.torch_private import traced, values_of
 
 __all__ = [
     "fixed_point",
@@ -218,13 +216,13 @@ def solve_cells(
         )
     checks.parameters(flat, x, 2, 6)
     _check_z0(z0, x, "(N, B, d)")
-    name = _choose(x, num_groups, solver, adjoint, backend)
+    name = choose_backend(x, num_groups, solver, adjoint, backend)
     if isinstance(adjoint, Unrolled):
         steps = (num_groups, VARIANTS[variant], solver)
-        solved = _unrolled(reference.solve_cells, x, flat, _detach(z0), *steps)
+        solved = _unrolled(reference.solve_cells, x, flat, detached(z0), *steps)
     else:
         options = (num_groups, variant, solver.code, adjoint.code, name, on_failure)
-        solved = Solved(*operators.solve(operators.CELLS, (x,), flat, (_detach(z0),), options))
+        solved = Solved(*operators.solve(operators.CELLS, (x,), flat, (detached(z0),), options))
     return solved.z, block_info(solved, reporting.CELLS, solver, on_failure), name
 
 
@@ -288,8 +286,8 @@ def solve_fuse(
     _check_count(flat, FuseParams)
     checks.parameters(flat, x_fuse, 2, 2)
     _check_z0(z0, x_fuse, "(B, d)")
-    name = _choose(x_fuse, num_groups, solver, adjoint, backend)
-    rows, others = (x_fuse, cell_sum), (mask, _detach(z0), num_modalities)
+    name = choose_backend(x_fuse, num_groups, solver, adjoint, backend)
+    rows, others = (x_fuse, cell_sum), (mask, detached(z0), num_modalities)
     if isinstance(adjoint, Unrolled):
         steps = (num_groups, VARIANTS[variant], solver)
         solved = _unrolled(reference.solve_fuse, *rows, flat, *others, *steps)
@@ -299,84 +297,15 @@ def solve_fuse(
     return solved.z, block_info(solved, reporting.FUSE, solver, on_failure), name
 
 
-def solve_layer(
-    x: Sequence[Tensor],  # N tensors (B, d)
-    params: Sequence[Tensor],  # backends/layer.py
-    mask: Tensor | None,  # (B, d)
-    z0_fuse: Tensor | None,  # (B, d)
-    z0_cells: Tensor | None,  # (N, B, d)
-    *,
-    num_groups: int,
-    variant: VariantName,
-    solver: SolverOption,
-    adjoint: GradientOption,
-    on_failure: OnFailure,
-    backend: BackendName,
-) -> tuple[SolvedLayer, str]:
-    """Equilibria of a whole layer in one operator, and the name of the backend that ran.
-
-    For :class:`deqfuse.DEQFusion`, which has looked at the features already. Parameters are looked
-    at when a backend could not use them: checking dozens takes as long as a small solve. Not for
-    ``Unrolled()``. ``params`` are the list that ``backends/layer.py`` describes.
-    """
-    checks.options(solver, adjoint, on_failure)
-    name = _choose(x[0], num_groups, solver, adjoint, backend)
-    options = (num_groups, variant, solver.code, adjoint.code, name, on_failure)
-    others = (mask, _detach(z0_fuse), _detach(z0_cells))
-    try:
-        solved = SolvedLayer(*operators.solve(operators.LAYER, x, params, others, options))
-    except (RuntimeError, TypeError, AttributeError):
-        if not traced(x[0]):
-            _check_layer_parameters(x, params)
-        raise
-    if not traced(x[0]):
-        statistics = values_of(solved.outcome), values_of(solved.residual)
-        known = solved.all_converged
-        reporting.report(reporting.LAYER, *statistics, solver, on_failure, all_converged=known)
-    return solved, name
-
-
-def layer_penalty(
-    x: Sequence[Tensor],  # N tensors (B, d)
-    params: Sequence[Tensor],  # backends/layer.py
-    mask: Tensor | None,  # (B, d)
-    states: Tensor,  # (N + 1, B, d)
-    num_probes: int,
-    num_groups: int,
-    variant: VariantName,
-    backend: str,
-) -> Tensor:
-    """Jacobian penalty of a layer that :func:`solve_layer` has solved, in closed form.
-
-    Args:
-        x, params, mask: as the solve was given them; differentiated in x and params.
-        states: (N + 1, B, d) the equilibria that it found, held constant.
-        num_probes: Gaussian probes per row and block, drawn from torch's default generator.
-        num_groups, variant: as in the solve.
-        backend: the name of the backend that ran it.
-
-    Returns:
-        Scalar ``sum_b |J_bb^T v|^2 / (B (N + 1) d)``, averaged over the probes.
-    """
-    checks.positive_int("num_probes", num_probes)
-    if states.numel() == 0:
-        return states.new_zeros(())
-    states = states.detach()
-    probes = draw_probes(states, num_probes)
-    options = (num_groups, variant, backend)
-    total = operators.penalty_layer(probes, states, x, params, mask, options)
-    return total / probes.numel()
-
-
 def require_backend(
     x: Tensor, num_groups: int, solver: SolverOption, adjoint: GradientOption, backend: str
 ) -> None:
     """Refuse an explicit backend that cannot run here, also where no solve would ask for it."""
     if backend != "auto":
-        _choose(x, num_groups, solver, adjoint, backend)
+        choose_backend(x, num_groups, solver, adjoint, backend)
 
 
-def _choose(
+def choose_backend(
     x: Tensor, num_groups: int, solver: SolverOption, adjoint: GradientOption, backend: str
 ) -> str:
     """The backend that takes the problem."""
@@ -393,18 +322,6 @@ def _unrolled(solve_block: Callable[..., Solved], x: Tensor, *problem: Any) -> S
         return solve_block(x, *problem)
 
 
-def _check_layer_parameters(x: Sequence[Tensor], params: Sequence[Tensor]) -> None:
-    """What is wrong with the parameters that a backend could not use, if they are what is wrong."""
-    cells = len(x) * len(CellParams._fields)
-    if any(hasattr(p, "full_tensor") for p in params):
-        raise TypeError(
-            "params: expected plain tensors, got sharded ones (DTensor). Remedy: give "
-            "fully_shard the layer as one module; it reads its cells' parameters itself"
-        ) from None
-    checks.parameters(params[:cells], x[0], 2, 6)
-    checks.parameters(params[cells : cells + len(FuseParams._fields)], x[0], 2, 2)
-
-
 def _check_count(params: Sequence[Tensor], kind: type[CellParams] | type[FuseParams]) -> None:
     if len(params) != len(kind._fields):
         raise ValueError(f"params: expected {len(kind._fields)} tensors, got {len(params)}")
@@ -415,5 +332,5 @@ def _check_z0(z0: Tensor | None, x: Tensor, meaning: str) -> None:
         checks.operand("z0", z0, x, tuple(x.shape), meaning)
 
 
-def _detach(z0: Tensor | None) -> Tensor | None:
+def detached(z0: Tensor | None) -> Tensor | None:
     return None if z0 is None else z0.detach()

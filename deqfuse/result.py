@@ -12,6 +12,7 @@ from torch import Tensor
 
 from deqfuse import checks, reporting
 from deqfuse.outcome import Outcome
+from deqfuse.torch_private import in_transform, traced
 
 __all__ = ["BlockInfo", "SolveInfo"]
 
@@ -203,15 +204,17 @@ class SolveInfo:
         Args:
             num_probes: probes v per row and block, at least 1, drawn from torch's default
                 generator; more of them make the estimate less noisy.
-            probability: chance in (0, 1] that the penalty is computed at all; 0 is returned
-                otherwise. What is computed is divided by it, so that the expectation is the same.
+            probability: chance in (0, 1] that the penalty is computed at all; otherwise a 0 without
+                a graph is returned. What is computed is divided by it, so that the expectation is
+                the same. Less than 1 in eager mode only.
 
         Returns:
             Scalar of shape (), in the dtype of the solve.
 
         Raises:
             TypeError: ``num_probes`` is no integer, ``probability`` no number.
-            ValueError: ``num_probes`` is less than 1, ``probability`` outside (0, 1].
+            ValueError: ``num_probes`` is less than 1, ``probability`` outside (0, 1], or less than
+                1 under ``torch.compile`` or ``torch.func``.
             RuntimeError: the solve or this call under ``torch.inference_mode()``; or this record is
                 a copy, which keeps nothing to measure.
             DoubleBackwardError: later, where the operator's gradient is differentiated again.
@@ -222,10 +225,16 @@ class SolveInfo:
         if not 0 < checks.positive_float("probability", probability) <= 1:
             raise ValueError(f"probability: expected a number in (0, 1], got {probability!r}")
         blocks = self._measurable("jacobian_penalty")
-        if probability < 1 and torch.rand(()) >= probability:
-            return self.fuse.residual.new_zeros(())
+        check_differentiable("jacobian_penalty", self.fuse.residual)
+        if probability < 1:
+            if in_transform() or traced(self.fuse.residual):
+                raise ValueError(
+                    "probability: expected 1 under torch.compile and torch.func, got "
+                    f"{probability}: what is recorded decides nothing. Remedy: decide outside"
+                )
+            if torch.rand(()) >= probability:
+                return self.fuse.residual.new_zeros(())
         if blocks and self.penalty is not None:
-            check_differentiable("jacobian_penalty", self.fuse.residual)
             return self.penalty(num_probes) / probability
         return jacobian_penalty([block()[:2] for block in blocks], num_probes) / probability
 

@@ -1,7 +1,9 @@
 """Everything that deqfuse takes from torch's private API, in one place.
 
-None of it is promised to stay. Each function says what it needs the private name for; the tests of
-``torch.func``, of fake tensors and of ``torch.compile`` fail where one of them changes its meaning.
+But for the dictionaries of ``nn.Module`` (``_modules``, ``_parameters``, hooks), which code that
+looks into modules reads where it does. None of it is promised to stay. Each function says what it
+needs the private name for; the tests of ``torch.func``, of fake tensors and of ``torch.compile``
+fail where one of them changes its meaning.
 """
 
 from __future__ import annotations
@@ -15,6 +17,8 @@ from torch import Tensor, nn
 from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor, unwrap_if_dead
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
+
+BATCH_NORMS: type[nn.Module] = nn.modules.batchnorm._BatchNorm  # base of all batch norms
 
 
 def traced(t: Tensor) -> bool:
@@ -61,6 +65,11 @@ def scaled(tensors: Sequence[Tensor], factor: Tensor) -> Sequence[Tensor]:
         return [factor * t for t in tensors]
     result: Sequence[Tensor] = torch._foreach_mul(list(tensors), factor)
     return result
+
+
+def scale_in_place(tensors: Sequence[Tensor], factor: Tensor) -> None:
+    """Multiplies each of the tensors by ``factor``, in one call."""
+    torch._foreach_mul_(list(tensors), factor)
 
 
 def dynamo_is_loaded() -> bool:

@@ -216,21 +216,21 @@ SHARED = {"8.0": 163, "9.0": 227, "10.0": 227}  # KiB of shared memory that a bl
 
 def tiles() -> str:
     """How problems are cut: markdown, one line for each width and number type."""
-    from deqfuse.backends import native
+    from deqfuse.backends import cpu_native
 
-    assert native.module is not None, native.load_error
+    assert cpu_native.module is not None, cpu_native.load_error
     lines = ["| d | dtype | " + " | ".join(f"sm_{a.replace('.', '')}" for a in SHARED) + " |"]
     lines.append("|---:|---|" + "---|" * len(SHARED))
     for dim in (32, 64, 96, 128, 192, 256, 512):
         for dtype, size in (("float32", 4), ("float64", 8)):
             cells = []
             for kib in SHARED.values():
-                native.module.host_device(kib * 1024)
-                plan = native.module.host_plan(dim, 4, size)
+                cpu_native.module.host_device(kib * 1024)
+                plan = cpu_native.module.host_plan(dim, 4, size)
                 bytes_each = f"{plan['bytes'] / 1024:.0f} KiB"
                 cells.append(f"{plan['cut']}, {plan['rows']} rows, {bytes_each}")
             lines.append(f"| {dim} | {dtype} | " + " | ".join(cells) + " |")
-    native.module.host_device()
+    cpu_native.module.host_device()
     return (
         "\n".join(lines) + "\n\nBytes: shared memory of a block; for steps global memory of a tile."
     )

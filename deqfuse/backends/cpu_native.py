@@ -99,10 +99,9 @@ def _fake_adjoint_layer(grad_z, grad_cells, states, x, params, want, *rest):  # 
 
 @torch.library.register_fake("deqfuse::cpu_penalty_layer")
 def _fake_penalty_layer(probes, states, x, params, want, *rest):  # type: ignore[no-untyped-def]
-    def like(tensors: Sequence[Tensor]) -> list[Tensor]:
-        return [t.new_empty(t.shape, dtype=states.dtype) for t in tensors]
-
-    return states.new_empty(states.shape[:-1]), like(x), like(params) if want else []
+    dtype = states.dtype
+    grads = empty_grads(x, True, dtype), empty_grads(params, want, dtype)
+    return states.new_empty(states.shape[:-1]), *grads
 
 
 module: ModuleType | None = None

@@ -30,6 +30,8 @@ def empty_states(x: Sequence[Tensor]) -> Tensor:
     return x[0].new_empty((len(x) + 1, *x[0].shape))
 
 
-def empty_grads(params: Sequence[Tensor], want: bool) -> list[Tensor]:
-    """Gradients of parameters, or none."""
-    return [p.new_empty(p.shape) for p in params] if want else []
+def empty_grads(
+    params: Sequence[Tensor], want: bool, dtype: torch.dtype | None = None
+) -> list[Tensor]:
+    """Gradients of parameters, in their own dtypes if no other is given, or none."""
+    return [p.new_empty(p.shape, dtype=dtype or p.dtype) for p in params] if want else []

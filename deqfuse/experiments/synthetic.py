@@ -24,6 +24,7 @@ from deqfuse.experiments import synthetic_report
 from deqfuse.experiments.batched import ADJOINT, JACOBIAN_WEIGHT, MODELS, SOLVER, BatchedModel
 from deqfuse.experiments.study import Record, Study, Trial
 from deqfuse.reports.page import Report
+from deqfuse.torch_private import scale_in_place
 
 __all__ = ["Problem", "Size", "SyntheticStudy", "draw_problem"]
 
@@ -231,7 +232,7 @@ def _clip_each(model: BatchedModel, limit: float) -> None:
     for g in shared:
         g.mul_(factors.view(-1, 1, 1))
     for grads, factor in zip(own, factors, strict=False):
-        torch._foreach_mul_(grads, factor)
+        scale_in_place(grads, factor)
 
 
 def _keep(model: BatchedModel, kept: dict[str, Tensor], better: Tensor) -> None:

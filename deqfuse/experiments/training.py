@@ -1,4 +1,8 @@
-"""The one training loop. It sees training and validation rows, nothing else."""
+"""The training loop. It sees training and validation rows, nothing else.
+
+The synthetic study alone has another one, which trains hundreds of small models side by side as one
+batch (``synthetic.py``).
+"""
 
 from __future__ import annotations
 

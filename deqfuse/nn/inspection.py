@@ -6,14 +6,19 @@ import contextlib
 import dis
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
+from deqfuse import checks
+from deqfuse.torch_private import BATCH_NORMS
+
 __all__ = [
+    "check_modules",
     "modules_behind",
+    "per_encoder",
     "refuse_scripted",
     "refusing_batch_statistics",
     "takes_time_first",
@@ -23,9 +28,7 @@ __all__ = [
 
 def uses_batch_statistics(module: nn.Module) -> bool:
     """Whether this module, by itself, normalises by statistics over the batch."""
-    return isinstance(module, nn.modules.batchnorm._BatchNorm) and (
-        module.training or module.running_mean is None
-    )
+    return isinstance(module, BATCH_NORMS) and (module.training or module.running_mean is None)
 
 
 def takes_time_first(module: nn.Module) -> bool:
@@ -125,3 +128,32 @@ def refusing_batch_statistics(modules: list[nn.Module]) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def check_modules(encoders: Any, fusion: Any, head: Any) -> None:
+    """What ``ProFusion`` is made of must be modules."""
+    if not isinstance(encoders, nn.ModuleList):
+        checks.sequence("encoders", encoders, "modules")
+    if not len(encoders):
+        raise ValueError("encoders: expected at least one module, got none")
+    named = [(f"encoders[{i}]", encoder) for i, encoder in enumerate(encoders)]
+    named.append(("fusion", fusion))
+    if head is not None:
+        named.append(("head", head))
+    for name, module in named:
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"{name}: expected a torch.nn.Module, got {type(module).__name__}")
+
+
+def per_encoder(name: str, values: Any, count: int, of: str) -> Sequence[Any]:
+    """One value per encoder, None where nothing is given."""
+    if values is None:
+        return [None] * count
+    if isinstance(values, str):
+        raise TypeError(f"{name}: expected a sequence of {of}, got {values!r}")
+    checks.sequence(name, values, of)
+    if len(values) != count:
+        raise ValueError(
+            f"{name}: expected {of}, one for each of {count} encoders, got {len(values)}"
+        )
+    return values

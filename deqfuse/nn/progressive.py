@@ -10,7 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from deqfuse import checks, functional
-from deqfuse.nn.inspection import uses_batch_statistics
+from deqfuse.nn.inspection import (
+    check_modules,
+    per_encoder,
+    uses_batch_statistics,
+)
 from deqfuse.nn.sites import EncoderRun, RandomState, Site, find_site, tensors, version
 from deqfuse.nn.solving import last_step
 from deqfuse.reporting import OnFailure
@@ -93,7 +97,7 @@ class ProFusion(nn.Module):
         on_failure: OnFailure = "warn",
     ) -> None:
         super().__init__()
-        _check_modules(encoders, fusion, head)
+        check_modules(encoders, fusion, head)
         checks.positive_int("context_dim", context_dim)
         if steps is not None and solver is not None:
             raise ValueError(
@@ -104,9 +108,9 @@ class ProFusion(nn.Module):
             checks.positive_int("steps", steps)
         checks.options(Anderson() if solver is None else solver, adjoint, on_failure)
         checks.one_of("inject", inject, ("add", "concat"))
-        names = _per_encoder("sites", sites, len(encoders), "names of submodules")
-        widths = _per_encoder("in_dims", in_dims, len(encoders), "widths")
-        batches = _per_encoder("batch_dims", batch_dims, len(encoders), "dimensions")
+        names = per_encoder("sites", sites, len(encoders), "names of submodules")
+        widths = per_encoder("in_dims", in_dims, len(encoders), "widths")
+        batches = per_encoder("batch_dims", batch_dims, len(encoders), "dimensions")
 
         self.encoders = nn.ModuleList(encoders)
         self.fusion, self.head, self.context_dim = fusion, head, context_dim
@@ -366,34 +370,6 @@ def _buffers(owner: nn.Module) -> Iterator[tuple[Tensor, int | None, Tensor]]:
         if module.training:
             for buffer in module.buffers(recurse=False):
                 yield buffer, version(buffer), buffer.detach().clone()
-
-
-def _check_modules(encoders: Any, fusion: Any, head: Any) -> None:
-    if not isinstance(encoders, nn.ModuleList):
-        checks.sequence("encoders", encoders, "modules")
-    if not len(encoders):
-        raise ValueError("encoders: expected at least one module, got none")
-    named = [(f"encoders[{i}]", encoder) for i, encoder in enumerate(encoders)]
-    named.append(("fusion", fusion))
-    if head is not None:
-        named.append(("head", head))
-    for name, module in named:
-        if not isinstance(module, nn.Module):
-            raise TypeError(f"{name}: expected a torch.nn.Module, got {type(module).__name__}")
-
-
-def _per_encoder(name: str, values: Any, count: int, of: str) -> Sequence[Any]:
-    """One value per encoder, None where nothing is given."""
-    if values is None:
-        return [None] * count
-    if isinstance(values, str):
-        raise TypeError(f"{name}: expected a sequence of {of}, got {values!r}")
-    checks.sequence(name, values, of)
-    if len(values) != count:
-        raise ValueError(
-            f"{name}: expected {of}, one for each of {count} encoders, got {len(values)}"
-        )
-    return values
 
 
 def _like_parameters(encoder: nn.Module) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from deqfuse import functional
+from deqfuse import functional, layer
 from deqfuse.backends import BackendName, maps
 from deqfuse.backends.layer import fuse_injection
 from deqfuse.backends.linearization import CellLinearization, FuseLinearization
@@ -139,7 +139,7 @@ def _whole_layer(
     """All equations of the paper and an implicit gradient: one operator."""
     joint = [equations.weights, equations.bias]
     params = [*equations.cells, *equations.fuse, *(t for t in joint if t is not None)]
-    solved, backend = functional.solve_layer(
+    solved, backend = layer.solve_layer(
         xs, params, mask, start_fuse, start_cells, **_options(equations, how)
     )
 
@@ -160,7 +160,7 @@ def _whole_layer(
 
         def penalty(num_probes: int) -> Tensor:
             which = (equations.num_groups, equations.variant, backend)
-            return functional.layer_penalty(xs, params, mask, states, num_probes, *which)
+            return layer.layer_penalty(xs, params, mask, states, num_probes, *which)
 
         return SolveInfo(block(-1), block(slice(None, -1)), backend, (cells, fuse), penalty)
 

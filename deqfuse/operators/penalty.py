@@ -2,8 +2,8 @@
 
 The gradient of a scalar is its cotangent times a gradient that does not depend on that cotangent.
 So the forward call computes both (``backends/penalty.py`` has the equations), keeps the gradients,
-and the backward pass scales them: nothing of the evaluation is kept or repeated. The second
-derivative is refused, since the gradients that were kept are constants.
+and the backward pass scales them; nothing is evaluated again. The second derivative is refused,
+since the gradients that were kept are constants; for that refusal the inputs are kept, too.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from deqfuse import backends
+from deqfuse.backends.empty import empty_grads
 from deqfuse.backends.maps import VARIANTS
 from deqfuse.operators.bodies import full_precision
 from deqfuse.operators.rule import NoSecond
@@ -92,10 +93,9 @@ def _body(
 def _fake(
     probes: Tensor, states: Tensor, x: list[Tensor], params: list[Tensor], *rest: Any
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    def like(tensors: Sequence[Tensor]) -> list[Tensor]:
-        return [t.new_empty(t.shape, dtype=states.dtype) for t in tensors]
-
-    return states.new_empty(()), like(x), like(params) if rest[-1] else []
+    dtype = states.dtype
+    grads = empty_grads(x, True, dtype), empty_grads(params, rest[-1], dtype)
+    return states.new_empty(()), *grads
 
 
 class _Penalty(torch.autograd.Function):

@@ -7,6 +7,7 @@ backward pass and no more. Such evaluations run on the plain kernels, which have
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,19 +20,42 @@ Map = Callable[[Tensor], Tensor]
 Linearize = Callable[[Tensor], Map]  # z -> (v -> J(z) v)
 
 
+_lock = threading.Lock()
+_inside: list[contextlib.ExitStack] = []  # one for each block that is in; the first holds switches
+
+
 @contextlib.contextmanager
 def plain_kernels() -> Iterator[None]:
-    """Attention and LSTMs as torch composes them of products, slower and differentiable."""
-    onednn: Any = torch.backends.mkldnn
-    fast, fused = torch.backends.mha.get_fastpath_enabled(), onednn.enabled
-    torch.backends.mha.set_fastpath_enabled(False)
-    onednn.enabled = False  # its flags() would also set TF32, and warn of it
+    """Attention and LSTMs as torch composes them of products, slower and differentiable.
+
+    The switches belong to the whole process. Threads share them: the first one in sets them, the
+    last one out sets them back, since threads that each restored what they had found could leave
+    them off for good.
+    """
+    with _lock:
+        _inside.append(_switches() if not _inside else contextlib.ExitStack())
     try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
+        yield
     finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
-        onednn.enabled = fused
+        with _lock:
+            held = _inside[0]
+            _inside.pop()
+            if not _inside:
+                held.close()
+
+
+def _switches() -> contextlib.ExitStack:
+    """Sets torch's switches; what is returned sets them back when it is closed."""
+    onednn: Any = torch.backends.mkldnn
+    stack = contextlib.ExitStack()
+    stack.callback(setattr, onednn, "enabled", onednn.enabled)
+    stack.callback(
+        torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled()
+    )
+    onednn.enabled = False  # its flags() would also set TF32, and warn of it
+    torch.backends.mha.set_fastpath_enabled(False)
+    stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+    return stack
 
 
 def jvp_of(f: Map) -> Linearize:

@@ -57,8 +57,16 @@ def knob(default: Any, check: Callable[[str, Any], Any]) -> Any:
 class _Option:
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if cls.__name__ in _TYPES:
-            raise TypeError(f"{cls.__name__}: there is an option of this name already")
+        known = _TYPES.get(cls.__name__)
+        # Defined once more, by a notebook's cell or a reload, it takes its own place.
+        if known is not None and (known.__module__, known.__qualname__) != (
+            cls.__module__,
+            cls.__qualname__,
+        ):
+            raise TypeError(
+                f"{cls.__name__}: expected a name of its own, as an operator carries options by "
+                f"name; {known.__module__} has one. Remedy: rename the class"
+            )
         _TYPES[cls.__name__] = cls
 
     def __post_init__(self) -> None:

@@ -1,7 +1,8 @@
 """The layer's Jacobian penalty as users meet it: ``info.jacobian_penalty()`` in a loss.
 
-The kernels and their closed form are proved in test_penalty_kernel.py; here it is the operator: its
-gradient against a double backward of the equations, and its life with the rest of torch.
+The kernels and their closed form are proved in tests/cpu/test_cpu_penalty.py; here it is the
+operator: its gradient against a double backward of the equations, and its life with the rest of
+torch.
 """
 
 from __future__ import annotations
@@ -203,8 +204,14 @@ def test_transforms_take_the_form_that_they_can_follow(backend):
     value = seeded(info.jacobian_penalty)
     expected = torch.autograd.grad(value, list(state.values()), materialize_grads=True)
     close(list(given.values()), expected, rtol=1e-8)
-    mapped = vmap(grad(penalty), (None, 0), randomness="different")(state, torch.stack([xs, xs]))
-    assert all(torch.isfinite(t).all() for t in mapped.values())
+
+    other = xs.flip(1)
+    same = seeded(
+        vmap(grad(penalty), (None, 0), randomness="same"), state, torch.stack([xs, other])
+    )
+    single = [seeded(grad(penalty), state, each) for each in (xs, other)]
+    for name, mapped in same.items():
+        close(list(mapped), [call[name] for call in single], rtol=1e-8)
 
 
 @each_backend
@@ -243,6 +250,27 @@ def test_probability_keeps_the_expectation():
     assert abs(sometimes.mean() - always.mean()) <= 5 * spread
     kept = sometimes[computed].mean() / 4
     assert abs(kept - always.mean()) <= 5 * (always.std() / math.sqrt(57) * 2)
+
+
+def test_a_probability_is_refused_where_calls_are_recorded():
+    layer, xs = make(torch.float32), draw(torch.float32)
+
+    def sometimes(xs: list[Tensor]) -> Tensor:
+        return layer(xs, return_info=True)[1].jacobian_penalty(probability=0.5)
+
+    with pytest.raises(ValueError, match="probability: expected 1 under"):
+        vmap(lambda x: sometimes([x] * N), randomness="different")(torch.stack(xs))
+    # Dynamo words what is raised in a graph of its own accord.
+    with pytest.raises(Exception, match="probability: expected 1 under"):
+        torch.compile(sometimes, fullgraph=True, backend="eager")(xs)
+
+
+def test_a_solve_without_derivatives_is_refused_whatever_is_drawn():
+    with torch.inference_mode():
+        info = make()(draw(), return_info=True)[1]
+    for _ in range(5):
+        with pytest.raises(RuntimeError, match="inference_mode"):
+            info.jacobian_penalty(probability=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,101 @@
+"""The whole layer as functions of tensors, for :class:`deqfuse.DEQFusion`: its solve, its penalty.
+
+Each is one operator. The single blocks and steps are in ``functional.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from deqfuse import checks, operators, reporting
+from deqfuse.backends import BackendName
+from deqfuse.backends.maps import CellParams, FuseParams, VariantName
+from deqfuse.backends.penalty import draw_probes
+from deqfuse.backends.problem import SolvedLayer
+from deqfuse.functional import choose_backend, detached
+from deqfuse.reporting import OnFailure
+from deqfuse.solvers.options import GradientOption, SolverOption
+from deqfuse.torch_private import traced, values_of
+
+
+def solve_layer(
+    x: Sequence[Tensor],  # N tensors (B, d)
+    params: Sequence[Tensor],  # backends/layer.py
+    mask: Tensor | None,  # (B, d)
+    z0_fuse: Tensor | None,  # (B, d)
+    z0_cells: Tensor | None,  # (N, B, d)
+    *,
+    num_groups: int,
+    variant: VariantName,
+    solver: SolverOption,
+    adjoint: GradientOption,
+    on_failure: OnFailure,
+    backend: BackendName,
+) -> tuple[SolvedLayer, str]:
+    """Equilibria of a whole layer in one operator, and the name of the backend that ran.
+
+    For :class:`deqfuse.DEQFusion`, which has looked at the features already. Parameters are looked
+    at when a backend could not use them: checking dozens takes as long as a small solve. Not for
+    ``Unrolled()``. ``params`` are the list that ``backends/layer.py`` describes.
+    """
+    checks.options(solver, adjoint, on_failure)
+    name = choose_backend(x[0], num_groups, solver, adjoint, backend)
+    options = (num_groups, variant, solver.code, adjoint.code, name, on_failure)
+    others = (mask, detached(z0_fuse), detached(z0_cells))
+    try:
+        solved = SolvedLayer(*operators.solve(operators.LAYER, x, params, others, options))
+    except (RuntimeError, TypeError, AttributeError):
+        if not traced(x[0]):
+            _check_layer_parameters(x, params)
+        raise
+    if not traced(x[0]):
+        statistics = values_of(solved.outcome), values_of(solved.residual)
+        known = solved.all_converged
+        reporting.report(reporting.LAYER, *statistics, solver, on_failure, all_converged=known)
+    return solved, name
+
+
+def layer_penalty(
+    x: Sequence[Tensor],  # N tensors (B, d)
+    params: Sequence[Tensor],  # backends/layer.py
+    mask: Tensor | None,  # (B, d)
+    states: Tensor,  # (N + 1, B, d)
+    num_probes: int,
+    num_groups: int,
+    variant: VariantName,
+    backend: str,
+) -> Tensor:
+    """Jacobian penalty of a layer that :func:`solve_layer` has solved, in closed form.
+
+    Args:
+        x, params, mask: as the solve was given them; differentiated in x and params.
+        states: (N + 1, B, d) the equilibria that it found, held constant.
+        num_probes: Gaussian probes per row and block, drawn from torch's default generator.
+        num_groups, variant: as in the solve.
+        backend: the name of the backend that ran it.
+
+    Returns:
+        Scalar ``sum_b |J_bb^T v|^2 / (B (N + 1) d)``, averaged over the probes.
+    """
+    checks.positive_int("num_probes", num_probes)
+    if states.numel() == 0:
+        return states.new_zeros(())
+    states = states.detach()
+    probes = draw_probes(states, num_probes)
+    options = (num_groups, variant, backend)
+    total = operators.penalty_layer(probes, states, x, params, mask, options)
+    return total / probes.numel()
+
+
+def _check_layer_parameters(x: Sequence[Tensor], params: Sequence[Tensor]) -> None:
+    """What is wrong with the parameters that a backend could not use, if they are what is wrong."""
+    cells = len(x) * len(CellParams._fields)
+    if any(hasattr(p, "full_tensor") for p in params):
+        raise TypeError(
+            "params: expected plain tensors, got sharded ones (DTensor). Remedy: give "
+            "fully_shard the layer as one module; it reads its cells' parameters itself"
+        ) from None
+    checks.parameters(params[:cells], x[0], 2, 6)
+    checks.parameters(params[cells : cells + len(FuseParams._fields)], x[0], 2, 2)
