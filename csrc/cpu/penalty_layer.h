@@ -7,7 +7,8 @@
 namespace deqfuse {
 namespace DEQFUSE_ISA {
 
-// Features from which on copies of the matrices in fewer digits are worth making.
+// Features from which on products in fewer digits are used: 32 rows of 128 gain 5% only, for which the matrices are
+// copied first.
 constexpr int64_t kRoughFrom = 128;
 
 // Rows [begin, end) of some of the blocks, of which the fuse step is the last, at once.
