@@ -101,6 +101,20 @@ def adjoint(
     return [dx, *flat, dx_fuse, dsum, *params]
 
 
+def penalty(backend: Backend, given: Operands, z: Sequence[Tensor]) -> list[Tensor]:
+    """Jacobian penalty per row and its gradients; two probes, the same ones for every backend."""
+    x, _, cells, fuse, mask, _, _, groups = given
+    states = torch.cat([z[0], z[1][None]])
+    generator = torch.Generator().manual_seed(0)
+    probes = torch.randn(2, *states.shape, generator=generator, dtype=torch.float64).to(states)
+    weights = torch.ones(len(x), dtype=x.dtype, device=x.device)
+    rows, dx, grads = backend.penalty(
+        probes, states, list(x), [*cells, *fuse, weights], mask, groups, PAPER, True
+    )
+    # The last norms' biases have none.
+    return [rows, *dx, *(g for g in grads if g.any())]
+
+
 def _library_cells(*given: Any) -> Any:
     *tensors, groups, _, option, want = given
     how = (groups, False, *adjoint_numbers(option), _tf32())
@@ -166,6 +180,10 @@ def runs(device: str) -> Iterator[tuple[str, Callable[[], float], float]]:
             solve = functools.partial(adjoint, LIBRARY if cut else cuda.BACKEND, given, z, option)
             kind = "CUDA adjoint" if cut else "Triton VJPs"
             yield f"{kind} {name}", functools.partial(error, solve, exact), backward
+            if not cut:
+                exact = penalty(reference.BACKEND, given.exact(), truth)
+                measure = functools.partial(penalty, cuda.BACKEND, given, z)
+                yield f"penalty {name}", functools.partial(error, measure, exact), backward
 
 
 def main() -> int:
