@@ -160,9 +160,8 @@ struct Transposed {
   }
 };
 
-// Rows and vectors of a block of the product over the rows of a batch: enough sums to hide the latency of a multiply-add;
-// where registers are many, more of them, since every column of the result reads the whole first factor.
-constexpr int kGradientVectors = kBytes == 64 ? 4 : 2, kGradientRows = block_rows(kGradientVectors);
+// Rows and vectors of a block of the product over the rows of a batch: enough sums to hide the latency of a multiply-add.
+constexpr int kGradientVectors = 2, kGradientRows = block_rows(kGradientVectors);
 
 // Its first factor: of each tile kGradientRows features at a time, and of those all tiles one after the other.
 template <class T, int NV>
