@@ -99,6 +99,44 @@ struct StepProblem {
   bool* active;                         // (R,)
 };
 
+// Some rows of a block, to be worked on one at a time: (N * B) rows of the cells, or the B of the fuse step.
+template <class T>
+struct SomeRows {
+  int64_t modalities, rows, d, groups;
+  const T* const* params;
+  const int64_t* which;
+  int64_t count;
+};
+template <class T>
+struct SomeCellRows : SomeRows<T> {
+  bool skip;
+  const T* const* x;  // N times (B, d)
+};
+template <class T>
+struct SomeFuseRows : SomeRows<T> {
+  bool relu_last;
+  const T *x, *cell_sum, *mask;  // (B, d); mask may be null
+};
+
+// What a solve found, for all rows of the block; updated in place where a row is mended.
+template <class T, class Rows>
+struct RescueProblem {
+  Rows rows;
+  double tol;
+  int most;  // Jacobians of a row
+  T *z, *residual;
+  int32_t* nfe;
+  int8_t* outcome;
+};
+
+// u = (I - J^T)^-1 g of the chosen rows, |g + J^T u - u| / |g|, and an estimate of the condition number of I - J.
+template <class T, class Rows>
+struct DenseAdjointProblem {
+  Rows rows;
+  const T *z, *g;                  // all rows of the block
+  T *u, *residual, *condition;     // (count, d), (count,), (count,)
+};
+
 // Runs body(i) for i in [0, count) on torch's threads.
 using ParallelFor = void (*)(int64_t count, void (*body)(int64_t i, void* context), void* context);
 
@@ -111,6 +149,10 @@ struct Kernels {
   void (*adjoint_fuse)(const FuseAdjointProblem<T>&, int threads, ParallelFor);
   void (*adjoint_layer)(const LayerAdjointProblem<T>&, int threads, ParallelFor);
   void (*anderson_step)(const StepProblem<T>&, int threads, ParallelFor);
+  void (*rescue_cells)(const RescueProblem<T, SomeCellRows<T>>&, int threads, ParallelFor);
+  void (*rescue_fuse)(const RescueProblem<T, SomeFuseRows<T>>&, int threads, ParallelFor);
+  void (*dense_adjoint_cells)(const DenseAdjointProblem<T, SomeCellRows<T>>&, int threads, ParallelFor);
+  void (*dense_adjoint_fuse)(const DenseAdjointProblem<T, SomeFuseRows<T>>&, int threads, ParallelFor);
 };
 
 // How a problem is cut: rows that iterate together, and the tiles (rows x d values) of their solver's state.

@@ -10,6 +10,7 @@ from deqfuse.backends.arguments import adjoint_numbers, prepare, prepare_all
 from deqfuse.backends.maps import Variant
 from deqfuse.backends.problem import LayerStatistics, Problem, Solved, SolvedLayer, Statistics
 from deqfuse.outcome import Outcome
+from deqfuse.solvers.continuation import MAX_JACOBIANS
 from deqfuse.solvers.newton_krylov import Map
 from deqfuse.solvers.options import (
     Anderson,
@@ -125,6 +126,46 @@ def solve_layer(
             variant != "paper", variant == "released-mmimdb", *_forward(solver), _steps(solver),
         )
     )  # fmt: skip
+
+
+def rescue_cells(
+    found: Solved,
+    x: Tensor,  # (N, B, d)
+    flat_params: list[Tensor],
+    num_groups: int,
+    variant: Variant,
+    solver: SolverOption,
+) -> Solved:
+    """``found`` with the rows that did not converge solved by continuation, where that succeeds."""
+    which = reference.rows_left(found)
+    if which.numel() == 0:
+        return found
+    mended = native.rescue_cells(
+        x, flat_params, *found[:4], which, num_groups, variant != "paper", solver.tol, MAX_JACOBIANS
+    )
+    return Solved(*mended, found.trace)
+
+
+def rescue_fuse(
+    found: Solved,
+    x_fuse: Tensor,  # (B, d)
+    cell_sum: Tensor,  # (B, d)
+    flat_params: list[Tensor],
+    mask: Tensor | None,  # (B, d)
+    num_modalities: int,
+    num_groups: int,
+    variant: Variant,
+    solver: SolverOption,
+) -> Solved:
+    """``found`` with the rows that did not converge solved by continuation, where that succeeds."""
+    which = reference.rows_left(found)
+    if which.numel() == 0:
+        return found
+    mended = native.rescue_fuse(
+        x_fuse, cell_sum, flat_params, mask, *found[:4], which, num_modalities, num_groups,
+        variant == "released-mmimdb", solver.tol, MAX_JACOBIANS,
+    )  # fmt: skip
+    return Solved(*mended, found.trace)
 
 
 def anderson(f: Map, z0: Tensor, option: Anderson) -> Solution:

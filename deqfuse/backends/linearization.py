@@ -8,6 +8,8 @@ and a few element-wise passes, as often as needed, without a graph. GroupNorm's 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -34,6 +36,13 @@ class _Norm:
         t_, x_ = t.unflatten(-1, shape), self.x_hat.unflatten(-1, shape)
         out = t_ - t_.mean(-1, keepdim=True) - x_ * (t_ * x_).mean(-1, keepdim=True)
         return (self.rstd * out).flatten(-2)
+
+
+def _columns(jvp: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
+    """J (..., d, d) from J v, column by column."""
+    d = z.shape[-1]
+    basis = torch.eye(d, dtype=z.dtype, device=z.device).expand(*z.shape, d)
+    return torch.func.vmap(jvp, in_dims=-1, out_dims=-1)(basis)
 
 
 class CellLinearization:
@@ -64,6 +73,10 @@ class CellLinearization:
         if self.skip:
             t = t + v
         return self.gamma3 * self.norm3.symmetric(torch.where(self.sign2, t, 0.0))
+
+    def jacobian(self) -> Tensor:
+        """J (N, B, d, d), dense."""
+        return _columns(self.jvp, self.z)
 
     def _pull(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Cotangents at GN2's output, W2's output (which is also x's) and W1's output."""
@@ -142,6 +155,10 @@ class FuseLinearization:
         if self.relu_last:
             return self._signed(self.params.norm_weight * self.norm.symmetric(t))
         return self.params.norm_weight * self.norm.symmetric(self._signed(t))
+
+    def jacobian(self) -> Tensor:
+        """J (B, d, d), dense."""
+        return _columns(self.jvp, self.z)
 
     def _pull(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Cotangents at the norm's affine output, at e (which is also x_fuse's) and at q."""

@@ -46,6 +46,26 @@ _SCHEMAS = {
         "bool want_params, Tensor? mask, int num_groups, bool skip, bool relu_last, "
         f"int mode, {_SOLVE}) -> (Tensor[], Tensor[], Tensor, Tensor, Tensor, bool)"
     ),
+    "cpu_rescue_cells": (
+        "(Tensor x, Tensor[] params, Tensor z, Tensor residual, Tensor nfe, Tensor outcome, "
+        "Tensor which, int num_groups, bool skip, float tol, int max_jacobians) "
+        "-> (Tensor, Tensor, Tensor, Tensor)"
+    ),
+    "cpu_rescue_fuse": (
+        "(Tensor x_fuse, Tensor cell_sum, Tensor[] params, Tensor? mask, Tensor z, "
+        "Tensor residual, Tensor nfe, Tensor outcome, Tensor which, int num_modalities, "
+        "int num_groups, bool relu_last, float tol, int max_jacobians) "
+        "-> (Tensor, Tensor, Tensor, Tensor)"
+    ),
+    "cpu_dense_adjoint_cells": (
+        "(Tensor grad_z, Tensor z, Tensor x, Tensor[] params, Tensor which, int num_groups, "
+        "bool skip) -> (Tensor, Tensor, Tensor)"
+    ),
+    "cpu_dense_adjoint_fuse": (
+        "(Tensor grad_z, Tensor z, Tensor x_fuse, Tensor cell_sum, Tensor[] params, Tensor? mask, "
+        "Tensor which, int num_modalities, int num_groups, bool relu_last) "
+        "-> (Tensor, Tensor, Tensor)"
+    ),
     "cpu_anderson_step": (
         "(Tensor fz, Tensor(a!) z, Tensor(b!) best, Tensor(c!) images, Tensor(d!) residuals, "
         "Tensor(e!) gram, Tensor(f!) best_residual, Tensor(g!) nfe, Tensor(h!) best_at, "
@@ -119,6 +139,22 @@ def _fake_adjoint_layer(grad_z, grad_cells, states, x, params, want, *rest):  # 
     return dx, empty_grads(params, want), *empty_statistics(states), False
 
 
+def _fake_rescue(*args):  # type: ignore[no-untyped-def]
+    found = args[2:6] if isinstance(args[1], list) else args[4:8]
+    return tuple(t.new_empty(t.shape) for t in found)
+
+
+def _fake_dense_adjoint(grad_z, z, x, *rest):  # type: ignore[no-untyped-def]
+    which = rest[1] if isinstance(rest[0], list) else rest[3]
+    count = which.shape[0]
+    return z.new_empty(count, z.shape[-1]), z.new_empty(count), z.new_empty(count)
+
+
+torch.library.register_fake("deqfuse::cpu_rescue_cells")(_fake_rescue)
+torch.library.register_fake("deqfuse::cpu_rescue_fuse")(_fake_rescue)
+torch.library.register_fake("deqfuse::cpu_dense_adjoint_cells")(_fake_dense_adjoint)
+torch.library.register_fake("deqfuse::cpu_dense_adjoint_fuse")(_fake_dense_adjoint)
+
 module: ModuleType | None = None
 load_error = ""
 try:
@@ -132,4 +168,8 @@ solve_layer = torch.ops.deqfuse.cpu_solve_layer.default
 adjoint_cells = torch.ops.deqfuse.cpu_adjoint_cells.default
 adjoint_fuse = torch.ops.deqfuse.cpu_adjoint_fuse.default
 adjoint_layer = torch.ops.deqfuse.cpu_adjoint_layer.default
+rescue_cells = torch.ops.deqfuse.cpu_rescue_cells.default
+rescue_fuse = torch.ops.deqfuse.cpu_rescue_fuse.default
+dense_adjoint_cells = torch.ops.deqfuse.cpu_dense_adjoint_cells.default
+dense_adjoint_fuse = torch.ops.deqfuse.cpu_dense_adjoint_fuse.default
 anderson_step = torch.ops.deqfuse.cpu_anderson_step.default

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,11 +26,13 @@ from deqfuse.backends.problem import (
     Statistics,
     compute_dtype,
 )
+from deqfuse.outcome import Outcome
 from deqfuse.solvers.adjoint import solve_adjoint
 from deqfuse.solvers.anderson import anderson as anderson
+from deqfuse.solvers.continuation import RowJacobian, RowMap, find_zero
 from deqfuse.solvers.newton_krylov import Linearize, Map
 from deqfuse.solvers.options import Anderson, GradientOption, SolverOption
-from deqfuse.solvers.rows import Solution
+from deqfuse.solvers.rows import RESIDUAL_FLOOR, Solution
 from deqfuse.solvers.solve import rescue, solve
 
 
@@ -119,6 +122,89 @@ def fuse_problem(
         return FuseLinearization(z, x_fuse, cell_sum, mask, *rest).jvp
 
     return step, linearize
+
+
+def rescue_cells(
+    found: Solved,
+    x: Tensor,  # (N, B, d)
+    flat_params: list[Tensor],
+    num_groups: int,
+    variant: Variant,
+    solver: SolverOption,
+) -> Solved:
+    """``found`` with the rows that did not converge solved by continuation, where that succeeds."""
+    params = CellParams.stack(_to_compute(flat_params, x))
+    x, rows = _to_compute(x, x), x.shape[1]
+
+    def problem(row: int, dtype: torch.dtype) -> tuple[RowMap, RowJacobian]:
+        i, at = row // rows, x[row // rows, row % rows].to(dtype)[None, None]
+        own = CellParams(*(t[i : i + 1].to(dtype) for t in params))
+        rest = (at, own, num_groups, variant)
+        return (
+            lambda z: residual_cell(z[None, None], *rest)[0, 0],
+            lambda z: CellLinearization(z[None, None], *rest).jacobian()[0, 0],
+        )
+
+    return _mended(found, problem, solver.tol)
+
+
+def rescue_fuse(
+    found: Solved,
+    x_fuse: Tensor,  # (B, d)
+    cell_sum: Tensor,  # (B, d)
+    flat_params: list[Tensor],
+    mask: Tensor | None,  # (B, d)
+    num_modalities: int,
+    num_groups: int,
+    variant: Variant,
+    solver: SolverOption,
+) -> Solved:
+    """``found`` with the rows that did not converge solved by continuation, where that succeeds."""
+    flat_params = _to_compute(flat_params, x_fuse)
+    x_fuse, cell_sum, mask = (_to_compute(t, x_fuse) for t in (x_fuse, cell_sum, mask))
+
+    def problem(row: int, dtype: torch.dtype) -> tuple[RowMap, RowJacobian]:
+        x, total, dropout = (
+            None if t is None else t[row : row + 1].to(dtype) for t in (x_fuse, cell_sum, mask)
+        )
+        params = [p.to(dtype) for p in flat_params]
+        step, _ = fuse_problem(x, total, params, dropout, num_modalities, num_groups, variant)
+        rest = (num_modalities, FuseParams(*params), num_groups, variant)
+        return (
+            lambda z: step(z[None])[0],
+            lambda z: FuseLinearization(z[None], x, total, dropout, *rest).jacobian()[0],
+        )
+
+    return _mended(found, problem, solver.tol)
+
+
+def rows_left(found: Solved) -> Tensor:
+    """Numbers (int64) of the rows that did not converge, over all dimensions but the last."""
+    return torch.nonzero(found.outcome.flatten() != int(Outcome.CONVERGED)).flatten()
+
+
+def _mended(
+    found: Solved,
+    problem: Callable[[int, torch.dtype], tuple[RowMap, RowJacobian]],
+    tol: float,
+) -> Solved:
+    """Row by row in float64; an answer is judged as it is stored."""
+    z, *statistics = (t.clone() for t in found[:4])
+    residual, nfe, outcome = (t.view(-1) for t in statistics)
+    rows = z.view(-1, z.shape[-1])
+    for row in rows_left(found).tolist():
+        zero = find_zero(*problem(row, torch.float64), rows[row].double(), tol)
+        nfe[row] += zero.work
+        if not zero.found:
+            continue
+        answer = zero.z.to(z.dtype)
+        image = problem(row, z.dtype)[0](answer)
+        size = (image - answer).norm() / (image.norm() + RESIDUAL_FLOOR)
+        if not (size <= tol or size < residual[row]):
+            continue
+        rows[row], residual[row] = answer, size
+        outcome[row] = int(Outcome.CONVERGED if size <= tol else Outcome.STALLED)
+    return Solved(z, *statistics, found.trace)
 
 
 def takes_rows(z0: Tensor, solver: SolverOption) -> bool:
