@@ -140,10 +140,10 @@ def rescue_cells(
     which = reference.rows_left(found)
     if which.numel() == 0:
         return found
-    mended = native.rescue_cells(
+    z, residual, nfe, outcome = native.rescue_cells(
         x, flat_params, *found[:4], which, num_groups, variant != "paper", solver.tol, MAX_JACOBIANS
     )
-    return Solved(*mended, found.trace)
+    return Solved(z, residual, nfe, outcome, found.trace)
 
 
 def rescue_fuse(
@@ -161,11 +161,11 @@ def rescue_fuse(
     which = reference.rows_left(found)
     if which.numel() == 0:
         return found
-    mended = native.rescue_fuse(
+    z, residual, nfe, outcome = native.rescue_fuse(
         x_fuse, cell_sum, flat_params, mask, *found[:4], which, num_modalities, num_groups,
         variant == "released-mmimdb", solver.tol, MAX_JACOBIANS,
     )  # fmt: skip
-    return Solved(*mended, found.trace)
+    return Solved(z, residual, nfe, outcome, found.trace)
 
 
 def anderson(f: Map, z0: Tensor, option: Anderson) -> Solution:

@@ -164,9 +164,8 @@ def rescue_fuse(
     x_fuse, cell_sum, mask = (_to_compute(t, x_fuse) for t in (x_fuse, cell_sum, mask))
 
     def problem(row: int, dtype: torch.dtype) -> tuple[RowMap, RowJacobian]:
-        x, total, dropout = (
-            None if t is None else t[row : row + 1].to(dtype) for t in (x_fuse, cell_sum, mask)
-        )
+        x, total = (t[row : row + 1].to(dtype) for t in (x_fuse, cell_sum))
+        dropout = None if mask is None else mask[row : row + 1].to(dtype)
         params = [p.to(dtype) for p in flat_params]
         step, _ = fuse_problem(x, total, params, dropout, num_modalities, num_groups, variant)
         rest = (num_modalities, FuseParams(*params), num_groups, variant)
@@ -189,9 +188,9 @@ def _mended(
     tol: float,
 ) -> Solved:
     """Row by row in float64; an answer is judged as it is stored."""
-    z, *statistics = (t.clone() for t in found[:4])
-    residual, nfe, outcome = (t.view(-1) for t in statistics)
-    rows = z.view(-1, z.shape[-1])
+    mended = Solved(*(t.clone() for t in found))
+    z, rows = mended.z, mended.z.view(-1, mended.z.shape[-1])
+    residual, nfe, outcome = (t.view(-1) for t in mended[1:4])
     for row in rows_left(found).tolist():
         zero = find_zero(*problem(row, torch.float64), rows[row].double(), tol)
         nfe[row] += zero.work
@@ -204,7 +203,7 @@ def _mended(
             continue
         rows[row], residual[row] = answer, size
         outcome[row] = int(Outcome.CONVERGED if size <= tol else Outcome.STALLED)
-    return Solved(z, *statistics, found.trace)
+    return mended
 
 
 def takes_rows(z0: Tensor, solver: SolverOption) -> bool:
