@@ -4,8 +4,8 @@
 // Continuation Methods", 1990). docs/design.md, section 4, says why there is such a curve.
 //
 // What decides whether it is found:
-//   - the direction along the curve is the one in which det [DH; tangent] is positive, as it is at (a, 0): an invariant
-//     of the curve, also across the kinks that relu makes, where the tangents of both sides say nothing about each other;
+//   - the direction along the curve is that in which det [DH; tangent] is positive, as it is at (a, 0): an invariant
+//     of the curve, also across the kinks that relu makes, where the tangents of both sides have nothing in common;
 //   - the curve is followed closely (kOnCurve): points further away lie on other curves, which lead back or around;
 //   - where no step succeeds, a kink is stepped across.
 #pragma once

@@ -93,7 +93,8 @@ class Factors {
   static int64_t values(int64_t n) { return n * padded<M>(n) + n * B; }
 
   // `memory`: values(most) of M; `pivots`: `most` numbers.
-  Factors(M* memory, int32_t* pivots, int64_t most) : a_(memory), panel_(memory + most * padded<M>(most)), pivot_(pivots) {}
+  Factors(M* memory, int32_t* pivots, int64_t most)
+      : a_(memory), panel_(memory + most * padded<M>(most)), pivot_(pivots) {}
 
   M* matrix() { return a_; }
   // The sign of the determinant; 0 where a pivot is zero or not a number: there are no factors then.

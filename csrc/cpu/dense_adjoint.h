@@ -105,7 +105,8 @@ void dense_adjoint(const DenseAdjointProblem<T, Rows>& p, int threads, ParallelF
   using System = DenseSystem<Jacobian>;
   run_tasks(rows.count, threads, parallel, [&](int64_t t) {
     const int64_t row = rows.which[t];
-    Scratch<double> scratch(Jacobian::values(d, rows.groups) + System::values(d, rows.groups) + 2 * Arena<double>::size(d));
+    Scratch<double> scratch(Jacobian::values(d, rows.groups) + System::values(d, rows.groups) +
+                            2 * Arena<double>::size(d));
     Scratch<int32_t> indices(3 * d);
     Arena<double> memory(scratch.get());
     double *u = memory.take(d), *check = memory.take(d);

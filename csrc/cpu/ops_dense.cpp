@@ -18,8 +18,8 @@ struct Block {
 
   // `blocks`: how many maps there are, `size`: of so many parameters each.
   Block(Tensor injections, Tensors weights, Tensor chosen, int64_t n, int64_t num_groups, int64_t blocks, int64_t size)
-      : x(injections), params(weights), which(chosen), modalities(n), rows(x.size(-2)), d(x.size(-1)), groups(num_groups),
-        dtype(compute_dtype(x)) {
+      : x(injections), params(weights), which(chosen), modalities(n), rows(x.size(-2)), d(x.size(-1)),
+        groups(num_groups), dtype(compute_dtype(x)) {
     expect_sizes(dtype, d, groups);
     prepare(x, dtype);
     prepare(params, dtype);
@@ -61,8 +61,8 @@ struct Found {
 };
 Found copies(const Block& block, int64_t rows, const Tensor& z, const Tensor& residual, const Tensor& nfe,
              const Tensor& outcome, int64_t most) {
-  STD_TORCH_CHECK(most >= 0 && most <= std::numeric_limits<int32_t>::max(), "deqfuse: max_jacobians: expected at least 0, got ",
-                  most);
+  STD_TORCH_CHECK(most >= 0 && most <= std::numeric_limits<int32_t>::max(),
+                  "deqfuse: max_jacobians: expected at least 0, got ", most);
   return {copy_of(z, rows * block.d, block.dtype, "z"), copy_of(residual, rows, block.dtype, "residual"),
           copy_of(nfe, rows, ScalarType::Int, "nfe"), copy_of(outcome, rows, ScalarType::Char, "outcome")};
 }

@@ -28,9 +28,12 @@ class RowRescue {
   static int64_t stored(int64_t d, int64_t groups) { return Map::values(d) + Point::values(d, groups); }
   static int64_t indices(int64_t d) { return 3 * d + 1; }
 
-  RowRescue(const Rows& rows, int64_t row, double tol, int most, Arena<double> doubles, Arena<T> stored, int32_t* indices)
-      : d_(rows.d), tol_(T(tol)), jacobian_(row_jacobian(rows, row, doubles, indices)), map_(row_map(rows, row, stored)),
-        path_(jacobian_, d_, rows.groups, kPathTolerance * tol, most, doubles, indices + 2 * d_), zero_(doubles.take(d_)) {
+  RowRescue(const Rows& rows, int64_t row, double tol, int most, Arena<double> doubles, Arena<T> stored,
+            int32_t* indices)
+      : d_(rows.d), tol_(T(tol)), jacobian_(row_jacobian(rows, row, doubles, indices)),
+        map_(row_map(rows, row, stored)),
+        path_(jacobian_, d_, rows.groups, kPathTolerance * tol, most, doubles, indices + 2 * d_),
+        zero_(doubles.take(d_)) {
     answer_.take(stored, d_, rows.groups);
   }
 
@@ -52,9 +55,9 @@ class RowRescue {
   }
   int work() const { return path_.jacobians() + path_.evaluations(); }
 
-  // Stores the zero, and says with what residual. In float32 the map itself rounds by more than the tolerance where its
-  // Jacobian is some hundreds times a last digit, and at each of the numbers around the zero differently. The best of
-  // a few is the answer if all of them are good enough for the next evaluation, in another order of sums, to agree.
+  // Stores the zero, and says with what residual. Where the Jacobian is large, float32's own evaluation errs by about
+  // the tolerance, differently at each of the numbers around the zero. The best of some is the answer if none of them
+  // is much above the tolerance, so that whoever evaluates it in another order of sums agrees.
   T store(T* z) {
     T best = std::numeric_limits<T>::infinity(), worst = 0;
     std::memcpy(zero_, path_.z(), sizeof(double) * d_);
@@ -67,7 +70,7 @@ class RowRescue {
       best = found;
       std::memcpy(z, answer_.z, sizeof(T) * d_);
     }
-    return best <= tol_ && worst <= 2 * tol_ ? best : worst > tol_ ? worst : 2 * tol_;
+    return best <= tol_ && worst <= T(1.5) * tol_ ? best : worst;
   }
 
  private:

@@ -41,7 +41,8 @@ class CellRow {
   // `params` of this cell, in the order of CellParams.
   CellRow(const T* const* params, const T* x, bool skip, int64_t d, int64_t groups, Arena<S>& memory)
       : w1_(params[0]), b1_(params[1]), w2_(params[2]), b2_(params[3]), g1_(params[4]), c1_(params[5]), g2_(params[6]),
-        c2_(params[7]), g3_(params[8]), c3_(params[9]), x_(x), skip_(skip), d_(d), groups_(groups), y_(memory.take(d)) {}
+        c2_(params[7]), g3_(params[8]), c3_(params[9]), x_(x), skip_(skip), d_(d), groups_(groups),
+        y_(memory.take(d)) {}
 
   void evaluate(Point& p) {
     times(w1_, p.z, y_);

@@ -104,8 +104,8 @@ class FuseJacobian : public FuseRow<S, T> {
   }
   int64_t rank() const { return active_.count; }
 
-  // R is mask W_f (diag(gate) + N diag(z) W_a), behind diag(gamma) S where relu is last; L is the rest. What stands left
-  // of the bracket makes rows, the bracket and what stands right of it columns.
+  // R is mask W_f (diag(gate) + N diag(z) W_a), behind diag(gamma) S where relu is last; L is the rest. What stands
+  // left of the bracket makes rows, the bracket and what stands right of it columns.
   void core(S p, S* matrix, int64_t stride) {
     const int64_t count = active_.count;
     prepare_left();

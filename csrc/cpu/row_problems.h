@@ -12,7 +12,8 @@ namespace DEQFUSE_ISA {
 template <class T>
 auto row_jacobian(const SomeCellRows<T>& p, int64_t row, Arena<double>& memory, int32_t* indices) {
   const int64_t i = row / p.rows;
-  return CellJacobian<double, T>(p.params + 10 * i, p.x[i] + row % p.rows * p.d, p.skip, p.d, p.groups, memory, indices);
+  const T* x = p.x[i] + row % p.rows * p.d;
+  return CellJacobian<double, T>(p.params + 10 * i, x, p.skip, p.d, p.groups, memory, indices);
 }
 template <class T>
 auto row_map(const SomeCellRows<T>& p, int64_t row, Arena<T>& memory) {

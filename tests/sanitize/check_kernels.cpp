@@ -4,7 +4,8 @@
 //   - gradients agree with central differences of the solve along a random direction of all inputs;
 //   - any thread count, and a row alone, give the same bits;
 //   - a NaN row comes back as NaN and changes no other row;
-//   - the whole layer is its blocks, fed by hand, bit for bit.
+//   - the whole layer is its blocks, fed by hand, bit for bit;
+//   - rows that are mended one at a time satisfy their equation, and dense adjoints theirs.
 // Arrays have their exact size, so that a sanitizer sees every access beyond them.
 #include <algorithm>
 #include <cmath>
@@ -16,6 +17,7 @@
 #include <random>
 #include <string>
 #include <thread>
+#include <type_traits>
 #include <vector>
 
 #include "../../csrc/common/outcome.h"
@@ -26,7 +28,7 @@ template <class T>
 using Array = std::vector<T>;
 
 std::string now;  // the case that is running
-long long checks = 0, converged = 0, rows_solved = 0, slopes_compared = 0, series_compared = 0, layers_compared = 0;
+long long checks = 0, converged = 0, rows_solved = 0, slopes_compared = 0, series_compared = 0, layers_compared = 0, mended = 0;
 long long narrow = 0, stretched = 0;  // converged rows with groups of two; those further from their image than expected
 
 void check(bool ok, const char* what, double value = 0) {
@@ -355,6 +357,91 @@ bool same(const Gradients<T>& a, const Gradients<T>& b) {
   return equal;
 }
 
+// f(problem) with one that works on single rows, where SomeRows lie first.
+template <class T, template <class, class> class Problem, class F>
+void with_rows(const Inputs& in, const Array<int64_t>& which, F f) {
+  const Shape& s = in.s;
+  Array<Array<T>> params;
+  for (auto& p : in.params) params.push_back(cast<T>(p));
+  const auto pointed = pointers<const T>(params);
+  const auto x = cast<T>(in.x), sum = cast<T>(in.cell_sum), mask = cast<T>(in.mask);
+  const auto from = slices<const T>(x, s);
+  auto common = [&](auto problem) {
+    auto& rows = problem.rows;
+    rows.modalities = s.modalities, rows.rows = s.rows, rows.d = s.d, rows.groups = s.groups;
+    rows.params = pointed.data(), rows.which = which.data(), rows.count = int64_t(which.size());
+    return problem;
+  };
+  if (in.fuse) {
+    auto problem = common(Problem<T, SomeFuseRows<T>>{});
+    problem.rows.relu_last = s.variant, problem.rows.x = x.data(), problem.rows.cell_sum = sum.data();
+    problem.rows.mask = mask.empty() ? nullptr : mask.data();
+    f(problem);
+  } else {
+    auto problem = common(Problem<T, SomeCellRows<T>>{});
+    problem.rows.skip = s.variant, problem.rows.x = from.data();
+    f(problem);
+  }
+}
+
+template <class T>
+Solution<T> rescue(const KernelTable& table, const Inputs& in, Solution<T> found, double tol, int most, int threads) {
+  Array<int64_t> left;
+  for (size_t k = 0; k < found.outcome.size(); ++k)
+    if (Outcome(found.outcome[k]) != Outcome::kConverged) left.push_back(int64_t(k));
+  with_rows<T, RescueProblem>(in, left, [&](auto problem) {
+    problem.tol = tol, problem.most = most, problem.z = found.z.data(), problem.residual = found.residual.data();
+    problem.nfe = found.nfe.data(), problem.outcome = found.outcome.data();
+    if constexpr (std::is_same_v<decltype(problem.rows), SomeFuseRows<T>>)
+      of(table, T{}).rescue_fuse(problem, threads, parallel);
+    else of(table, T{}).rescue_cells(problem, threads, parallel);
+  });
+  return found;
+}
+
+// Rows that are given two evaluations, and a poisoned one, which stays as it was; the adjoints of all by LU factors.
+template <class T>
+void check_dense(const KernelTable& table, const Inputs& in, double tol) {
+  const Shape& s = in.s;
+  const int64_t count = in.blocks() * s.rows, bad = s.rows / 2;
+  Inputs hard = in;
+  hard.s.max_iter = 2;
+  for (size_t i : {size_t(0), size_t(2)})
+    for (double& v : hard.params[i]) v *= 8;  // not a contraction
+  hard.x[bad * s.d] = std::nan("");
+  const Solution<T> left = solve<T>(table, hard, tol, 1);
+  check(same(rescue(table, hard, left, tol, 0, 1).z, left.z), "rows change without work");
+  const Solution<T> out = rescue(table, hard, left, tol, 400, 1), other = rescue(table, hard, left, tol, 400, 3);
+  check(same(out.z, other.z) && same(out.residual, other.residual) && same(out.nfe, other.nfe) &&
+            same(out.outcome, other.outcome), "rescue depends on the thread count");
+  for (int64_t k = 0; k < count; ++k) {
+    if (Outcome(left.outcome[k]) == Outcome::kConverged || Outcome(out.outcome[k]) != Outcome::kConverged) continue;
+    check(k != bad, "a poisoned row was mended");
+    ++mended;
+    const Array<double> z = cast<double>(row(out.z, k, s.d));
+    check(distance(z, image(hard, k / s.rows, k % s.rows, z)) < 3 * tol, "a mended row does not satisfy its equation");
+  }
+
+  Array<int64_t> all;
+  for (int64_t k = 0; k < count; ++k) all.push_back(k);
+  const Array<T> z = out.z, g = cast<T>(in.g);
+  const T nan = std::numeric_limits<T>::quiet_NaN();
+  Array<T> u[2], residual(count, nan), condition(count, nan);
+  for (int threads : {1, 3}) {
+    u[threads / 2] = Array<T>(count * s.d, nan);
+    with_rows<T, DenseAdjointProblem>(hard, all, [&](auto problem) {
+      problem.z = z.data(), problem.g = g.data(), problem.u = u[threads / 2].data();
+      problem.residual = residual.data(), problem.condition = condition.data();
+      if constexpr (std::is_same_v<decltype(problem.rows), SomeFuseRows<T>>)
+        of(table, T{}).dense_adjoint_fuse(problem, threads, parallel);
+      else of(table, T{}).dense_adjoint_cells(problem, threads, parallel);
+    });
+  }
+  check(same(u[0], u[1]), "dense adjoint depends on the thread count");
+  for (int64_t k = 0; k < count; ++k)
+    check(k == bad || residual[k] < 1e-14 * std::max(1e3, double(condition[k])), "dense adjoint", residual[k]);
+}
+
 void check_blocks(const KernelTable& table, const Shape& s, bool fuse) {
   now = std::string(table.name) + (fuse ? " fuse" : " cells") + " N=" + std::to_string(s.modalities) +
         " B=" + std::to_string(s.rows) + " d=" + std::to_string(s.d) + " groups=" + std::to_string(s.groups) +
@@ -366,6 +453,7 @@ void check_blocks(const KernelTable& table, const Shape& s, bool fuse) {
   check_forward(table, in, 1e-4, low);
   check_forward(table, in, 1e-12, high);
   if (s.rows > 0) check_nan(table, in, 1e-4, low), check_nan(table, in, 1e-12, high);
+  if (s.rows > 0 && s.rows < 17 && !s.warm) check_dense<float>(table, in, 1e-3), check_dense<double>(table, in, 1e-8);
 
   const auto u = adjoint<double>(table, in, high.z, -1, 1e-12, 1);
   check(same(u, adjoint<double>(table, in, high.z, -1, 1e-12, 3)), "adjoint depends on the thread count");
@@ -642,13 +730,13 @@ int main(int argc, char** argv) {
 #endif
   for (size_t i = argc > 1 ? size_t(std::atoi(argv[1])) : 0; i < tables.size(); i += argc > 1 ? 2 : 1) {
     const KernelTable* table = tables[i];
-    checks = converged = rows_solved = slopes_compared = series_compared = layers_compared = narrow = stretched = 0;
+    checks = converged = rows_solved = slopes_compared = series_compared = layers_compared = narrow = stretched = mended = 0;
     check_table(*table);
     if (table->plan(257, 768, 4, 5).rows_per_tile == 64) check_large(*table);
     std::printf("%s: %lld checks, %lld of %lld rows converged, gradients of %lld cases compared with slopes, "
-                "%lld with series, %lld layers with their blocks\n",
-                table->name, checks, converged, rows_solved, slopes_compared, series_compared, layers_compared);
-    const bool enough = slopes_compared > 30 && series_compared > 10 && layers_compared > 100;
+                "%lld with series, %lld layers with their blocks, %lld rows mended\n",
+                table->name, checks, converged, rows_solved, slopes_compared, series_compared, layers_compared, mended);
+    const bool enough = slopes_compared > 30 && series_compared > 10 && layers_compared > 100 && mended > 50;
     check(converged > rows_solved / 2 && enough, "too few cases say anything");
     check(narrow > 100 && stretched <= narrow / 100, "answers do not satisfy their equations", double(stretched));
   }
