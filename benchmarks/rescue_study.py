@@ -1,8 +1,8 @@
 """What continuation makes of the rows that Anderson leaves: share of rows solved, and time.
 
-    python benchmarks/rescue_study.py grid --dims 16 64 --rows 1024     torch's initialisation
-    python benchmarks/rescue_study.py zero                              all-zero injections
-    python benchmarks/rescue_study.py time                              a batch, and single rows
+    python -m benchmarks.rescue_study grid --dims 16 64 --rows 1024     torch's initialisation
+    python -m benchmarks.rescue_study zero                              all-zero injections
+    python -m benchmarks.rescue_study time                              a batch, and single rows
 
 Every solved row is recomputed with the plain equations; the largest residual over the tolerance is
 printed beside the counts.
@@ -89,8 +89,8 @@ def line(what: str, before: Solved, after: Solved, taken: float, worst: float, t
     work = (after.nfe - before.nfe)[rows].double()
     median, largest = (int(work.median()), int(work.max())) if len(work) else (0, 0)
     return (
-        f"{what}: {left(before)} of {before.outcome.numel()} rows left, then {left(after)}; "
-        f"work {median} in the median, {largest} at most; {taken:.2f} s; residual {worst / tol:.2f} tol"
+        f"{what}: {left(before)} of {before.outcome.numel()} rows left, then {left(after)}; work "
+        f"{median} in the median, {largest} at most; {taken:.2f} s; residual {worst / tol:.2f} tol"
     )
 
 
@@ -139,8 +139,8 @@ def timing(options: argparse.Namespace) -> None:
         times = sorted(1e3 * block.fuse(x, cells, solver, row[None])[2] for row in hard)
         print(
             f"single rows, d={dim}, one thread: {len(times)} rows, median "
-            f"{statistics.median(times):.0f} ms, nine in ten below {times[len(times) * 9 // 10]:.0f} ms, "
-            f"at most {times[-1]:.0f} ms"
+            f"{statistics.median(times):.0f} ms, nine in ten below "
+            f"{times[len(times) * 9 // 10]:.0f} ms, at most {times[-1]:.0f} ms"
         )
 
 
