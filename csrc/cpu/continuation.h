@@ -19,7 +19,8 @@
 namespace deqfuse {
 namespace DEQFUSE_ISA {
 
-constexpr double kOnCurve = 3e-3;       // |H| / |f| of an accepted point
+constexpr double kOnCurve = 3e-3;       // |H| / |f| of an accepted point; a tenth after each failure to land, down to
+constexpr double kClosest = 1e-6;       // this, since a zero is missed from as far as that
 constexpr double kChord = 0.5;          // a correction must bring |H| down by this much, or the Jacobian is made anew
 constexpr double kClose = 0.3;          // corrections this short, in steps, keep a Jacobian good for the next tangent
 constexpr double kLeastStep = 1e-5;     // below it a step has failed at a kink
@@ -49,6 +50,7 @@ class Continuation {
   // The current iterate, to be set before evaluate() or to be read after a success.
   S* z() { return now_.z; }
   const S* image() const { return now_.f; }
+  bool is_exhausted() const { return jacobians_ >= most_; }
   int jacobians() const { return jacobians_; }
   int evaluations() const { return evaluations_; }
 
@@ -60,7 +62,7 @@ class Continuation {
   bool newton(S residual, int steps, S least) {
     fresh_ = false;
     for (int k = 0; k < steps && residual > tol_ && jacobians_ < most_; ++k) {
-      vertical();
+      keep_t();
       if (!factor(S(1))) return false;
       solve(r_, step_);
       S next = residual;
@@ -88,9 +90,10 @@ class Continuation {
   bool follow() {
     for (int64_t i = 0; i < d_; ++i) a_[i] = u_[i] = now_.z[i];
     u_[d_] = 0;
-    vertical();
+    keep_t();
     if (!is_finite(residual_at(0)) || !look_ahead()) return false;
     S h = S(0.1) * std::sqrt(S(d_));
+    on_curve_ = kOnCurve;
     bool may_land = true;  // not again from where it has failed
     for (int kinks = 0; jacobians_ < most_;) {
       if (may_land && u_[d_] + h * tangent_[d_] >= 1) {
@@ -107,6 +110,7 @@ class Continuation {
         h = 20 * kLeastStep;
       } else if (t >= 1) {  // the curve has crossed t = 1
         if (land_between(t)) return true;
+        on_curve_ = on_curve_ > 10 * kClosest ? on_curve_ / 10 : kClosest;
         h *= S(0.35);
         if (h < kLeastStep) return false;
         continue;
@@ -133,7 +137,7 @@ class Continuation {
 
   // The tangent at the point of the curve that was evaluated last.
   bool look_ahead() {
-    leave(now_);
+    move_with_t(now_);
     if (!factor(u_[d_])) return false;
     take_tangent();
     return true;
@@ -158,12 +162,12 @@ class Continuation {
     newtons_ = 0;
     S size = residual_at(t), before = size;
     for (corrections_ = 0; corrections_ < kCorrections; ++corrections_) {
-      if (size <= kOnCurve) return true;
+      if (size <= on_curve_) return true;
       if (!is_finite(size)) return false;
       if (!fresh_ || (corrections_ > 0 && size > kChord * before)) {
         if (newtons_ == kNewtons || jacobians_ >= most_ || (newtons_ > 0 && size > S(0.9) * before)) return false;
         for (int64_t i = 0; i <= d_; ++i) row_[i] = tangent_[i];
-        leave(now_);
+        move_with_t(now_);
         if (!factor(t)) return false;
         for (int64_t i = 0; i < d_; ++i) now_.z[i] = at_.z[i];
         ++newtons_;
@@ -211,13 +215,13 @@ class Continuation {
     return norm_of(r_, d_) / (norm_of(now_.f, d_) + S(1e-5));
   }
 
-  // The system that solve() solves is [[I - t J, b], [row]]: here t stands still.
-  void vertical() {
+  // The system that solve() solves is [[I - t J, b], [row]]. Here t stands still.
+  void keep_t() {
     for (int64_t i = 0; i < d_; ++i) row_[i] = b_[i] = 0;
     row_[d_] = 1;
   }
-  // b = dH/dt
-  void leave(const Point& point) {
+  // Here it moves along: b = dH/dt.
+  void move_with_t(const Point& point) {
     for (int64_t i = 0; i < d_; ++i) b_[i] = a_[i] - point.f[i];
   }
 
@@ -264,6 +268,7 @@ class Continuation {
   Point at_, now_;  // of the Jacobian; of the last evaluation
   S *u_, *tangent_, *row_, *b_, *a_, *r_, *step_, *core_;  // (d + 1,); u: the last point accepted, t behind z
   S t_ = 0, moved_ = 0;     // of the Jacobian; by corrections with the latest factors
+  S on_curve_ = kOnCurve;
   bool fresh_ = false;      // whether the factors are those of a point close to u, for this curve
   int newtons_ = 0, corrections_ = 0;
 };

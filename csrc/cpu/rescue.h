@@ -11,7 +11,8 @@ namespace DEQFUSE_ISA {
 
 constexpr int kNewtonSteps = 8;          // from the best iterate, before any curve
 constexpr int kStarts = 8;               // curves to try, one from f(0) and the others from fixed random points
-constexpr int kJacobiansPerStart = 400;  // at most
+// The most Jacobians of a curve, which has the more kinks the more features there are.
+constexpr int jacobians_per_start(int64_t d) { return int(300 + 3 * d / 2); }
 constexpr double kPathTolerance = 0.1;   // of the tolerance; the rest is for rounding
 constexpr int kRoundings = 16;           // stored numbers that are tried for a zero
 
@@ -47,9 +48,9 @@ class RowRescue {
     if (finite && path_.newton(path_.evaluate(), kNewtonSteps, 0.95)) return true;
     for (int64_t k = 0; k < kStarts; ++k) {
       for (int64_t i = 0; i < d_; ++i) path_.z()[i] = k == 0 ? 0 : start_value(k, i);
-      if (!is_finite(path_.evaluate())) return false;
+      if (path_.is_exhausted() || !is_finite(path_.evaluate())) return false;
       for (int64_t i = 0; i < d_; ++i) path_.z()[i] = path_.image()[i];
-      if (path_.follow(kJacobiansPerStart)) return true;
+      if (path_.follow(jacobians_per_start(d_))) return true;
     }
     return false;
   }

@@ -28,17 +28,16 @@ from deqfuse.solvers.rows import RESIDUAL_FLOOR
 RowMap = Callable[[Tensor], Tensor]  # (n,) -> (n,)
 RowJacobian = Callable[[Tensor], Tensor]  # (n,) -> (n, n)
 
-MAX_JACOBIANS = 4000  # of a row
+MAX_JACOBIANS = 6000  # of a row
 STARTS = 8  # curves to try: from f(0), then from f of fixed random points
-JACOBIANS_PER_START = 400
+JACOBIANS_PER_START = 300, 1.5  # and so many for each feature, since a curve has more kinks
 NEWTON_STEPS, LANDING_STEPS = 8, 8  # from the best iterate; at t = 1
 PATH_TOLERANCE = 0.1  # of the tolerance; the rest is for rounding
 ON_CURVE = 3e-3  # |H| / |f| of an accepted point; further away lie other curves
+CLOSEST = 1e-6  # and after failures to land, each of which asks for a tenth
 CHORD = 0.5  # a correction must bring |H| down by this much, or the Jacobian is made anew
-LEAST_STEP, MAX_KINKS = (
-    1e-5,
-    100,
-)  # below the one a step has failed at a kink, which is stepped over
+LEAST_STEP = 1e-5  # below it a step has failed at a kink, which is stepped over
+MAX_KINKS = 100
 CORRECTIONS, NEWTONS = 10, 4  # at most, per step
 
 
@@ -160,7 +159,8 @@ class _System:
 
 def _follow(row: _Row, a: Tensor) -> Tensor | None:
     """The zero at the end of the curve from ``a``, or None."""
-    end = row.left - JACOBIANS_PER_START
+    least, each = JACOBIANS_PER_START
+    end, on_curve = row.left - least - int(each * len(a)), ON_CURVE
 
     def curve(u: Tensor) -> tuple[Tensor, Tensor, float]:  # H, f(z), |H| / |f|
         fz = row.evaluate(u[:-1])
@@ -180,7 +180,7 @@ def _follow(row: _Row, a: Tensor) -> Tensor | None:
             if z is not None:
                 return z
             may_land = False
-        reached, newtons, corrections = _correct(row, a, curve, u, tangent, step, system)
+        reached, newtons, corrections = _correct(row, a, curve, u, tangent, step, system, on_curve)
         if reached is None:
             step *= 0.35
             if step >= LEAST_STEP:
@@ -192,7 +192,7 @@ def _follow(row: _Row, a: Tensor) -> Tensor | None:
         elif reached[-1] >= 1:  # the curve has crossed t = 1
             crossing = u + (1 - u[-1]) / (reached[-1] - u[-1]) * (reached - u)
             z = row.newton(crossing[:-1], LANDING_STEPS, 0.5)
-            step *= 0.35
+            step, on_curve = 0.35 * step, max(on_curve / 10, CLOSEST)
             if z is not None or step < LEAST_STEP:
                 return z
             continue
@@ -217,6 +217,7 @@ def _correct(
     tangent: Tensor,
     step: float,
     system: _System,
+    on_curve: float,
 ) -> tuple[Tensor | None, int, int]:
     """From a step along the tangent back to the curve, with the system that there is while it
     serves; and how many Jacobians and corrections that took."""
@@ -224,7 +225,7 @@ def _correct(
     h, fz, size = curve(now)
     before = size
     for corrections in range(CORRECTIONS):
-        if size <= ON_CURVE:
+        if size <= on_curve:
             return now, newtons, corrections
         if not math.isfinite(size):
             break
