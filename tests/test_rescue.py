@@ -8,6 +8,7 @@ import cpu_cases  # noqa: F401 - skips where the compiled backend is missing
 import pytest
 import torch
 from rescue_cases import BACKENDS, Hard, left
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from deqfuse import Outcome
 from deqfuse.backends import native
@@ -68,7 +69,7 @@ def test_there_is_something_to_rescue() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_plain_form_solves_them_too(kind: str) -> None:
-    block = dataclasses.replace(Hard(), rows=16).blocks()[kind]
+    block = dataclasses.replace(Hard(), rows=6).blocks()[kind]
     found = block.found()
     rescued = block.rescued(found, BACKENDS["reference"])
     rows = left(found)
@@ -216,6 +217,25 @@ def test_dense_adjoint(name: str, kind: str) -> None:
         assert residual[k] <= 1e-14 * true
         # Eight steps of the power method from below.
         assert 0.3 * true <= condition[k] <= (1 + 1e-9) * true
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_fake_kernels_agree_in_shape(kind: str) -> None:
+    block = Hard(rows=5).blocks()[kind]
+    found, which = block.found(), torch.tensor([1, 3, 4])
+    given, g = block.before, torch.randn_like(found.z)
+    flags = (4, False) if kind == "cells" else (3, 4, False)
+    calls = {
+        f"rescue_{kind}": (*given, *found[:4], which, *flags, 1e-6, 9),
+        f"dense_adjoint_{kind}": (g, found.z, *given, which, *flags),
+    }
+    for name, arguments in calls.items():
+        operator = getattr(native, name)
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            fakes = operator(*arguments)
+        for real, fake in zip(operator(*arguments), fakes, strict=True):
+            assert real.shape == fake.shape
+            assert real.dtype == fake.dtype
 
 
 def test_a_curve_that_turns_back() -> None:
