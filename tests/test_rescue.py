@@ -54,7 +54,7 @@ def test_rows_are_solved(case: Hard, kind: str) -> None:
     assert (block.residual(rescued.z)[solved] <= 0.2 * case.tol).all()
     assert (rescued.residual[solved] <= case.tol).all()
     # Norms over pairs of features are signs nearly everywhere: there, some rows stay unsolved.
-    allowed = 0.1 * rows.sum() if case.dim == 2 * case.groups else 0
+    allowed = 0.3 * rows.sum() if case.dim == 2 * case.groups else 0
     assert left(rescued).sum() <= allowed
     assert (rescued.nfe[rows] > found.nfe[rows]).all()
     for before, after in zip(rows_of(found), rows_of(rescued), strict=True):
