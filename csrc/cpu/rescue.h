@@ -12,7 +12,7 @@ namespace DEQFUSE_ISA {
 constexpr int kNewtonSteps = 8;          // from the best iterate, before any curve
 constexpr int kStarts = 8;               // curves to try, one from f(0) and the others from fixed random points
 // The most Jacobians of a curve, which has the more kinks the more features there are.
-constexpr int jacobians_per_start(int64_t d) { return int(300 + 3 * d / 2); }
+constexpr int jacobians_per_start(int64_t d) { return int(400 + 5 * d); }
 constexpr double kPathTolerance = 0.1;   // of the tolerance; the rest is for rounding
 constexpr int kRoundings = 16;           // stored numbers that are tried for a zero
 

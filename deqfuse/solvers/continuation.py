@@ -28,9 +28,9 @@ from deqfuse.solvers.rows import RESIDUAL_FLOOR
 RowMap = Callable[[Tensor], Tensor]  # (n,) -> (n,)
 RowJacobian = Callable[[Tensor], Tensor]  # (n,) -> (n, n)
 
-MAX_JACOBIANS = 6000  # of a row
+MAX_JACOBIANS = 10_000  # of a row
 STARTS = 8  # curves to try: from f(0), then from f of fixed random points
-JACOBIANS_PER_START = 300, 1.5  # and so many for each feature, since a curve has more kinks
+JACOBIANS_PER_START = 400, 5  # and so many for each feature, since a curve has more kinks
 NEWTON_STEPS, LANDING_STEPS = 8, 8  # from the best iterate; at t = 1
 PATH_TOLERANCE = 0.1  # of the tolerance; the rest is for rounding
 ON_CURVE = 3e-3  # |H| / |f| of an accepted point; further away lie other curves
@@ -160,7 +160,7 @@ class _System:
 def _follow(row: _Row, a: Tensor) -> Tensor | None:
     """The zero at the end of the curve from ``a``, or None."""
     least, each = JACOBIANS_PER_START
-    end, on_curve = row.left - least - int(each * len(a)), ON_CURVE
+    end, on_curve = row.left - least - each * len(a), ON_CURVE
 
     def curve(u: Tensor) -> tuple[Tensor, Tensor, float]:  # H, f(z), |H| / |f|
         fz = row.evaluate(u[:-1])
