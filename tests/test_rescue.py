@@ -15,7 +15,7 @@ from deqfuse.backends import native
 from deqfuse.backends.linearization import CellLinearization, FuseLinearization
 from deqfuse.backends.maps import CellParams, FuseParams
 from deqfuse.backends.problem import Solved
-from deqfuse.solvers.continuation import find_zero
+from deqfuse.solvers import continuation
 
 KINDS = ("cells", "fuse")
 CASES = {
@@ -238,22 +238,27 @@ def test_fake_kernels_agree_in_shape(kind: str) -> None:
             assert real.dtype == fake.dtype
 
 
-def test_a_curve_that_turns_back() -> None:
-    """Newton is given no start: the curve of this map has folds on its way to t = 1."""
+def test_a_curve_that_turns_back_at_kinks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """z = 1.1 is reached at t = 0.45, where f turns steep: t falls to 0.05 until z = 1.15, and then
+    rises to 1 at z = 4.375, the only zero. At both kinks the tangent turns by more than 90 degrees,
+    so that the next one cannot be told by the last; and there is one start."""
+    monkeypatch.setattr(continuation, "STARTS", 1)
 
     def f(z: torch.Tensor) -> torch.Tensor:
-        return torch.stack([3 * torch.sin(3 * z[1]) + 1, 3 * torch.cos(4 * z[0])])
+        return 1 + 0.2 * z + 50 * (z - 1.1).clamp(0, 0.05)
 
-    best = torch.full((2,), torch.nan, dtype=torch.float64)
-    zero = find_zero(f, torch.func.jacrev(f), best, 1e-10)
+    best = torch.full((1,), torch.nan, dtype=torch.float64)  # no start for Newton's method
+    zero = continuation.find_zero(f, torch.func.jacrev(f), best, 1e-10)
     assert zero.found
-    assert (f(zero.z) - zero.z).norm() <= 1e-10 * (f(zero.z).norm() + 1e-5)
+    torch.testing.assert_close(zero.z, torch.tensor([4.375], dtype=torch.float64))
 
 
 def test_the_plain_form_gives_up() -> None:
     """Without Jacobians nothing is found, and the best iterate stays."""
     best = torch.zeros(2, dtype=torch.float64)
-    zero = find_zero(lambda z: torch.cos(4 * z + 1), torch.func.jacrev(torch.cos), best, 1e-9, 0)
+    zero = continuation.find_zero(
+        lambda z: torch.cos(4 * z + 1), torch.func.jacrev(torch.cos), best, 1e-9, 0
+    )
     assert not zero.found
     assert zero.z is best
 
