@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from deqfuse.errors import ConvergenceError, ConvergenceWarning
-from deqfuse.outcome import Outcome
+from deqfuse.outcome import Outcome, failed
 from deqfuse.solvers.options import GradientOption, SolverOption
 
 OnFailure = Literal["warn", "raise", "ignore"]
@@ -26,6 +26,7 @@ CELLS: Parts = ((_LAYER_NAMES[0], ...),)
 FUSE: Parts = ((_LAYER_NAMES[1], ...),)
 LAYER: Parts = ((_LAYER_NAMES[0], slice(None, -1)), (_LAYER_NAMES[1], -1))
 FIXED_POINT: Parts = (("the fixed point", ...),)  # of any callable
+FAILURES = tuple(o for o in Outcome if o not in (Outcome.CONVERGED, Outcome.RESCUED))
 NEAR_ROUNDING = 1e-5  # where float32 residuals of wide layers end
 COUPLED = (
     "The map lets rows see each other (batch statistics, attention or a product over the batch, "
@@ -101,6 +102,8 @@ def report(
             _report_late(parts, outcome, residual, option)
             return
     if outcome.any():  # CONVERGED is 0; the summary is for those who need it
+        if isinstance(option, SolverOption) and parts is not FIXED_POINT:
+            option = option.settled(rescue=option.rescues(outcome.device))
         if on_failure == "raise" and any(
             g is not None and not g.isfinite().all() for g in cotangents
         ):
@@ -147,16 +150,14 @@ def _capturing() -> bool:
 
 
 def _summary(outcome: Tensor, residual: Tensor) -> list[float]:
-    """[rows, failed by each of the outcomes but the first, worst residual among the failed]."""
-    total = float(outcome.numel())
-    failed = outcome != int(Outcome.CONVERGED)
-    if not failed.any():
-        return [total, *[0.0] * len(Outcome)]
-    kinds = [
-        float((outcome == int(kind)).sum()) for kind in Outcome if kind is not Outcome.CONVERGED
-    ]
-    finite = failed & torch.isfinite(residual)
-    return [total, *kinds, float(torch.where(finite, residual, 0.0).amax())]
+    """[rows, how many ended in each of FAILURES, worst residual among them, worst condition]."""
+    total, lost = float(outcome.numel()), failed(outcome)
+    if not lost.any():
+        return [total, *[0.0] * (len(FAILURES) + 2)]
+    kinds = [float((outcome == int(kind)).sum()) for kind in FAILURES]
+    singular = outcome == int(Outcome.SINGULAR)
+    worst = torch.where(lost & ~singular & torch.isfinite(residual), residual, 0.0).amax()
+    return [total, *kinds, float(worst), float(torch.where(singular, residual, 0.0).amax())]
 
 
 def _say(
@@ -165,9 +166,9 @@ def _say(
     option: SolverOption | GradientOption,
     on_failure: str,
 ) -> None:
-    total, budget, stalled, poisoned, coupled, worst = summary
-    failed = int(budget + stalled + poisoned + coupled)
-    if failed == 0:
+    total, budget, stalled, poisoned, coupled, singular, worst, condition = summary
+    lost = int(budget + stalled + poisoned + coupled + singular)
+    if lost == 0:
         return
     source = "loss" if isinstance(option, GradientOption) else "input"
     parts = [
@@ -177,10 +178,11 @@ def _say(
             (stalled, "stalled"),
             (poisoned, f"became NaN or infinite (check the {source})"),
             (coupled, "had converged and changed with later steps of other rows"),
+            (singular, f"have a singular I - J (condition number up to {condition:.0e})"),
         )
         if count
     ]
-    message = f"deqfuse: {failed} of {int(total)} rows of {what} did not converge: "
+    message = f"deqfuse: {lost} of {int(total)} rows of {what} did not converge: "
     message += ", ".join(parts)
     if coupled:  # no solver option makes separate rows of these
         message += f"; worst relative residual {worst:.1e}. {COUPLED}"
@@ -190,6 +192,10 @@ def _say(
         message += ROUNDING if tol < worst < NEAR_ROUNDING else _remedy(what, option)
         if what.endswith(FIXED_POINT[0][0]) and total > 1:
             message += JOINT
+    elif singular:
+        message += (
+            ". Their gradient is unbounded; info.jacobian_penalty() in the loss keeps rows away."
+        )
     else:
         message += "."
     message += " on_failure='ignore' silences this."

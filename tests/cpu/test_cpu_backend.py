@@ -174,7 +174,7 @@ def test_rescue_takes_over_what_is_left(start):
         near = (z - expected).norm(dim=-1) <= 1e-5 * expected.norm(dim=-1)
         assert near[agree].double().mean() > 0.95, "other equilibria are rare"
         assert (info.nfe >= before.nfe).all()
-        assert info.trace.shape[0] == dataclasses.replace(rescue, trace=True).trace_length
+        assert info.trace.shape[0] == dataclasses.replace(rescue, trace=True).max_iter
 
 
 @pytest.mark.parametrize("dtype", ["f64", "f32", "bf16"])

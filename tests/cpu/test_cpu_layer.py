@@ -94,7 +94,7 @@ def test_rescue_goes_through_and_agrees():
         layer = layer_of(case, solver=solver, backend=backend)
         z, info = layer(xs, return_info=True)
         assert info.backend == backend
-        assert info.fuse.trace.shape[0] == solver.trace_length
+        assert info.fuse.trace.shape[0] == solver.max_iter
         found[backend] = [z, info.converged, *torch.autograd.grad(z, xs, g[0])]
     plain = layer_of(case, solver=Anderson(max_iter=10, tol=1e-9))(xs, return_info=True)[1]
     agree = found["cpu"][1] & found["reference"][1]

@@ -245,5 +245,5 @@ def test_rescue_extends_the_trace() -> None:
     option = Anderson(m=1, tol=1e-8, max_iter=10, rescue=True, trace=True)
     found = solve(problem, torch.zeros_like(problem.constant), option)
     assert found.trace is not None
-    assert 10 < len(found.trace) <= option.trace_length
+    assert 10 < len(found.trace) <= option.max_iter
     assert (found.trace.nan_to_num(nan=torch.inf).amin(0) == found.residual).all()

@@ -190,7 +190,7 @@ def test_rescue_takes_over_what_is_left(dtype) -> None:
         assert failed.any()
         assert (after.outcome != Outcome.CONVERGED).sum() < failed.sum()
         assert torch.equal(after.z[~failed], before.z[~failed])
-        assert len(after.trace) == (solver.trace_length if solver.trace else 0)
+        assert len(after.trace) == (solver.max_iter if solver.trace else 0)
 
 
 def test_strides_do_not_matter() -> None:
