@@ -317,7 +317,7 @@ def choose_backend(
 
 @uncompiled(_UNROLLED)
 def _unrolled(solve_block: Callable[..., Solved], *problem: Any) -> Solved:
-    """A solve whose steps autograd records, on the reference path; the last argument: the solver."""
+    """A solve on the reference path whose steps autograd records; the solver comes last."""
     *operands, solver = problem
     with full_precision(operands[0].device):
         return solve_block(*operands, solver.settled(rescue=False))

@@ -43,15 +43,32 @@ class _Statistics(NamedTuple):
     outcome: Tensor
     residual: Tensor
 
-    def tolist(self) -> list[float]:
-        return _summary(*self)
+
+class _Failures(NamedTuple):
+    """What is said of a block: rows, how many ended in which failure, the worst of them."""
+
+    total: int
+    counts: dict[Outcome, int]
+    residual: float
+    condition: float  # of I - J, in a backward solve
+
+    @classmethod
+    def of(cls, statistics: _Statistics) -> _Failures:
+        outcome, residual = statistics
+        counts: dict[Outcome, int] = {}
+        for kind in FAILURES:
+            counts[kind] = int((outcome == int(kind)).sum())
+        singular = outcome == int(Outcome.SINGULAR)
+        judged = failed(outcome) & ~singular & residual.isfinite()
+        worst = [torch.where(rows, residual, 0.0) for rows in (judged, singular)]
+        return cls(outcome.numel(), counts, *(float(r.amax()) if r.numel() else 0.0 for r in worst))
 
 
 @dataclass
 class _Late:
     """A report on its way from the device, to be made once it has arrived."""
 
-    summary: _Statistics | Tensor  # whose list is that of _summary
+    statistics: _Statistics
     arrived: Any  # torch.cuda.Event
     what: str
     option: SolverOption | GradientOption
@@ -110,7 +127,7 @@ def report(
             on_failure = "warn"
         outcome, residual = outcome.cpu(), residual.detach().cpu()
         for what, at in parts:
-            _say(what, _summary(outcome[at], residual[at]), option, on_failure)
+            _say(what, _Failures.of(_Statistics(outcome[at], residual[at])), option, on_failure)
 
 
 def _report_late(
@@ -141,7 +158,7 @@ def flush() -> None:
             if not _late or not _late[0].arrived.query():
                 return
             item = _late.popleft()
-        _say(item.what, item.summary.tolist(), item.option, "warn")
+        _say(item.what, _Failures.of(item.statistics), item.option, "warn")
 
 
 def _capturing() -> bool:
@@ -149,54 +166,38 @@ def _capturing() -> bool:
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
-def _summary(outcome: Tensor, residual: Tensor) -> list[float]:
-    """[rows, how many ended in each of FAILURES, worst residual among them, worst condition]."""
-    total, lost = float(outcome.numel()), failed(outcome)
-    if not lost.any():
-        return [total, *[0.0] * (len(FAILURES) + 2)]
-    kinds = [float((outcome == int(kind)).sum()) for kind in FAILURES]
-    singular = outcome == int(Outcome.SINGULAR)
-    worst = torch.where(lost & ~singular & torch.isfinite(residual), residual, 0.0).amax()
-    return [total, *kinds, float(worst), float(torch.where(singular, residual, 0.0).amax())]
-
-
 def _say(
     what: str,
-    summary: list[float],
+    failures: _Failures,
     option: SolverOption | GradientOption,
     on_failure: str,
 ) -> None:
-    total, budget, stalled, poisoned, coupled, singular, worst, condition = summary
-    lost = int(budget + stalled + poisoned + coupled + singular)
+    total, counts, worst, condition = failures
+    lost = sum(counts.values())
     if lost == 0:
         return
     source = "loss" if isinstance(option, GradientOption) else "input"
-    parts = [
-        f"{int(count)} {text}"
-        for count, text in (
-            (budget, "used up their evaluations"),
-            (stalled, "stalled"),
-            (poisoned, f"became NaN or infinite (check the {source})"),
-            (coupled, "had converged and changed with later steps of other rows"),
-            (singular, f"have a singular I - J (condition number up to {condition:.0e})"),
-        )
-        if count
-    ]
-    message = f"deqfuse: {lost} of {int(total)} rows of {what} did not converge: "
+    texts = {
+        Outcome.MAX_ITER: "used up their evaluations",
+        Outcome.STALLED: "stalled",
+        Outcome.NON_FINITE: f"became NaN or infinite (check the {source})",
+        Outcome.COUPLED: "had converged and changed with later steps of other rows",
+        Outcome.SINGULAR: f"have a singular I - J (condition number up to {condition:.0e})",
+    }
+    parts = [f"{counts[kind]} {text}" for kind, text in texts.items() if counts[kind]]
+    message = f"deqfuse: {lost} of {total} rows of {what} did not converge: "
     message += ", ".join(parts)
-    if coupled:  # no solver option makes separate rows of these
+    if counts[Outcome.COUPLED]:  # no solver option makes separate rows of these
         message += f"; worst relative residual {worst:.1e}. {COUPLED}"
-    elif budget or stalled:  # for rows that are merely poisoned no solver option is a remedy
+    elif counts[Outcome.MAX_ITER] or counts[Outcome.STALLED]:
         tol = getattr(option, "tol", float("nan"))
         message += f"; worst relative residual {worst:.1e}, tol {tol:.1e}. "
         message += ROUNDING if tol < worst < NEAR_ROUNDING else _remedy(what, option)
         if what.endswith(FIXED_POINT[0][0]) and total > 1:
             message += JOINT
-    elif singular:
-        message += (
-            ". Their gradient is unbounded; info.jacobian_penalty() in the loss keeps rows away."
-        )
-    else:
+    elif counts[Outcome.SINGULAR]:
+        message += ". Their gradient is unbounded. Remedy: info.jacobian_penalty() in the loss."
+    else:  # for rows that are merely poisoned no solver option is a remedy
         message += "."
     message += " on_failure='ignore' silences this."
     if on_failure == "raise":

@@ -131,6 +131,9 @@ class SolverOption(_Option):
 
         Args:
             device: of the features.
+
+        Returns:
+            False unless the solver has such a rescue.
         """
         return False
 
