@@ -109,8 +109,10 @@ bool solve_left(const T* z, const T* g, int64_t d, int64_t groups, T tol, int64_
   using System = DenseSystem<Jacobian>;
   bool any = false;
   for (int64_t r = begin; r < end; ++r) {
-    const Outcome how = Outcome(out.outcome[r]);
-    if (how != Outcome::kMaxIter && how != Outcome::kStalled) continue;
+    if (Outcome(out.outcome[r]) == Outcome::kConverged) continue;
+    bool finite = true;  // an iteration that overflowed says nothing about the row
+    for (int64_t i = 0; i < d; ++i) finite = finite && is_finite(z[r * d + i]) && is_finite(g[r * d + i]);
+    if (!finite) continue;
     any = true;
     Scratch<double> scratch(Jacobian::values(d, groups) + System::values(d, groups) + 2 * Arena<double>::size(d));
     Scratch<int32_t> indices(3 * d);

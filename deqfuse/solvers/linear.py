@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from deqfuse.outcome import Outcome, left_behind
+from deqfuse.outcome import Outcome, failed
 from deqfuse.solvers.anderson import Anderson, Picard, anderson, picard
 from deqfuse.solvers.derivatives import MAX_FEATURES, columns_of, rows_at_once
 from deqfuse.solvers.rows import Solution, rejudged, row_dot, row_norm, select
@@ -259,32 +259,27 @@ def _divide(a: Tensor, b: Tensor) -> Tensor:
 
 def dense(apply: Operator, b: Tensor, tol: float) -> Solution:
     """Every row by LU factors of its I - A."""
-    count = len(b)
-    nothing = Solution(
-        z=torch.full_like(b, torch.nan),
-        residual=b.new_full((count,), torch.inf),
-        nfe=torch.zeros(count, dtype=torch.int32, device=b.device),
-        outcome=torch.full((count,), int(Outcome.STALLED), dtype=torch.int8, device=b.device),
-    )
-    return factorised(apply, b, tol, nothing)
+    return factorised(apply, b, tol, _Budget(b, tol, 0, 1).solution(torch.zeros_like(b)))
 
 
 def factorised(apply: Operator, b: Tensor, tol: float, found: Solution) -> Solution:
-    """The solution with the rows that were left behind solved by LU factors of their I - A.
+    """The solution with the rows that did not converge solved by LU factors of their I - A.
 
     A is made of its products with the unit vectors. Rows are factorised one at a time: batched
     ``torch.linalg.solve`` is wrong for n > 128 on some MKL builds once the thread count was set. A
     row that even so misses the tolerance is singular, and its residual the condition number.
     """
-    n, left = b.shape[1], torch.nonzero(left_behind(found.outcome)).flatten().tolist()
-    if not left:
+    n = b.shape[1]
+    # An iteration that overflowed says nothing about its row.
+    left = failed(found.outcome) & (found.outcome != int(Outcome.COUPLED)) & b.isfinite().all(1)
+    if n == 0 or not left.any():
         return found
     x, residual, outcome = found.z.clone(), found.residual.clone(), found.outcome.clone()
     unit = torch.eye(n, dtype=b.dtype, device=b.device)
-    for rows in rows_at_once(left, n):
+    for rows in rows_at_once(torch.nonzero(left).flatten().tolist(), n):
         matrices = unit - columns_of(lambda _: apply)(b, rows)
         for row, matrix in zip(rows, matrices, strict=True):
-            if not (matrix.isfinite().all() and b[row].isfinite().all()):
+            if not matrix.isfinite().all():
                 x[row], residual[row] = torch.nan, torch.nan
                 outcome[row] = int(Outcome.NON_FINITE)
                 continue
@@ -293,7 +288,7 @@ def factorised(apply: Operator, b: Tensor, tol: float, found: Solution) -> Solut
             solved = bool(error <= tol)
             residual[row] = error if solved else torch.linalg.cond(matrix)
             outcome[row] = int(Outcome.CONVERGED if solved else Outcome.SINGULAR)
-    nfe = torch.where(left_behind(found.outcome), found.nfe + n + 1, found.nfe).to(torch.int32)
+    nfe = torch.where(left, found.nfe + n + 1, found.nfe).to(torch.int32)
     # What was factorised is A itself if rows are separate problems.
     judged = row_norm(b - x + apply(x)) / _safe_norm(b)
     return rejudged(Solution(x, residual, nfe, outcome), judged, tol)
