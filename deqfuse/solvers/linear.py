@@ -146,7 +146,7 @@ def gmres(
     while budget.active.any():
         x = select(budget.active, x + _gmres_cycle(apply, r, budget, restart), x)
         budget.spend(budget.active)
-        true = b - x + apply(x)
+        true = b - (x - apply(x))  # in this order: a huge x must not swallow b
         r = select(budget.active, true, r)
         budget.judge(true)
     return budget.solution(x)
@@ -216,7 +216,7 @@ def bicgstab(apply: Operator, b: Tensor, tol: float, max_iter: int) -> Solution:
     x, r = torch.zeros_like(b), b
     while budget.active.any():
         x_new = _bicgstab_run(apply, x, r, budget)
-        r_new = b - x_new + apply(x_new)
+        r_new = b - (x_new - apply(x_new))
         # The residual of BiCGStab is not monotone: a run that ends worse than it began is undone.
         undone = budget.active & (row_norm(r_new) >= row_norm(r))
         taken = budget.active & ~undone
@@ -283,12 +283,13 @@ def factorised(apply: Operator, b: Tensor, tol: float, found: Solution) -> Solut
                 x[row], residual[row] = torch.nan, torch.nan
                 outcome[row] = int(Outcome.NON_FINITE)
                 continue
-            x[row] = torch.linalg.solve_ex(matrix, b[row]).result
-            error = (matrix @ x[row] - b[row]).norm() / _safe_norm(b[row : row + 1])[0]
+            answer = torch.linalg.solve_ex(matrix, b[row]).result
+            error = (matrix @ answer - b[row]).norm() / _safe_norm(b[row : row + 1])[0]
             solved = bool(error <= tol)
+            x[row] = answer if solved else x[row]
             residual[row] = error if solved else torch.linalg.cond(matrix)
             outcome[row] = int(Outcome.CONVERGED if solved else Outcome.SINGULAR)
     nfe = torch.where(left, found.nfe + n + 1, found.nfe).to(torch.int32)
     # What was factorised is A itself if rows are separate problems.
-    judged = row_norm(b - x + apply(x)) / _safe_norm(b)
+    judged = row_norm(b - (x - apply(x))) / _safe_norm(b)
     return rejudged(Solution(x, residual, nfe, outcome), judged, tol)
