@@ -133,7 +133,7 @@ def solve_cells(
             rest = (num_groups, skip, dtype, knobs, solver.trace)
             found = stepped.solve_cells(x, packed, z0, *rest)
     solved = _solved(*found, solver)
-    if not (isinstance(solver, Anderson) and solver.rescues(x.device)):
+    if not (isinstance(solver, Anderson) and solver.rescue):
         return solved
     return rescue_cells(solved, x, flat_params, num_groups, variant, solver)
 
@@ -163,7 +163,7 @@ def solve_fuse(
             rest = (*shape, dtype, knobs, solver.trace)
             found = stepped.solve_fuse(x, cell_sum, params, mask, z0, *rest)
     solved = _solved(*found, solver)
-    if not (isinstance(solver, Anderson) and solver.rescues(x.device)):
+    if not (isinstance(solver, Anderson) and solver.rescue):
         return solved
     return rescue_fuse(
         solved, x, cell_sum, params, mask, num_modalities, num_groups, variant, solver
@@ -184,7 +184,7 @@ def solve_layer(
     from deqfuse.triton_kernels import cell, solve
 
     like = x[0]
-    rescue = isinstance(solver, Anderson) and solver.rescues(like.device)  # between the blocks
+    rescue = isinstance(solver, Anderson) and solver.rescue  # between the blocks
     if rescue or not one_launch(like, num_groups, solver):
         return layer.solve(
             solve_cells, solve_fuse,
