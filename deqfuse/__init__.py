@@ -17,6 +17,8 @@ from deqfuse.nn.cells import PurifyCombine as PurifyCombine
 from deqfuse.nn.cells import ResidualCell as ResidualCell
 from deqfuse.nn.deq import DEQ as DEQ
 from deqfuse.nn.fusion import DEQFusion as DEQFusion
+from deqfuse.nn.presence import ModalityDropout as ModalityDropout
+from deqfuse.nn.presence import present_from_nan as present_from_nan
 from deqfuse.nn.progressive import ProFusion as ProFusion
 from deqfuse.outcome import Outcome as Outcome
 from deqfuse.result import BlockInfo as BlockInfo
@@ -41,6 +43,7 @@ __all__ = [
     "DEQFusion",
     "DoubleBackwardError",
     "Implicit",
+    "ModalityDropout",
     "Neumann",
     "NewtonKrylov",
     "OneStep",
@@ -51,6 +54,7 @@ __all__ = [
     "ResidualCell",
     "SolveInfo",
     "Unrolled",
+    "present_from_nan",
 ]
 
 try:

@@ -120,6 +120,32 @@ def operand(name: str, value: Any, like: Tensor, expected: tuple[int, ...], mean
     shape(name, value, expected, meaning)
 
 
+def present(name: str, value: Any, like: Tensor, expected: tuple[int, ...], meaning: str) -> None:
+    """What a row has: a bool tensor of this shape on the device of ``like``."""
+    _of_dtype(name, value, like, expected, meaning, torch.bool)
+
+
+def counts(name: str, value: Any, like: Tensor, expected: tuple[int, ...], meaning: str) -> None:
+    """How much of something a row has: an int64 tensor of this shape on this device."""
+    _of_dtype(name, value, like, expected, meaning, torch.int64)
+
+
+def _of_dtype(
+    name: str,
+    value: Any,
+    like: Tensor,
+    expected: tuple[int, ...],
+    meaning: str,
+    dtype: torch.dtype,
+) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor of {dtype}, got {type(value).__name__}")
+    if value.dtype is not dtype:
+        raise TypeError(f"{name}: expected {dtype}, got {value.dtype}")
+    device(name, value, like)
+    shape(name, value, expected, meaning)
+
+
 def parameters(values: Sequence[Any], like: Tensor, matrices: int, vectors: int) -> None:
     """Weights in operator order: pairs (d, d) and (d,) first, then vectors (d,), repeated."""
     d = like.shape[-1]

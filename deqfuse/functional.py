@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from deqfuse import backends, checks, operators, reporting
-from deqfuse.backends import BackendName, maps, reference
+from deqfuse.backends import BackendName, maps, presence, reference
 from deqfuse.backends.maps import VARIANTS, CellParams, FuseParams, VariantName
 from deqfuse.backends.problem import Solved
 from deqfuse.equilibrium import ITERATES, block_info, fixed_point, uncompiled
@@ -171,6 +171,7 @@ def solve_cells(
     solver: SolverOption = Anderson(),  # noqa: B008 - frozen
     adjoint: GradientOption = Implicit(),  # noqa: B008 - frozen
     z0: Tensor | None = None,  # (N, B, d)
+    present: Tensor | None = None,  # (N, B, 1)
     on_failure: OnFailure = "warn",
     backend: BackendName = "auto",
 ) -> tuple[Tensor, BlockInfo, str]:
@@ -188,6 +189,8 @@ def solve_cells(
         solver: forward solver with its tolerance and budget.
         adjoint: how gradients pass through the equilibria.
         z0: (N, B, d) start, zero when not given; no gradient flows to it.
+        present: (N, B, 1) bool, which modalities a row has; all when not given. Cells of absent
+            ones are not solved: they are zero, ``x`` there is not read.
         on_failure: "warn", "raise" or "ignore" when rows do not converge, forward or backward.
         backend: "auto" (the fastest that accepts the problem), or a name.
 
@@ -216,13 +219,17 @@ def solve_cells(
         )
     checks.parameters(flat, x, 2, 6)
     _check_z0(z0, x, "(N, B, d)")
+    if present is not None:
+        checks.present("present", present, x, (*x.shape[:-1], 1), "(N, B, 1)")
     name = choose_backend(x, num_groups, solver, adjoint, backend)
     if isinstance(adjoint, Unrolled):
         steps = (num_groups, VARIANTS[variant], solver)
-        solved = _unrolled(reference.solve_cells, x, flat, detached(z0), *steps)
+        launch = presence.cells(reference.BACKEND).solve
+        solved = _unrolled(launch, x, flat, detached(z0), present, *steps)
     else:
         options = (num_groups, variant, solver.code, adjoint.code, name, on_failure)
-        solved = Solved(*operators.solve(operators.CELLS, (x,), flat, (detached(z0),), options))
+        others = (detached(z0), present)
+        solved = Solved(*operators.solve(operators.CELLS, (x,), flat, others, options))
     return solved.z, block_info(solved, reporting.CELLS, solver, on_failure), name
 
 
@@ -232,6 +239,7 @@ def solve_fuse(
     params: Sequence[Tensor],  # six, as FuseParams
     *,
     num_modalities: int,
+    counts: Tensor | None = None,  # (B, 1)
     mask: Tensor | None = None,  # (B, d)
     num_groups: int = 4,
     variant: VariantName = "paper",
@@ -252,6 +260,7 @@ def solve_fuse(
         cell_sum: (B, d) sum of the cells' equilibria ``sum_i z_i*``, on the device of ``x_fuse``.
         params: the six tensors, each (d, d) or (d,), of :func:`purify_combine`, of one dtype.
         num_modalities: N, how many cells ``cell_sum`` adds up.
+        counts: (B, 1) int64, how many it adds up in each row, where rows lack modalities.
         mask: (B, d) dropout factors (0 or 1 / (1 - p)), one draw for the whole solve.
         num_groups: groups of the GroupNorm; divides d.
         variant: "paper", "released" or "released-mmimdb", as in :func:`purify_combine`.
@@ -286,11 +295,14 @@ def solve_fuse(
     _check_count(flat, FuseParams)
     checks.parameters(flat, x_fuse, 2, 2)
     _check_z0(z0, x_fuse, "(B, d)")
+    if counts is not None:
+        checks.counts("counts", counts, x_fuse, (x_fuse.shape[0], 1), "(B, 1)")
     name = choose_backend(x_fuse, num_groups, solver, adjoint, backend)
-    rows, others = (x_fuse, cell_sum), (mask, detached(z0), num_modalities)
+    rows, others = (x_fuse, cell_sum), (mask, detached(z0), counts, num_modalities)
     if isinstance(adjoint, Unrolled):
         steps = (num_groups, VARIANTS[variant], solver)
-        solved = _unrolled(reference.solve_fuse, *rows, flat, *others, *steps)
+        launch = presence.fuse(reference.BACKEND).solve
+        solved = _unrolled(launch, *rows, flat, *others, *steps)
     else:
         options = (num_groups, variant, solver.code, adjoint.code, name, on_failure)
         solved = Solved(*operators.solve(operators.FUSE, rows, flat, others, options))

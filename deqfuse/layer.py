@@ -26,6 +26,7 @@ def solve_layer(
     mask: Tensor | None,  # (B, d)
     z0_fuse: Tensor | None,  # (B, d)
     z0_cells: Tensor | None,  # (N, B, d)
+    present: Tensor | None,  # (N, B, 1), bool
     *,
     num_groups: int,
     variant: VariantName,
@@ -43,7 +44,7 @@ def solve_layer(
     checks.options(solver, adjoint, on_failure)
     name = choose_backend(x[0], num_groups, solver, adjoint, backend)
     options = (num_groups, variant, solver.code, adjoint.code, name, on_failure)
-    others = (mask, detached(z0_fuse), detached(z0_cells))
+    others = (mask, detached(z0_fuse), detached(z0_cells), present)
     try:
         solved = SolvedLayer(*operators.solve(operators.LAYER, x, params, others, options))
     except (RuntimeError, TypeError, AttributeError):
@@ -61,6 +62,7 @@ def layer_penalty(
     x: Sequence[Tensor],  # N tensors (B, d)
     params: Sequence[Tensor],  # backends/layer.py
     mask: Tensor | None,  # (B, d)
+    present: Tensor | None,  # (N, B, 1), bool
     states: Tensor,  # (N + 1, B, d)
     num_probes: int,
     num_groups: int,
@@ -70,14 +72,15 @@ def layer_penalty(
     """Jacobian penalty of a layer that :func:`solve_layer` has solved, in closed form.
 
     Args:
-        x, params, mask: as the solve was given them; differentiated in x and params.
+        x, params, mask, present: as the solve was given them; differentiated in x and params.
         states: (N + 1, B, d) the equilibria that it found, held constant.
         num_probes: Gaussian probes per row and block, drawn from torch's default generator.
         num_groups, variant: as in the solve.
         backend: the name of the backend that ran it.
 
     Returns:
-        Scalar ``sum_b |J_bb^T v|^2 / (B (N + 1) d)``, averaged over the probes.
+        Scalar ``sum_b |J_bb^T v|^2 / (B (N + 1) d)``, averaged over the probes; B (N + 1) is the
+        number of the blocks' rows, less those of absent cells.
     """
     checks.positive_int("num_probes", num_probes)
     if states.numel() == 0:
@@ -85,8 +88,10 @@ def layer_penalty(
     states = states.detach()
     probes = draw_probes(states, num_probes)
     options = (num_groups, variant, backend)
-    total = operators.penalty_layer(probes, states, x, params, mask, options)
-    return total / probes.numel()
+    total = operators.penalty_layer(probes, states, x, params, mask, present, options)
+    if present is None:
+        return total / probes.numel()
+    return total / ((present.sum() + states.shape[1]) * num_probes * states.shape[-1])
 
 
 def _check_layer_parameters(x: Sequence[Tensor], params: Sequence[Tensor]) -> None:

@@ -12,7 +12,7 @@ __all__ = ["Outcome"]
 class Outcome(enum.IntEnum):
     """How the solve of one row ended. Stored per row as int8.
 
-    CONVERGED and RESCUED are answers; the others are failures (:func:`failed`).
+    CONVERGED and RESCUED are answers, ABSENT needs none; the others are failures (:func:`failed`).
 
     Attributes:
         CONVERGED: 0, the relative residual reached the tolerance.
@@ -25,6 +25,8 @@ class Outcome(enum.IntEnum):
             (``Anderson(rescue=...)``).
         SINGULAR: 6, of a backward solve: I - J is singular to rounding, the gradient unbounded. The
             row's residual is then the condition number of I - J.
+        ABSENT: 7, of a cell: the row lacks its modality, and there was nothing to solve.
+        EMPTY: 8, of the fuse step: the row has no modality at all, and its answer is NaN.
     """
 
     CONVERGED = 0
@@ -34,6 +36,8 @@ class Outcome(enum.IntEnum):
     COUPLED = 4
     RESCUED = 5
     SINGULAR = 6
+    ABSENT = 7
+    EMPTY = 8
 
 
 def failed(outcome: Tensor) -> Tensor:
@@ -45,7 +49,10 @@ def failed(outcome: Tensor) -> Tensor:
     Returns:
         (...) bool.
     """
-    return (outcome != int(Outcome.CONVERGED)) & (outcome != int(Outcome.RESCUED))
+    fine = outcome == int(Outcome.CONVERGED)
+    for kind in (Outcome.RESCUED, Outcome.ABSENT):
+        fine = fine | (outcome == int(kind))
+    return ~fine
 
 
 def left_behind(outcome: Tensor) -> Tensor:

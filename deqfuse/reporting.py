@@ -26,7 +26,8 @@ CELLS: Parts = ((_LAYER_NAMES[0], ...),)
 FUSE: Parts = ((_LAYER_NAMES[1], ...),)
 LAYER: Parts = ((_LAYER_NAMES[0], slice(None, -1)), (_LAYER_NAMES[1], -1))
 FIXED_POINT: Parts = (("the fixed point", ...),)  # of any callable
-FAILURES = tuple(o for o in Outcome if o not in (Outcome.CONVERGED, Outcome.RESCUED))
+FINE = (Outcome.CONVERGED, Outcome.RESCUED, Outcome.ABSENT)
+FAILURES = tuple(kind for kind in Outcome if kind not in FINE)
 NEAR_ROUNDING = 1e-5  # where float32 residuals of wide layers end
 COUPLED = (
     "The map lets rows see each other (batch statistics, attention or a product over the batch, "
@@ -182,6 +183,7 @@ def _say(
         Outcome.STALLED: "stalled",
         Outcome.NON_FINITE: f"became NaN or infinite (check the {source})",
         Outcome.COUPLED: "had converged and changed with later steps of other rows",
+        Outcome.EMPTY: "have no modality present",
         Outcome.SINGULAR: f"have a singular I - J (condition number up to {condition:.0e})",
     }
     parts = [f"{counts[kind]} {text}" for kind, text in texts.items() if counts[kind]]

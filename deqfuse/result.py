@@ -43,7 +43,7 @@ class BlockInfo:
 
     @property
     def converged(self) -> Tensor:
-        """(...) bool: the row reached its tolerance, by the solver or by its rescue."""
+        """(...) bool: the row reached its tolerance, by the solver or by its rescue; or is absent."""
         return ~failed(self.outcome)
 
     @property
@@ -96,11 +96,14 @@ class SolvedMap(NamedTuple):
         z: (..., d) its equilibrium.
         linearize: () -> (v -> J^T v) at z, (..., d) to (..., d), where there are products that need
             no graph; None otherwise.
+        elements: how many numbers of z belong to something that is present, an int or a scalar
+            tensor of shape (); None for all.
     """
 
     f: Callable[[Tensor], Tensor]
     z: Tensor  # (..., d)
     linearize: Callable[[], Callable[[Tensor], Tensor]] | None = None
+    elements: Tensor | int | None = None
 
 
 @dataclass(frozen=True)
@@ -193,7 +196,8 @@ class SolveInfo:
         found = self.fuse.outcome
         if self.cells is not None:
             for block in reversed(self.cells.outcome.unbind()):
-                found = torch.where(failed(block) | ~failed(found) & (block != 0), block, found)
+                told = ~failed(found) & (block == int(Outcome.RESCUED))
+                found = torch.where(failed(block) | told, block, found)
         return found
 
     @property
@@ -256,7 +260,12 @@ class SolveInfo:
                 return self.fuse.residual.new_zeros(())
         if blocks and self.penalty is not None:
             return self.penalty(num_probes) / probability
-        return jacobian_penalty([block()[:2] for block in blocks], num_probes) / probability
+        maps = [block() for block in blocks]
+        value = jacobian_penalty([(m.f, m.z) for m in maps], num_probes) / probability
+        if all(m.elements is None for m in maps):
+            return value
+        counts = [m.z.numel() if m.elements is None else m.elements for m in maps]
+        return value * sum(m.z.numel() for m in maps) / sum(counts)
 
     def spectral_radius(self, num_iters: int = 60) -> Tensor:
         """Largest ``|eigenvalue|`` of each row's Jacobian J_bb of each block, by power iteration.
@@ -268,7 +277,8 @@ class SolveInfo:
                 second half of them.
 
         Returns:
-            (blocks, ...): the cells first, the fuse block last; blocks in closed form are left out.
+            (blocks, ...): the cells first, the fuse block last; blocks in closed form are left out,
+            absent cells are 0.
 
         Raises:
             TypeError: ``num_iters`` is no integer.
@@ -278,7 +288,7 @@ class SolveInfo:
         from deqfuse.diagnostics.jacobian import check_differentiable, radius_of, spectral_radius
 
         rows, radii = self.fuse.residual.shape, []
-        for f, z, linearize in (block() for block in self._measurable("spectral_radius")):
+        for f, z, linearize, _ in (block() for block in self._measurable("spectral_radius")):
             check_differentiable("spectral_radius", z)
             if linearize is None:
                 radii.append(spectral_radius(f, z, num_iters))

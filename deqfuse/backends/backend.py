@@ -33,7 +33,7 @@ class Launchers(NamedTuple):
     adjoint: Callable[..., Any]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Backend:
     """A way to run the layer's solves and adjoints, and Anderson's step for any other map.
 

@@ -16,6 +16,7 @@ from deqfuse.backends.maps import (
     FuseParams,
     Variant,
     gate_constant,
+    gate_sum,
     linear,
     normalize,
 )
@@ -128,7 +129,7 @@ class FuseLinearization:
         x_fuse: Tensor,
         cell_sum: Tensor,
         mask: Tensor | None,
-        num_modalities: int,
+        num_modalities: int | Tensor,  # or (B, 1), row by row
         params: FuseParams,
         num_groups: int,
         variant: Variant,
@@ -136,7 +137,7 @@ class FuseLinearization:
         self.z, self.mask, self.n, self.params = z, mask, num_modalities, params
         self.gate_input = num_modalities * z + cell_sum
         constant = gate_constant(cell_sum, num_modalities, params)
-        self.gate = torch.addmm(constant, z, params.gate_weight.mT, alpha=num_modalities)
+        self.gate = gate_sum(z, constant, num_modalities, params)
         self.q = z * self.gate
         e = self.masked(torch.addmm(params.fuse_bias, self.q, params.fuse_weight.mT)) + x_fuse
         self.relu_last = variant.relu_last
@@ -190,7 +191,7 @@ class FuseLinearization:
             dcell_sum,
             FuseParams(
                 gate_weight=dgate.mT @ self.gate_input,
-                gate_bias=self.n * dgate.sum(0),
+                gate_bias=(self.n * dgate).sum(0),
                 fuse_weight=dcombined.mT @ self.q,
                 fuse_bias=dcombined.sum(0),
                 norm_weight=(du * self.norm.x_hat).sum(0),

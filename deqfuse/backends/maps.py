@@ -157,11 +157,23 @@ def residual_cell(
 
 def gate_constant(
     cell_sum: Tensor,  # (B, d)
-    num_modalities: int,
+    num_modalities: int | Tensor,  # or (B, 1), row by row
     params: FuseParams,
 ) -> Tensor:  # (B, d)
     """The part of the collapsed gate that does not depend on z_f: ``W_a S + N b_a``."""
     return torch.addmm(num_modalities * params.gate_bias, cell_sum, params.gate_weight.mT)
+
+
+def gate_sum(
+    z: Tensor,  # (B, d)
+    constant: Tensor,  # (B, d), from gate_constant
+    num_modalities: int | Tensor,  # or (B, 1), row by row
+    params: FuseParams,
+) -> Tensor:  # (B, d)
+    """The sum of all gates, collapsed: ``sum_i a_i = W_a (N z_f + S) + N b_a``."""
+    if isinstance(num_modalities, Tensor):
+        return constant + num_modalities * (z @ params.gate_weight.mT)
+    return torch.addmm(constant, z, params.gate_weight.mT, alpha=num_modalities)
 
 
 def purify_combine(
@@ -169,7 +181,7 @@ def purify_combine(
     x_fuse: Tensor,  # (B, d)
     constant: Tensor,  # (B, d), from gate_constant
     mask: Tensor | None,  # (B, d), dropout
-    num_modalities: int,
+    num_modalities: int | Tensor,  # or (B, 1), row by row
     params: FuseParams,
     num_groups: int,
     variant: Variant = PAPER,
@@ -180,7 +192,7 @@ def purify_combine(
 
     ``z_f <- GN(relu(W_f sum_i (a_i * z_f) + b_f + x_f))``; :func:`output_norm` has the last step.
     """
-    gate = torch.addmm(constant, z, params.gate_weight.mT, alpha=num_modalities)
+    gate = gate_sum(z, constant, num_modalities, params)
     combined = torch.addmm(params.fuse_bias, z * gate, params.fuse_weight.mT)
     if mask is not None:
         combined = combined * mask

@@ -68,7 +68,7 @@ def penalty_layer(
         caller may scale what sums up all rows before it is stored in 16 bits.
     """
     return join(
-        _of_cells, _of_fuse, probes, states, x, flat_params, mask, num_groups, variant, want_params
+        of_cells, of_fuse, probes, states, x, flat_params, mask, num_groups, variant, want_params
     )
 
 
@@ -113,7 +113,7 @@ def join(
     return torch.cat([value, value_fuse[None]]), [d.clone() for d in dx], grads
 
 
-def _of_cells(
+def of_cells(
     probes: Tensor,  # (K, N, B, d)
     z: Tensor,  # (N, B, d)
     x: Tensor,  # (N, B, d)
@@ -128,7 +128,7 @@ def _of_cells(
     return value, dx, grads.unstack() if want_params else []
 
 
-def _of_fuse(
+def of_fuse(
     probes: Tensor,  # (K, B, d)
     z: Tensor,  # (B, d)
     x_fuse: Tensor,  # (B, d)

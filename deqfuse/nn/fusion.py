@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from deqfuse import checks, functional
 from deqfuse.backends import BACKENDS, BackendName
 from deqfuse.backends.maps import VARIANTS, VariantName
+from deqfuse.backends.presence import only
 from deqfuse.nn import inputs, solving
 from deqfuse.nn.cells import INITS, Init, PurifyCombine, ResidualCell, dropout_mask
 from deqfuse.nn.fast import parameter
@@ -184,6 +185,7 @@ class DEQFusion(nn.Module):
         self,
         features: Sequence[Tensor],  # N tensors (..., d_i)
         *,
+        present: Tensor | None = None,  # (..., N)
         z0: tuple[Tensor, Tensor] | None = None,  # z_f (..., d), z (N, ..., d)
         return_info: bool = False,
         return_cells: bool = False,
@@ -194,6 +196,11 @@ class DEQFusion(nn.Module):
             features: one tensor (..., d_i) per modality, equal leading dimensions, of the dtype and
                 device of the parameters; d_i is ``dim``, or what ``in_dims`` says. 16-bit storage
                 is computed in float32.
+            present: (..., N) bool, which modalities a row has; all when not given. A row's answer
+                and gradients are those of the layer made of its present modalities alone: sums run
+                over these, cells of absent ones are not solved (their equilibrium is zero, their
+                outcome ``Outcome.ABSENT``). What stands in an absent feature is not read, NaN
+                included. :class:`ModalityDropout` and :func:`present_from_nan` make such masks.
             z0: warm start (fused (..., d), cells (N, ..., d)), e.g. an earlier output; detached.
             return_info: also return a :class:`SolveInfo`, with statistics of shape (...).
             return_cells: also return the modality equilibria (N, ..., d), differentiable.
@@ -204,25 +211,31 @@ class DEQFusion(nn.Module):
 
         Raises:
             TypeError: an argument of a wrong type or dtype.
-            ValueError: a wrong number, shape or device of tensors.
+            ValueError: a wrong number, shape or device of tensors; on the CPU also a row with
+                nothing present, which elsewhere ends as ``Outcome.EMPTY`` with an answer of NaN.
             BackendUnavailable: ``backend`` was named and cannot take the call.
             ConvergenceError: rows did not converge and ``on_failure="raise"``.
         """
-        xs, lead = self._injections(features)  # N tensors (B, d)
+        lead = inputs.check_features(features, self._widths(), self._like())
+        if present is not None:
+            present = inputs.check_present(present, (*lead, self.num_modalities), features[0])
+        xs = self._injections(features, lead, present)  # N tensors (B, d)
         x = xs[0]
         functional.require_backend(x, self.num_groups, self.solver, self.adjoint, self.backend)
         if return_cells and self.combine_kind == "weighted_sum":
             raise ValueError("return_cells: combine='weighted_sum' has no cells to return")
         if self.weight_tied_steps is None:
             starts = inputs.check_start(z0, self.num_modalities, lead, self.dim, x)
-            found = solving.equilibrium(self._equations(), self._how(), xs, self._mask(x), *starts)
+            rows = solving.Rows(self._mask(x), present)
+            found = solving.equilibrium(self._equations(), self._how(), xs, rows, *starts)
         elif z0 is not None:
             raise ValueError(
                 "z0: weight_tied_steps starts from zero by definition, got a warm start"
             )
         else:
-            equations, mask, steps = self._equations(), self._mask(x), self.weight_tied_steps
-            found = solving.weight_tied(equations, self._how(), torch.stack(xs), mask, steps)
+            rows, steps = solving.Rows(self._mask(x), present), self.weight_tied_steps
+            equations = self._equations()
+            found = solving.weight_tied(equations, self._how(), torch.stack(xs), rows, steps)
         z = found.z if found.z.dtype is x.dtype else found.z.to(x.dtype)
         # Not even a reshape that changes nothing: it is one more node of the graph.
         outputs: list[Any] = [z if len(lead) == 1 else z.reshape(*lead, self.dim)]
@@ -233,22 +246,27 @@ class DEQFusion(nn.Module):
             outputs.append(found.info().reshape(*lead))
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
-    def _injections(self, features: Sequence[Tensor]) -> tuple[list[Tensor], torch.Size]:
-        """Check, project and normalise the inputs: N tensors (B, d) and the leading dimensions."""
-        like = parameter(self, "modality_weights")  # any would do
-        if like is None:
-            like = next(iter(self.parameters()), None)
-        lead = inputs.check_features(features, self._widths(), like)
+    def _like(self) -> Tensor | None:
+        """A parameter, whose dtype and device features must have; any would do."""
+        like = parameter(self, "modality_weights")
+        return next(iter(self.parameters()), None) if like is None else like
+
+    def _injections(
+        self, features: Sequence[Tensor], lead: torch.Size, present: Tensor | None
+    ) -> list[Tensor]:
+        """Project and normalise the inputs: N tensors (B, d)."""
+        xs = list(features) if len(lead) == 1 else [f.reshape(-1, f.shape[-1]) for f in features]
+        if present is not None:  # a NaN would reach the gradient of a projection
+            xs = only(xs, present)
         if self.projections is not None:
-            features = [p(f) for p, f in zip(self.projections, features, strict=True)]
-        xs = list(features) if len(lead) == 1 else [f.reshape(-1, self.dim) for f in features]
+            xs = [p(x) for p, x in zip(self.projections, xs, strict=True)]
         dtypes = {x.dtype for x in xs}
         if len(dtypes) > 1:  # under autocast
             dtype = functools.reduce(torch.promote_types, dtypes)
             xs = [x.to(dtype) for x in xs]
         if self.injection_norm:
             xs = [_normalised(x) for x in xs]
-        return xs, lead
+        return xs
 
     def _widths(self) -> list[int]:
         if self.projections is None:

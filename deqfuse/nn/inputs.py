@@ -9,6 +9,7 @@ from torch import Tensor
 
 from deqfuse import checks
 from deqfuse.nn.fast import plain_lead
+from deqfuse.torch_private import in_transform, traced
 
 
 def check_features(
@@ -41,6 +42,26 @@ def check_features(
             f"features[{i}]", feature, (*lead, width), "(*leading dims of features[0], width)"
         )
     return features[0].shape[:-1]
+
+
+def check_present(present: Tensor, expected: tuple[int, ...], like: Tensor) -> Tensor:
+    """Which modalities rows have, (..., N) bool, as (N, B, 1).
+
+    Args:
+        present: as the user gave it.
+        expected: its shape.
+        like: a feature, on whose device it must be.
+    """
+    checks.present("present", present, like, expected, "(..., N)")
+    rows = present.reshape(-1, expected[-1])
+    # Elsewhere a look would wait for the device, or no graph could hold it.
+    seen = rows.device.type == "cpu" and not (traced(rows) or in_transform())
+    if seen and not (some := rows.any(1)).all():
+        raise ValueError(
+            f"present: expected at least one modality in every row, got none in "
+            f"{int((~some).sum())} of {len(rows)} rows. Remedy: leave these rows out"
+        )
+    return rows.mT[..., None]
 
 
 def check_start(

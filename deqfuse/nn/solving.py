@@ -19,10 +19,11 @@ from deqfuse.backends.layer import fuse_injection
 from deqfuse.backends.linearization import CellLinearization, FuseLinearization
 from deqfuse.backends.maps import VARIANTS, CellParams, FuseParams, VariantName
 from deqfuse.backends.problem import compute_dtype
+from deqfuse.outcome import Outcome
 from deqfuse.reporting import OnFailure
 from deqfuse.result import BlockInfo, SolvedMap, SolveInfo
 from deqfuse.solvers.options import GradientOption, SolverOption, Unrolled
-from deqfuse.solvers.rows import Rows
+from deqfuse.solvers import rows as solver_rows
 
 
 class ClosedForm(NamedTuple):
@@ -44,33 +45,50 @@ class Equations(NamedTuple):
     num_groups: int
     variant: VariantName
 
-    def x_fuse(self, x: Tensor) -> Tensor | None:
-        """Injection of the combination from all x (N, B, d): (B, d)."""
-        return None if self.weights is None else fuse_injection(x, self.weights, self.bias)
+    def x_fuse(self, x: Tensor, present: Tensor | None = None) -> Tensor | None:
+        """Injection of the combination from all x (N, B, d) that are present: (B, d)."""
+        if self.weights is None:
+            return None
+        x = x if present is None else torch.where(present, x, 0.0)
+        return fuse_injection(x, self.weights, self.bias)
 
-    def cells_map(self, x: Tensor) -> Callable[[Tensor], Tensor]:
-        """One step of the cells in the compute dtype, x (N, B, d)."""
+    def cells_map(self, x: Tensor, present: Tensor | None) -> Callable[[Tensor], Tensor]:
+        """One step of the cells in the compute dtype, x (N, B, d); absent ones stay zero."""
         x, *rest = self._of_cells(x)
-        return lambda z: maps.residual_cell(z, x, *rest)
+        return lambda z: _where(present, maps.residual_cell(z, x, *rest))
 
-    def solved_cells(self, x: Tensor, z: Tensor) -> SolvedMap:
+    def solved_cells(self, x: Tensor, z: Tensor, present: Tensor | None) -> SolvedMap:
         """The cells at their equilibria z (N, B, d), for Jacobian measurements."""
-        linearize = lambda: CellLinearization(z, *self._of_cells(x)).vjp  # noqa: E731
-        return SolvedMap(self.cells_map(x), z, torch.no_grad()(linearize))
+
+        @torch.no_grad()
+        def linearize() -> Callable[[Tensor], Tensor]:
+            vjp = CellLinearization(z, *self._of_cells(x)).vjp
+            return lambda u: _where(present, vjp(u))
+
+        return SolvedMap(self.cells_map(x, present), z, linearize, _elements(z, present))
 
     def fuse_map(
-        self, x_fuse: Tensor, cell_sum: Tensor, mask: Tensor | None
+        self,
+        x_fuse: Tensor,
+        cell_sum: Tensor,
+        mask: Tensor | None,
+        counts: Tensor | None,  # (B, 1)
     ) -> Callable[[Tensor], Tensor]:
-        """One step of the combination in the compute dtype, all operands (B, d)."""
-        x_fuse, cell_sum, mask, n, params, *rest = self._of_fuse(x_fuse, cell_sum, mask)
+        """One step of the combination in the compute dtype, all other operands (B, d)."""
+        x_fuse, cell_sum, mask, n, params, *rest = self._of_fuse(x_fuse, cell_sum, mask, counts)
         constant = maps.gate_constant(cell_sum, n, params)
         return lambda z: maps.purify_combine(z, x_fuse, constant, mask, n, params, *rest)
 
     def solved_fuse(
-        self, x_fuse: Tensor, cell_sum: Tensor, mask: Tensor | None, z: Tensor
+        self,
+        x_fuse: Tensor,
+        cell_sum: Tensor,
+        mask: Tensor | None,
+        counts: Tensor | None,  # (B, 1)
+        z: Tensor,
     ) -> SolvedMap:
         """The combination at its equilibrium z (B, d), for Jacobian measurements."""
-        operands = x_fuse, cell_sum, mask
+        operands = x_fuse, cell_sum, mask, counts
         linearize = lambda: FuseLinearization(z, *self._of_fuse(*operands)).vjp  # noqa: E731
         return SolvedMap(self.fuse_map(*operands), z, torch.no_grad()(linearize))
 
@@ -80,9 +98,12 @@ class Equations(NamedTuple):
         params = CellParams.stack([t.to(dtype) for t in self.cells])
         return x.to(dtype), params, self.num_groups, VARIANTS[self.variant]
 
-    def _of_fuse(self, x_fuse: Tensor, cell_sum: Tensor, mask: Tensor | None) -> tuple[Any, ...]:
+    def _of_fuse(
+        self, x_fuse: Tensor, cell_sum: Tensor, mask: Tensor | None, counts: Tensor | None
+    ) -> tuple[Any, ...]:
         """What the combination's linearisation takes behind z, in the compute dtype."""
-        dtype, n = compute_dtype(x_fuse.dtype), self.num_modalities
+        dtype = compute_dtype(x_fuse.dtype)
+        n = self.num_modalities if counts is None else counts
         params = FuseParams(*(t.to(dtype) for t in self.fuse))
         rest = (n, params, self.num_groups, VARIANTS[self.variant])
         return x_fuse.to(dtype), cell_sum.to(dtype), mask, *rest
@@ -95,6 +116,18 @@ class How(NamedTuple):
     adjoint: GradientOption
     on_failure: OnFailure
     backend: BackendName
+
+
+class Rows(NamedTuple):
+    """What comes with the injections, row by row; None where there is none of it."""
+
+    mask: Tensor | None  # (B, d), dropout factors
+    present: Tensor | None  # (N, B, 1), bool
+
+    @property
+    def counts(self) -> Tensor | None:
+        """(B, 1) int64, how many modalities a row has."""
+        return None if self.present is None else self.present.sum(0)
 
 
 class Found(NamedTuple):
@@ -118,29 +151,30 @@ def equilibrium(
     equations: Equations,
     how: How,
     xs: list[Tensor],  # N tensors (B, d)
-    mask: Tensor | None,  # (B, d)
+    rows: Rows,
     start_fuse: Tensor | None,  # (B, d)
     start_cells: Tensor | None,  # (N, B, d)
 ) -> Found:
     """The joint equilibrium: in one operator where that solves these equations."""
     whole = equations.cells and equations.fuse and not isinstance(how.adjoint, Unrolled)
     solve = _whole_layer if whole else _block_by_block
-    return solve(equations, how, xs, mask, start_fuse, start_cells)
+    return solve(equations, how, xs, rows, start_fuse, start_cells)
 
 
 def _whole_layer(
     equations: Equations,
     how: How,
     xs: list[Tensor],
-    mask: Tensor | None,
+    rows: Rows,
     start_fuse: Tensor | None,
     start_cells: Tensor | None,
 ) -> Found:
     """All equations of the paper and an implicit gradient: one operator."""
     joint = [equations.weights, equations.bias]
     params = [*equations.cells, *equations.fuse, *(t for t in joint if t is not None)]
+    mask, present = rows
     solved, backend = layer.solve_layer(
-        xs, params, mask, start_fuse, start_cells, **_options(equations, how)
+        xs, params, mask, start_fuse, start_cells, present, **_options(equations, how)
     )
 
     def info() -> SolveInfo:
@@ -151,16 +185,17 @@ def _whole_layer(
             return BlockInfo(solved.residual[at], solved.nfe[at], solved.outcome[at], trace)
 
         def cells() -> SolvedMap:  # stacked when asked for: the penalty does without
-            return equations.solved_cells(torch.stack(xs), states[:-1])
+            return equations.solved_cells(torch.stack(xs), states[:-1], present)
 
         def fuse() -> SolvedMap:
-            x_fuse = equations.x_fuse(torch.stack(xs))
+            x_fuse = equations.x_fuse(torch.stack(xs), present)
             assert x_fuse is not None
-            return equations.solved_fuse(x_fuse, states[:-1].sum(0), mask, states[-1])
+            given = x_fuse, states[:-1].sum(0), mask, rows.counts
+            return equations.solved_fuse(*given, states[-1])
 
         def penalty(num_probes: int) -> Tensor:
             which = (equations.num_groups, equations.variant, backend)
-            return layer.layer_penalty(xs, params, mask, states, num_probes, *which)
+            return layer.layer_penalty(xs, params, mask, present, states, num_probes, *which)
 
         return SolveInfo(block(-1), block(slice(None, -1)), backend, (cells, fuse), penalty)
 
@@ -171,7 +206,7 @@ def _block_by_block(
     equations: Equations,
     how: How,
     xs: list[Tensor],
-    mask: Tensor | None,
+    rows: Rows,
     start_fuse: Tensor | None,
     start_cells: Tensor | None,
 ) -> Found:
@@ -179,12 +214,15 @@ def _block_by_block(
     x, options = torch.stack(xs), _options(equations, how)
     blocks = []
     if equations.cells:
-        zs, cells, backend = functional.solve_cells(x, equations.cells, z0=start_cells, **options)
-        blocks.append(lambda: equations.solved_cells(x, zs.detach()))
+        zs, cells, backend = functional.solve_cells(
+            x, equations.cells, z0=start_cells, present=rows.present, **options
+        )
+        blocks.append(lambda: equations.solved_cells(x, zs.detach(), rows.present))
     else:
-        zs, cells, backend = x, BlockInfo.exact(x, 0), "reference"
+        zs = _where(rows.present, x)
+        cells, backend = _marked(BlockInfo.exact(zs, 0), rows.present), "reference"
 
-    x_fuse = equations.x_fuse(x)
+    x_fuse = equations.x_fuse(x, rows.present)
     if equations.closed_form is None:
         assert x_fuse is not None
         cell_sum = zs.sum(0)
@@ -193,14 +231,16 @@ def _block_by_block(
             cell_sum,
             equations.fuse,
             num_modalities=equations.num_modalities,
-            mask=mask,
+            counts=rows.counts,
+            mask=rows.mask,
             z0=start_fuse,
             **options,
         )
-        given = x_fuse, cell_sum.detach(), mask
+        given = x_fuse, cell_sum.detach(), rows.mask, rows.counts
         blocks.append(lambda: equations.solved_fuse(*given, z.detach()))
     else:
-        z = equations.closed_form.evaluate(x[0], zs.to(x.dtype), x_fuse, mask)
+        z = equations.closed_form.evaluate(x[0], zs.to(x.dtype), x_fuse, rows.mask)
+        z = _where(_any(rows.present), z, torch.nan)
         fuse = BlockInfo.exact(z, equations.closed_form.nfe)
     info = SolveInfo(fuse, cells, backend, tuple(blocks))
     # A copy: the backward pass and `info` keep the original, and `z += ...` must be possible.
@@ -211,30 +251,36 @@ def weight_tied(
     equations: Equations,
     how: How,
     x: Tensor,  # (N, B, d)
-    mask: Tensor | None,  # (B, d)
+    rows: Rows,
     steps: int,
 ) -> Found:
     """``steps`` steps of every equation from zero; each combination sees that step's cells."""
     work = x.to(compute_dtype(x.dtype))
     z, zs = torch.zeros_like(work[0]), torch.zeros_like(work)
-    step_cells = equations.cells_map(x) if equations.cells else (lambda _: work)
+    absent_are_zero = _where(rows.present, work)
+    step_cells = (
+        equations.cells_map(x, rows.present) if equations.cells else (lambda _: absent_are_zero)
+    )
     for _ in range(steps):
         before = z, zs
-        zs, x_fuse = step_cells(zs), equations.x_fuse(x)
+        zs, x_fuse = step_cells(zs), equations.x_fuse(x, rows.present)
         if equations.closed_form is None:
             assert x_fuse is not None
-            step = equations.fuse_map(x_fuse, zs.sum(0), mask)
+            step = equations.fuse_map(x_fuse, zs.sum(0), rows.mask, rows.counts)
             z = step(z)
         else:
-            z = equations.closed_form.evaluate(z, zs.to(x.dtype), x_fuse, mask)
+            z = equations.closed_form.evaluate(z, zs.to(x.dtype), x_fuse, rows.mask)
+
+    z = _where(_any(rows.present), z, torch.nan)
 
     def info() -> SolveInfo:
         with torch.no_grad():
             fuse = last_step(before[0], z, how.solver, steps)
-            cells = last_step(before[1], zs, how.solver, steps)
+            cells = _marked(last_step(before[1], zs, how.solver, steps), rows.present)
         blocks = []
         if equations.cells:
-            blocks.append(lambda: SolvedMap(step_cells, zs.detach()))
+            at, count = zs.detach(), _elements(zs, rows.present)
+            blocks.append(lambda: SolvedMap(step_cells, at, None, count))
         if equations.closed_form is None:
             blocks.append(lambda: SolvedMap(step, z.detach()))
         return SolveInfo(fuse, cells, "reference", tuple(blocks))
@@ -242,11 +288,36 @@ def weight_tied(
     return Found(z.clone(), lambda: zs, info)
 
 
+def _where(present: Tensor | None, t: Tensor, rest: float = 0.0) -> Tensor:
+    return t if present is None else torch.where(present, t, rest)
+
+
+def _any(present: Tensor | None) -> Tensor | None:
+    """(B, 1) bool, whether a row has anything."""
+    return None if present is None else present.any(0)
+
+
+def _elements(z: Tensor, present: Tensor | None) -> Tensor | int:
+    """How many numbers of z (N, B, d) belong to what is present."""
+    return z.numel() if present is None else present.sum() * z.shape[-1]
+
+
+def _marked(cells: BlockInfo, present: Tensor | None) -> BlockInfo:
+    """Statistics of cells without those of absent ones."""
+    if present is None:
+        return cells
+    here = present[..., 0]
+    outcome = torch.where(here, cells.outcome, int(Outcome.ABSENT)).to(torch.int8)
+    return BlockInfo(
+        torch.where(here, cells.residual, 0.0), torch.where(here, cells.nfe, 0), outcome
+    )
+
+
 def last_step(old: Tensor, new: Tensor, solver: SolverOption, steps: int) -> BlockInfo:
     """Residual of the last of some steps; converged only if it happens to meet the tolerance."""
-    rows = Rows(old.flatten(0, -2), solver.tol, max_iter=1)
-    rows.observe(old.flatten(0, -2), new.flatten(0, -2), cost=steps)
-    found, shape = rows.solution(), new.shape[:-1]
+    judge = solver_rows.Rows(old.flatten(0, -2), solver.tol, max_iter=1)
+    judge.observe(old.flatten(0, -2), new.flatten(0, -2), cost=steps)
+    found, shape = judge.solution(), new.shape[:-1]
     return BlockInfo(found.residual.view(shape), found.nfe.view(shape), found.outcome.view(shape))
 
 

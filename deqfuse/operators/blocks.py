@@ -9,7 +9,7 @@ The operands of a solve come in this order::
 
     rows      features; one row per sample in front of the last dimension, differentiated
     params    parameters, shared by all rows, differentiated
-    others    what is not differentiated: masks, starts, sizes
+    others    what is not differentiated: masks, starts, what is present, sizes
     options   num_groups, variant, solver, adjoint, backend, on_failure
 
 and those of an adjoint in this one: the cotangents, the equilibrium, rows, params, the others that
@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from deqfuse import reporting
+from deqfuse.backends import presence
 from deqfuse.backends.backend import Backend, Launchers
 
 _SOLVE = "int num_groups, str variant, str solver, str adjoint, str backend, str on_failure"
@@ -36,32 +37,32 @@ _STATISTICS = "Tensor, Tensor, Tensor"  # residual, nfe, outcome
 
 torch.library.define(
     "deqfuse::solve_cells",
-    f"(Tensor x, Tensor[] params, Tensor? z0, {_SOLVE}) -> ({_SOLVED})",
+    f"(Tensor x, Tensor[] params, Tensor? z0, Tensor? present, {_SOLVE}) -> ({_SOLVED})",
 )
 torch.library.define(
     "deqfuse::adjoint_cells",
-    f"(Tensor grad_z, Tensor z, Tensor x, Tensor[] params, {_ADJOINT}) "
+    f"(Tensor grad_z, Tensor z, Tensor x, Tensor[] params, Tensor? present, {_ADJOINT}) "
     f"-> (Tensor, Tensor[], {_STATISTICS})",
 )
 torch.library.define(
     "deqfuse::solve_fuse",
-    "(Tensor x_fuse, Tensor cell_sum, Tensor[] params, Tensor? mask, Tensor? z0, "
+    "(Tensor x_fuse, Tensor cell_sum, Tensor[] params, Tensor? mask, Tensor? z0, Tensor? counts, "
     f"int num_modalities, {_SOLVE}) -> ({_SOLVED})",
 )
 torch.library.define(
     "deqfuse::adjoint_fuse",
     "(Tensor grad_z, Tensor z, Tensor x_fuse, Tensor cell_sum, Tensor[] params, Tensor? mask, "
-    f"int num_modalities, {_ADJOINT}) -> (Tensor, Tensor, Tensor[], {_STATISTICS})",
+    f"Tensor? counts, int num_modalities, {_ADJOINT}) -> (Tensor, Tensor, Tensor[], {_STATISTICS})",
 )
 torch.library.define(
     "deqfuse::solve_layer",
-    f"(Tensor[] x, Tensor[] params, Tensor? mask, Tensor? z0_fuse, Tensor? z0_cells, {_SOLVE}) "
-    f"-> (Tensor, {_SOLVED})",  # the fused z, then all equilibria
+    "(Tensor[] x, Tensor[] params, Tensor? mask, Tensor? z0_fuse, Tensor? z0_cells, "
+    f"Tensor? present, {_SOLVE}) -> (Tensor, {_SOLVED})",  # the fused z, then all equilibria
 )
 torch.library.define(
     "deqfuse::adjoint_layer",
     "(Tensor grad_z, Tensor? grad_cells, Tensor states, Tensor[] x, Tensor[] params, Tensor? mask, "
-    f"{_ADJOINT}) -> (Tensor[], Tensor[], {_STATISTICS})",
+    f"Tensor? present, {_ADJOINT}) -> (Tensor[], Tensor[], {_STATISTICS})",
 )
 
 
@@ -76,7 +77,8 @@ class Block:
         launchers: (backend) -> the two functions of that backend which the operators run.
         num_rows: how many rows operands there are; None where they are one list of them.
         num_others: how many operands have no gradient: masks, starts, sizes.
-        masks: positions, among the others, of those that the adjoint takes, too: tensors or None.
+        masks: positions, among the others, of those that the adjoint takes, too: tensors whose
+            rows lie in front of the last dimension, or None.
         sizes: positions, among the others, of numbers that the adjoint takes behind the masks.
         num_equilibria: how many leading results of the solve are equilibria; the adjoint is given
             the last of them.
@@ -152,10 +154,10 @@ CELLS = Block(
     name="cells",
     solve=torch.ops.deqfuse.solve_cells.default,
     adjoint=torch.ops.deqfuse.adjoint_cells.default,
-    launchers=lambda backend: backend.cells,
+    launchers=presence.cells,
     num_rows=1,  # x
-    num_others=1,  # z0
-    masks=(),
+    num_others=2,  # z0, present
+    masks=(1,),
     sizes=(),
     num_equilibria=1,  # z
     cotangents=lambda grad_z: (grad_z,),
@@ -165,11 +167,11 @@ FUSE = Block(
     name="fuse",
     solve=torch.ops.deqfuse.solve_fuse.default,
     adjoint=torch.ops.deqfuse.adjoint_fuse.default,
-    launchers=lambda backend: backend.fuse,
+    launchers=presence.fuse,
     num_rows=2,  # x_fuse, cell_sum
-    num_others=3,  # mask, z0, num_modalities
-    masks=(0,),
-    sizes=(2,),
+    num_others=4,  # mask, z0, counts, num_modalities
+    masks=(0, 2),
+    sizes=(3,),
     num_equilibria=1,  # z
     cotangents=lambda grad_z: (grad_z,),
     parts=reporting.FUSE,
@@ -178,10 +180,10 @@ LAYER = Block(
     name="layer",
     solve=torch.ops.deqfuse.solve_layer.default,
     adjoint=torch.ops.deqfuse.adjoint_layer.default,
-    launchers=lambda backend: backend.layer,
+    launchers=presence.whole,
     num_rows=None,  # x
-    num_others=3,  # mask, z0_fuse, z0_cells
-    masks=(0,),
+    num_others=4,  # mask, z0_fuse, z0_cells, present
+    masks=(0, 3),
     sizes=(),
     # The fused z, for callers to write into, and all equilibria, in memory of the operator's own.
     num_equilibria=2,

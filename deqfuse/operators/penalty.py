@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from deqfuse import backends
+from deqfuse.backends import presence
 from deqfuse.backends.empty import empty_grads
 from deqfuse.backends.maps import VARIANTS
 from deqfuse.operators.bodies import full_precision
@@ -29,7 +30,7 @@ from deqfuse.torch_private import (
 
 torch.library.define(
     "deqfuse::penalty_layer",
-    "(Tensor probes, Tensor states, Tensor[] x, Tensor[] params, Tensor? mask, "
+    "(Tensor probes, Tensor states, Tensor[] x, Tensor[] params, Tensor? mask, Tensor? present, "
     "int num_groups, str variant, str backend, bool want_params) -> (Tensor, Tensor[], Tensor[])",
 )
 Options = tuple[int, str, str]  # num_groups, variant, backend
@@ -42,6 +43,7 @@ def penalty_layer(
     x: Sequence[Tensor],  # N tensors (B, d)
     params: Sequence[Tensor],
     mask: Tensor | None,  # (B, d)
+    present: Tensor | None,  # (N, B, 1)
     options: Options,
 ) -> Tensor:
     """``sum |J_b^T v|^2`` over blocks, probes and rows, differentiable in x and params.
@@ -52,16 +54,17 @@ def penalty_layer(
         x: N tensors (B, d), injections.
         params: the layer's parameters, as in ``backends/layer.py``.
         mask: (B, d) dropout factors of the solve, or None.
+        present: (N, B, 1) bool, which cells there are; None for all.
         options: num_groups, variant, backend.
 
     Returns:
         A scalar in the compute dtype.
     """
-    fixed = (probes, states, mask)
+    fixed = (probes, states, mask, present)
     if traced(states):
         want_params = torch.is_grad_enabled() and any(t.requires_grad for t in params)
         total: Tensor = _operator(
-            probes, states, list(x), list(params), mask, *options, want_params
+            probes, states, list(x), list(params), mask, present, *options, want_params
         )[0]
         return total
     if in_transform_or_forward_mode():
@@ -69,7 +72,7 @@ def penalty_layer(
     if torch.is_grad_enabled():
         total = apply_function(_Penalty, len(x), options, *fixed, *x, *params)
         return total
-    return _body(probes, states, list(x), list(params), mask, *options, False)[0]
+    return _body(probes, states, list(x), list(params), mask, present, *options, False)[0]
 
 
 def _body(
@@ -78,14 +81,16 @@ def _body(
     x: list[Tensor],
     params: list[Tensor],
     mask: Tensor | None,
+    present: Tensor | None,
     num_groups: int,
     variant: Any,
     backend: str,
     want_params: bool,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     with full_precision(states.device):
-        rows, dx, dparams = backends.load(backend).penalty(
-            probes, states, x, params, mask, num_groups, VARIANTS[variant], want_params
+        operands = probes, states, x, params, mask, present
+        rows, dx, dparams = presence.penalty_layer(
+            backends.load(backend), *operands, num_groups, VARIANTS[variant], want_params
         )
     return rows.sum(), dx, dparams
 
@@ -109,17 +114,18 @@ class _Penalty(torch.autograd.Function):
         probes: Tensor,
         states: Tensor,
         mask: Any,
+        present: Any,
         *tensors: Any,
     ) -> Tensor:
         x, params = list(tensors[:num_x]), list(tensors[num_x:])
-        want_params = any(ctx.needs_input_grad[5 + num_x :])
-        total, dx, dparams = _body(probes, states, x, params, mask, *options, want_params)
+        want_params = any(ctx.needs_input_grad[6 + num_x :])
+        total, dx, dparams = _body(probes, states, x, params, mask, present, *options, want_params)
         _remember(ctx, tensors, [*dx, *dparams])
         return total
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
-        return *[None] * 5, *_gradients(ctx, grad)
+        return *[None] * 6, *_gradients(ctx, grad)
 
 
 class _Followed(torch.autograd.Function):
@@ -130,16 +136,18 @@ class _Followed(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        num_x: int, options: Options, probes: Tensor, states: Tensor, mask: Any, *tensors: Any
-    ) -> tuple[Tensor, ...]:
+        num_x: int, options: Options, probes: Tensor, states: Tensor, mask: Any, present: Any,
+        *tensors: Any,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
         x, params = list(tensors[:num_x]), list(tensors[num_x:])
-        total, dx, dparams = _operator(probes, states, x, params, mask, *options, True)
+        operands = probes, states, x, params, mask, present
+        total, dx, dparams = _operator(*operands, *options, True)
         return total, *dx, *dparams
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         ctx.mark_non_differentiable(*output[1:])
-        _remember(ctx, inputs[5:], output[1:])
+        _remember(ctx, inputs[6:], output[1:])
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:

@@ -69,7 +69,7 @@ def gradient(
         # Only the cells were used: the fuse step, failed or not, has no part in it.
         own = len(rows) * len(CellParams._fields)
         block, cotangents, star = CELLS, cotangents[1:], star[:-1]
-        operands = block.join([torch.stack(rows)], params[:own], ())
+        operands = block.join([torch.stack(rows)], params[:own], masks[-1:])  # what is present
     else:
         operands = block.join(rows, params, (*masks, *ctx.sizes))
 
