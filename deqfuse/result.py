@@ -43,7 +43,7 @@ class BlockInfo:
 
     @property
     def converged(self) -> Tensor:
-        """(...) bool: the row reached its tolerance, by the solver or by its rescue; or is absent."""
+        """(...) bool: the row reached its tolerance, by solver or rescue, or there is no row."""
         return ~failed(self.outcome)
 
     @property

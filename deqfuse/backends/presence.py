@@ -211,10 +211,13 @@ def _solve_cells(
     for i, rows in _rows_of(present):
         start = None if z0 is None else z0[i : i + 1, rows]
         found = launch(x[i : i + 1, rows], params[SIZE * i : SIZE * (i + 1)], start, *how)
-        own = Solved(*(t[0] for t in found[:4]), trace=found.trace[:, 0])  # type: ignore[misc]
+        z, residual, nfe, outcome = (t[0] for t in found[:4])
+        own = Solved(z, residual, nfe, outcome, found.trace[:, 0])
         blocks.append(_spread([(rows, own)], x[i], how[-1], Outcome.ABSENT))
-    z, *statistics = (torch.stack(parts) for parts in zip(*(b[:4] for b in blocks), strict=True))
-    return Solved(z, *statistics, trace=torch.stack([b.trace for b in blocks], 1))
+    z, residual, nfe, outcome = (
+        torch.stack(parts) for parts in zip(*(b[:4] for b in blocks), strict=True)
+    )
+    return Solved(z, residual, nfe, outcome, torch.stack([b.trace for b in blocks], 1))
 
 
 def _solve_fuse(

@@ -22,8 +22,8 @@ from deqfuse.backends.problem import compute_dtype
 from deqfuse.outcome import Outcome
 from deqfuse.reporting import OnFailure
 from deqfuse.result import BlockInfo, SolvedMap, SolveInfo
-from deqfuse.solvers.options import GradientOption, SolverOption, Unrolled
 from deqfuse.solvers import rows as solver_rows
+from deqfuse.solvers.options import GradientOption, SolverOption, Unrolled
 
 
 class ClosedForm(NamedTuple):

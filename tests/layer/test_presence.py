@@ -1,0 +1,374 @@
+"""Rows that lack modalities: each is a row of the layer made of what it has."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from presence_cases import (
+    DIM,
+    EACH,
+    PATTERNS,
+    N,
+    add_gradients,
+    layer_of,
+    poisoned,
+    present_rows,
+    rows_with,
+    sub_layer,
+)
+from torch import Tensor
+
+from deqfuse import (
+    Anderson,
+    DEQFusion,
+    Implicit,
+    ModalityDropout,
+    NewtonKrylov,
+    Outcome,
+    Unrolled,
+    backends,
+    operators,
+    present_from_nan,
+)
+from deqfuse.backends.maps import VARIANTS
+from deqfuse.backends.penalty import draw_probes
+from deqfuse.backends.presence import only
+
+BACKENDS = [name for name in ("cpu", "reference") if backends.load(name).unavailable() is None]
+TIGHT = {"solver": Anderson(tol=1e-12, max_iter=300), "adjoint": Implicit(tol=1e-12, max_iter=300)}
+ABLATIONS = {
+    "identity": {"cell": "identity"},
+    "sum": {"combine": "sum"},
+    "weighted sum": {"combine": "weighted_sum"},
+    "no gate": {"gate": False},
+    "steps": {"weight_tied_steps": 3},
+    "unrolled": {"adjoint": Unrolled(), "solver": Anderson(tol=1e-13, max_iter=200)},
+    "newton": {"solver": NewtonKrylov(tol=1e-12, max_iter=2000)},
+    "normed": {"injection_norm": True},
+    "projected": {"in_dims": (5, 12, 7, 3)},
+}
+
+
+def features(layer: DEQFusion) -> list[Tensor]:
+    torch.manual_seed(1)
+    widths = layer._widths()
+    return [torch.randn(len(PATTERNS) * EACH, w, dtype=torch.float64) for w in widths]
+
+
+def check_contract(layer: DEQFusion, **options: object) -> None:
+    """Value and every gradient of each pattern's rows, what is absent being NaN."""
+    present, xs = present_rows(), poisoned(features(layer), present_rows())
+    with_cells = layer.combine_kind != "weighted_sum"
+    z, *cells, info = layer(xs, present=present, return_cells=with_cells, return_info=True)
+    g = torch.randn(N + 1, *z.shape, dtype=z.dtype, generator=torch.Generator().manual_seed(2))
+    torch.autograd.backward([z, *cells], [g[-1], g[:-1]][: 1 + len(cells)])
+    assert info.converged.all() or layer.weight_tied_steps
+
+    total = {name: torch.zeros_like(p) for name, p in layer.named_parameters()}
+    for kept in PATTERNS:
+        rows, sub = rows_with(present, kept), sub_layer(layer, kept, **options)
+        own = [xs[i].detach()[rows].requires_grad_() for i in kept]
+        expected, *expected_cells = sub(own, return_cells=with_cells), *()
+        if with_cells:
+            expected, *expected_cells = expected
+        outputs = [expected, *expected_cells]
+        torch.autograd.backward(outputs, [g[-1, rows], g[list(kept)][:, rows]][: len(outputs)])
+        torch.testing.assert_close(z[rows], expected, rtol=1e-8, atol=1e-8)
+        for k, i in enumerate(kept):
+            if with_cells:
+                torch.testing.assert_close(cells[0][i, rows], outputs[1][k], rtol=1e-8, atol=1e-8)
+            grad = torch.zeros_like(own[k]) if own[k].grad is None else own[k].grad
+            torch.testing.assert_close(xs[i].grad[rows], grad, rtol=1e-8, atol=1e-8)
+        add_gradients(total, layer, sub, kept)
+    for i, x in enumerate(xs):
+        assert (x.grad[~present[:, i]] == 0).all(), "exactly"
+        if with_cells:
+            assert (cells[0][i, ~present[:, i]] == 0).all()
+    for name, p in layer.named_parameters():
+        grad = torch.zeros_like(p) if p.grad is None else p.grad
+        torch.testing.assert_close(grad, total[name], rtol=1e-8, atol=1e-8, msg=name)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_row_is_that_of_its_own_layer(variant: str, backend: str) -> None:
+    options = {"variant": variant, "backend": backend, **TIGHT}
+    check_contract(layer_of(**options), **options)
+
+
+@pytest.mark.parametrize("name", ABLATIONS)
+def test_ablations_and_other_solvers(name: str) -> None:
+    options = {**TIGHT, **ABLATIONS[name]}
+    layer = layer_of(**options)
+    options.pop("in_dims", None)
+    if name != "projected":
+        check_contract(layer, **options)
+        return
+    present, xs = present_rows(), poisoned(features(layer), present_rows())
+    layer(xs, present=present).pow(2).sum().backward()
+    for i, (x, projection) in enumerate(zip(xs, layer.projections, strict=True)):
+        assert (x.grad[~present[:, i]] == 0).all()
+        here = x.detach()[present[:, i]]
+        assert projection.weight.grad.isfinite().all()
+        inside = layer.projections[i](here).detach()  # as features of the layer behind it
+        assert inside.isfinite().all()
+    plain = layer_of(**TIGHT)
+    plain.load_state_dict(layer.state_dict(), strict=False)
+    clean = [
+        torch.where(here[:, None], x.detach(), 0.0) for x, here in zip(xs, present.T, strict=True)
+    ]
+    inner = [p(x) for p, x in zip(layer.projections, clean, strict=True)]
+    torch.testing.assert_close(layer(xs, present=present), plain(inner, present=present))
+
+
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="needs the compiled backend")
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_bits_are_those_of_the_sub_layer(variant: str) -> None:
+    options = {"variant": variant, "backend": "cpu"}
+    layer = layer_of(**options).float()
+    present, xs = present_rows(), [x.float() for x in features(layer)]
+    z, cells, info = layer(xs, present=present, return_cells=True, return_info=True)
+    for kept in PATTERNS:
+        rows, sub = rows_with(present, kept), sub_layer(layer, kept, **options)
+        own, own_cells, told = sub([xs[i][rows] for i in kept], return_cells=True, return_info=True)
+        assert torch.equal(z[rows], own)
+        assert torch.equal(cells[list(kept)][:, rows], own_cells)
+        assert torch.equal(info.fuse.nfe[rows], told.fuse.nfe)
+        assert torch.equal(info.cells.nfe[list(kept)][:, rows], told.cells.nfe)
+
+
+def test_what_the_record_says() -> None:
+    layer, present = layer_of(), present_rows()
+    _, info = layer(features(layer), present=present, return_info=True)
+    absent = ~present.T
+    assert (info.cells.outcome[absent] == Outcome.ABSENT).all()
+    assert (info.cells.outcome[~absent] == Outcome.CONVERGED).all()
+    assert (info.cells.nfe[absent] == 0).all()
+    assert (info.cells.residual[absent] == 0).all()
+    assert info.converged.all()
+    assert (info.outcome == Outcome.CONVERGED).all()
+    radius = info.spectral_radius()
+    assert (radius[:-1][absent] < 1e-6).all()
+    assert (radius[:-1][~absent] > 1e-3).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_everything_present_is_no_mask_at_all(backend: str) -> None:
+    layer = layer_of(backend=backend)
+    xs = features(layer)
+    results = []
+    for present in (None, torch.ones(len(xs[0]), N, dtype=torch.bool)):
+        z, info = layer(xs, present=present, return_info=True)
+        results.append([z, info.fuse.nfe, *torch.autograd.grad(z.sum(), layer.parameters())])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("variant", ["paper", "released"])
+def test_the_penalty_is_that_of_the_sub_layers(variant: str, backend: str) -> None:
+    """For given probes: values and all gradients."""
+    layer, present = layer_of(variant=variant, backend=backend), present_rows()
+    xs = poisoned(features(layer), present)
+    mask = 1.25 * (torch.rand(len(present), DIM, dtype=torch.float64) > 0.2)
+    clean = only([x.detach() for x in xs], present.T[..., None])
+    states = torch.randn(N + 1, len(present), DIM, dtype=torch.float64)
+    states[:-1] *= present.T[..., None]
+    probes = draw_probes(states, 2)
+
+    def total(xs: list[Tensor], layer: DEQFusion, states: Tensor, probes: Tensor, *masks: object):
+        equations = layer._equations()
+        params = [*equations.cells, *equations.fuse, equations.weights]
+        params += [] if equations.bias is None else [equations.bias]
+        how = (2, variant, backend)
+        return operators.penalty_layer(probes, states, xs, params, *masks, how)
+
+    leaves = [x.requires_grad_() for x in clean]
+    given = total(leaves, layer, states, probes, mask, present.T[..., None])
+    given.backward()
+    expected, grads = 0.0, {name: torch.zeros_like(p) for name, p in layer.named_parameters()}
+    for kept in PATTERNS:
+        rows, sub = rows_with(present, kept), sub_layer(layer, kept, variant=variant)
+        own = [clean[i].detach()[rows].requires_grad_() for i in kept]
+        blocks = [*kept, N]
+        some = total(
+            own, sub, states[blocks][:, rows], probes[:, blocks][:, :, rows], mask[rows], None
+        )
+        some.backward()
+        expected = expected + some.detach()
+        for k, i in enumerate(kept):
+            torch.testing.assert_close(leaves[i].grad[rows], own[k].grad, rtol=1e-9, atol=1e-9)
+        add_gradients(grads, layer, sub, kept)
+    torch.testing.assert_close(given.detach(), expected, rtol=1e-10, atol=0)
+    for name, p in layer.named_parameters():
+        grad = torch.zeros_like(p) if p.grad is None else p.grad
+        torch.testing.assert_close(grad, grads[name], rtol=1e-9, atol=1e-9, msg=name)
+
+
+@pytest.mark.parametrize("options", [{}, {"gate": False}], ids=["operator", "autograd"])
+def test_the_penalty_is_a_mean_over_what_is_present(options: dict) -> None:
+    """With the same rows in every pattern it is the weighted mean of the sub-layers' penalties."""
+    layer, kept = layer_of(**options), (0, 2)
+    present = torch.zeros(200, N, dtype=torch.bool)
+    present[:, list(kept)] = True
+    torch.manual_seed(3)
+    xs = [torch.randn(200, DIM, dtype=torch.float64) for _ in range(N)]
+    sub = sub_layer(layer, kept, **options)
+    _, info = layer(xs, present=present, return_info=True)
+    _, own = sub([xs[i] for i in kept], return_info=True)
+    with torch.no_grad():
+        a, b = info.jacobian_penalty(50), own.jacobian_penalty(50)
+    torch.testing.assert_close(a, b, rtol=0.05, atol=0)  # other probes; 50 of them on 200 rows
+
+
+# ---- transforms of torch -------------------------------------------------------------------------
+
+
+def test_compiled_without_breaks() -> None:
+    layer, present = layer_of(), present_rows()
+    xs = poisoned(features(layer), present)
+
+    def step(xs: list[Tensor], present: Tensor) -> Tensor:
+        z, info = layer(xs, present=present, return_info=True)
+        return z.square().sum() + 0 * info.jacobian_penalty()
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    plain, fast = step(xs, present), compiled(xs, present)
+    torch.testing.assert_close(fast, plain)
+    for a, b in zip(*(torch.autograd.grad(v, xs) for v in (plain, fast)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_exported() -> None:
+    layer, present = layer_of().eval(), present_rows()
+    xs = features(layer)
+    program = torch.export.export(layer, (xs,), {"present": present})
+    torch.testing.assert_close(program.module()(xs, present=present), layer(xs, present=present))
+
+
+def test_mapped() -> None:
+    layer = layer_of()
+    torch.manual_seed(0)
+    xs = torch.randn(3, N, 5, DIM, dtype=torch.float64)
+    present = torch.rand(3, 5, N) > 0.4
+    present[~present.any(-1)] = True
+    mapped = torch.vmap(lambda x, p: layer(list(x), present=p))(xs, present)
+    for k in range(3):
+        torch.testing.assert_close(mapped[k], layer(list(xs[k]), present=present[k]))
+    grads = torch.vmap(torch.func.grad(lambda x, p: layer(list(x), present=p).sum()))(xs, present)
+    for k in range(3):
+        x = xs[k].clone().requires_grad_()
+        (expected,) = torch.autograd.grad(layer(list(x), present=present[k]).sum(), x)
+        torch.testing.assert_close(grads[k], expected)
+
+
+def test_autocast_and_16_bits() -> None:
+    layer, present = layer_of().to(torch.bfloat16), present_rows()
+    xs = [x.to(torch.bfloat16) for x in poisoned(features(layer), present)]
+    z = layer(xs, present=present)
+    assert z.dtype == torch.bfloat16
+    assert z.isfinite().all()
+    layer = layer.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        z = layer([x.float() for x in xs], present=present)
+    assert z.isfinite().all()
+
+
+def test_starts_and_dropout_and_leading_dimensions() -> None:
+    layer = layer_of(dropout=0.3, solver=Anderson(tol=1e-10, max_iter=200))
+    present = present_rows().reshape(EACH, len(PATTERNS), N)
+    xs = [x.reshape(EACH, len(PATTERNS), DIM) for x in features(layer)]
+    torch.manual_seed(0)
+    z, cells, info = layer(xs, present=present, return_cells=True, return_info=True)
+    assert info.cells.outcome.shape == (N, EACH, len(PATTERNS))
+    torch.manual_seed(0)
+    again, warm = layer(xs, present=present, z0=(z, cells), return_info=True)
+    torch.testing.assert_close(again, z, rtol=1e-7, atol=1e-7)
+    assert (warm.nfe <= 2).all()
+
+
+def test_rescued_rows() -> None:
+    layer, present = layer_of(init="torch", solver=Anderson(tol=1e-10, max_iter=8)), present_rows()
+    _, info = layer(features(layer), present=present, return_info=True)
+    assert info.rescued.any()
+    assert info.converged.all()
+
+
+# ---- masks that are wrong ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("present", "kind", "text"),
+    [
+        ([[True]], TypeError, "present: expected a tensor of torch.bool, got list"),
+        (torch.ones(3, N), TypeError, "present: expected torch.bool, got torch.float32"),
+        (torch.ones(3, N - 1).bool(), ValueError, r"present: expected shape \(3, 4\)"),
+        (torch.ones(3, N).bool().to("meta"), ValueError, "present: expected device cpu"),
+        (torch.tensor([[True] * N, [False] * N, [True] * N]), ValueError,
+         "present: expected at least one modality in every row, got none in 1 of 3 rows"),
+    ],
+)  # fmt: skip
+def test_wrong_masks_are_refused_by_name(present: object, kind: type, text: str) -> None:
+    with pytest.raises(kind, match=text):
+        layer_of()([torch.randn(3, DIM, dtype=torch.float64)] * N, present=present)
+
+
+def test_a_row_with_nothing_that_nobody_saw() -> None:
+    """Under a transform nobody looks: the row says so itself, and no other one notices."""
+    layer, present = layer_of(), present_rows()[:4].clone()
+    xs = torch.stack([x[:4] for x in features(layer)])
+    expected = layer(list(xs), present=present)
+    present[2] = False
+    with pytest.warns(UserWarning, match="1 have no modality present"):
+        z = torch.vmap(lambda x, p: layer(list(x), present=p), (1, 0))(
+            xs[:, :, None], present[:, None]
+        )[:, 0]
+    others = [0, 1, 3]
+    torch.testing.assert_close(z[others], expected[others])
+    assert z[2].isnan().all()
+
+
+# ---- where masks come from -----------------------------------------------------------------------
+
+
+def test_present_from_nan() -> None:
+    a = torch.tensor([[1.0, 2.0], [torch.nan, torch.nan], [torch.nan, 1.0]])
+    b = torch.zeros(3, 5)
+    assert present_from_nan([a, b]).tolist() == [[True, True], [False, True], [True, True]]
+    assert present_from_nan([a, b], "any").tolist() == [[True, True], [False, True], [False, True]]
+    assert present_from_nan([a[None], b[None]]).shape == (1, 3, 2)
+    with pytest.raises(ValueError, match="absent: expected one of 'all', 'any'"):
+        present_from_nan([a], "some")
+    with pytest.raises(ValueError, match=r"features\[1\]"):
+        present_from_nan([a, b[:2]])
+
+
+def test_modality_dropout() -> None:
+    torch.manual_seed(0)
+    drop, xs = ModalityDropout(0.4), [torch.randn(20_000, 3) for _ in range(3)]
+    kept = drop(xs)
+    assert kept.dtype == torch.bool
+    assert kept.any(1).all()
+    # Dropped with probability p, unless it would have been the last: p^3 rows keep one in three.
+    share = 0.4 - 0.4**3 / 3
+    assert abs(float((~kept).double().mean()) - share) < 0.01
+    counts = torch.stack([kept[kept.sum(1) == 1].double().mean(0)])
+    torch.testing.assert_close(counts, torch.full_like(counts, 1 / 3), rtol=0, atol=0.02)
+    torch.manual_seed(1)
+    first = drop(xs)
+    torch.manual_seed(1)
+    assert torch.equal(first, drop(xs)), "seeded by torch"
+    assert drop.eval()(xs).all()
+
+
+def test_modality_dropout_keeps_to_what_is_present() -> None:
+    torch.manual_seed(0)
+    present = torch.rand(5000, N) > 0.5
+    present[~present.any(1), 0] = True
+    kept = ModalityDropout(0.9)([torch.randn(5000, 2)] * N, present)
+    assert kept.any(1).all()
+    assert not (kept & ~present).any()
+    for wrong in (1.0, -0.1):
+        with pytest.raises(ValueError, match=r"p: expected a probability in \[0, 1\)"):
+            ModalityDropout(wrong)
+    with pytest.raises(TypeError, match="p: expected a number"):
+        ModalityDropout("0.1")
