@@ -26,6 +26,7 @@ INTERPRETED = (
     "test_triton_adjoint.py",
     "test_triton_penalty.py",
     "test_triton_gpu_penalty.py",
+    "test_triton_presence.py",
 )
 SLOW = (
     "test_triton_steps.py",
