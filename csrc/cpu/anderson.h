@@ -46,7 +46,8 @@ Uses uses(const SolveOptions<T>& o, bool first_is_free, int64_t tiles) {
   return first_is_free && begins_plainly(o) ? Uses{2 * tiles, (kWarmup - 1) * tiles} : Uses{5 * tiles, 0};
 }
 
-// Where the answers of row r go; `z` begins with row `first`. `trace` (steps, rows_total) may be null.
+// Where the answers of row r go; `z` begins with row `first`. `trace` (steps, rows_total) may be null. `rows`: which row
+// is the k-th, or null where it is row k.
 template <class T>
 struct RowResults {
   T* z;
@@ -56,6 +57,7 @@ struct RowResults {
   int8_t* outcome;
   T* trace;
   int64_t trace_stride;
+  const int64_t* rows = nullptr;
 };
 
 // Map: the problem.
@@ -87,7 +89,8 @@ class RowSolver {
     for (int64_t& row : row_) row = -1;
   }
 
-  // Of rows that fit into one tile: whether all answers are the iterates that were evaluated last.
+  // The rows from the begin-th on. Of rows that fit into one tile: whether all answers are the iterates that were
+  // evaluated last.
   bool run(int64_t begin, int64_t end) {
     next_ = begin;
     end_ = end;
@@ -107,6 +110,8 @@ class RowSolver {
   }
 
  private:
+  int64_t number(int64_t k) const { return out_.rows ? out_.rows[k] : k; }
+
   // Whether rows begin with an evaluation that needs no product and counts as their first.
   bool judged_start() const { return map_.first_is_free() && !warm_; }
 
@@ -124,7 +129,7 @@ class RowSolver {
         if (row_[l] >= 0 || staged_ == staged_end_) continue;
         moves.add(staged_, l);
         before_[l] = steps_of_start_[staged_];
-        row_[l] = taken.row[l] = first_staged_ + staged_++;
+        row_[l] = taken.row[l] = number(first_staged_ + staged_++);
         count_[l] = best_at_[l] = 0;
         best_[l] = std::numeric_limits<T>::infinity();
         best_saved_[l] = false;
@@ -150,7 +155,9 @@ class RowSolver {
     staged_ = 0;
     staged_end_ = end_ - next_ < R ? int(end_ - next_) : R;
     next_ += staged_end_;
-    map_.stage(lane_rows<R>(first_staged_, staged_end_), start_, in_place);
+    LaneRows<R> rows = lane_rows<R>(first_staged_, staged_end_);
+    for (int l = 0; l < staged_end_; ++l) rows.row[l] = number(rows.row[l]);
+    map_.stage(rows, start_, in_place);
     if (!map_.first_is_free()) return;
     Vec<T> square[NV] = {};
     for (int64_t o = 0; o < n_; o += R)
@@ -208,7 +215,7 @@ class RowSolver {
 
   // In the trace, of waiting lane l.
   void record(int l, T residual) {
-    if (out_.trace) out_.trace[(steps_of_start_[l] - 1) * out_.trace_stride + first_staged_ + l] = residual;
+    if (out_.trace) out_.trace[(steps_of_start_[l] - 1) * out_.trace_stride + number(first_staged_ + l)] = residual;
   }
 
   // The newest images, of all rows or only of those just taken: counts them, and writes the answers of rows that end.

@@ -10,6 +10,7 @@ struct CellProblem {
   int64_t modalities, rows, d, groups;
   bool skip;
   const T* const* x;             // N times (B, d)
+  const bool* present;           // (N, B), or null where all are; the others' equilibria are zero
   const T* z0;                   // (N, B, d) or null
   const T* const* params;        // N * 10, the order of CellParams
   double tol, beta, lam;
@@ -36,7 +37,7 @@ struct FuseProblem {
   int64_t trace_stride;
 };
 
-// The whole layer: the cells, then the fuse step, whose x and cell_sum are made of them.
+// The whole layer: the cells, then the fuse step, whose x and cell_sum are made of those that are present.
 template <class T>
 struct LayerProblem {
   int64_t rows, d;

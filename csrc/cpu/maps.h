@@ -96,6 +96,7 @@ struct FuseRows {
   // x = sum_i weights_i x_i + bias, cell_sum = sum_i z_i
   const T* const* x_cells = nullptr;
   const T *z_cells = nullptr, *weights = nullptr, *bias = nullptr;
+  const bool* present = nullptr;  // (modalities, rows), or null: x_cells of others are not read, z_cells are zero
 
   // Into the lanes of a tile; `memory` holds a tile.
   template <int NV>
@@ -125,6 +126,7 @@ struct FuseRows {
   void make_x(int64_t r, int64_t d, T* __restrict to) const {
     for (int64_t k = 0; k < d; ++k) to[k] = T(0);
     for (int64_t i = 0; i < modalities; ++i) {
+      if (present && !present[i * rows + r]) continue;
       const T *from = x_cells[i] + r * d, w = weights[i];
       for (int64_t k = 0; k < d; ++k) to[k] += w * from[k];
     }

@@ -105,7 +105,7 @@ Solved solve_fuse(Tensor x, Tensor cell_sum, Tensors params, std::optional<Tenso
 // `params`: the cells', the fuse step's, modality_weights and, if there is one, injection_bias. The results hold the
 // cells first and the fuse step last; its equilibrium comes again as a tensor of its own, for the caller to keep.
 SolvedLayer solve_layer(Tensors x, Tensors params, std::optional<Tensor> mask, std::optional<Tensor> z0_fuse,
-                        std::optional<Tensor> z0_cells, int64_t groups, bool skip, bool relu_last, double tol,
+                        std::optional<Tensor> z0_cells, std::optional<Tensor> present, int64_t groups, bool skip, bool relu_last, double tol,
                         int64_t max_iter, int64_t history, double beta, double lam, int64_t steps) {
   STD_TORCH_CHECK(!x.empty(), "deqfuse: x: expected at least one tensor");
   const int64_t n = int64_t(x.size()), rows = x[0].size(0), d = x[0].size(1), weights = 10 * n + 6;
@@ -123,6 +123,7 @@ SolvedLayer solve_layer(Tensors x, Tensors params, std::optional<Tensor> mask, s
   expect(mask, rows * d, dtype, "mask");
   expect(z0_fuse, rows * d, dtype, "z0_fuse");
   expect(z0_cells, n * rows * d, dtype, "z0_cells");
+  expect(present, n * rows, ScalarType::Bool, "present");
   expect_layer_params(params, n, d, dtype);
   const Statistics statistics({n + 1, rows}, dtype);
   const Tensor z = empty({rows, d}, dtype), states = empty({n + 1, rows, d}, dtype);
@@ -140,6 +141,7 @@ SolvedLayer solve_layer(Tensors x, Tensors params, std::optional<Tensor> mask, s
     statistics.point<T>(p.cells);
     p.cells.skip = skip;
     p.cells.x = from.data();
+    p.cells.present = data<bool>(present);
     p.cells.z0 = data<T>(z0_cells);
     p.cells.params = in.data();
     p.cells.z = data<T>(states);

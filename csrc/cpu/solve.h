@@ -24,6 +24,49 @@ struct ForwardMatrices : Matrices<T, StraightForm<T, NV>> {
   explicit ForwardMatrices(const FuseProblem<T>& p) : ForwardMatrices(p, 1, 6) {}
 };
 
+// Rows in groups: which rows each has, one group after the other.
+class RowGroups {
+ public:
+  // `group_of(k)`, in [0, groups), of k in [0, count); its row is number(k).
+  template <class GroupOf, class Number>
+  RowGroups(int64_t groups, int64_t count, GroupOf group_of, Number number) : begin_(groups + 1), rows_(count) {
+    for (int64_t g = 0; g <= groups; ++g) begin_.get()[g] = 0;
+    for (int64_t k = 0; k < count; ++k) ++begin_.get()[group_of(k) + 1];
+    for (int64_t g = 0; g < groups; ++g) begin_.get()[g + 1] += begin_.get()[g];
+    Scratch<int64_t> next(groups);
+    std::memcpy(next.get(), begin_.get(), sizeof(int64_t) * groups);
+    for (int64_t k = 0; k < count; ++k) rows_.get()[next.get()[group_of(k)]++] = number(k);
+  }
+  const int64_t* rows(int64_t g) const { return rows_.get() + begin_.get()[g]; }
+  int64_t size(int64_t g) const { return begin_.get()[g + 1] - begin_.get()[g]; }
+
+ private:
+  const Scratch<int64_t> begin_, rows_;
+};
+
+// Runs body(group, rows of the group, begin, end) for all of them, in chunks of whole tiles of R rows.
+template <int R, class Body>
+void run_groups(const RowGroups& groups, int64_t count, int64_t wanted, int threads, ParallelFor parallel, Body body) {
+  int64_t tasks = 0;
+  for (int64_t g = 0; g < count; ++g) tasks += Chunks(groups.size(g), R, wanted).count;
+  run_tasks(tasks, threads, parallel, [&](int64_t t) {
+    int64_t g = 0;
+    for (int64_t own; t >= (own = Chunks(groups.size(g), R, wanted).count); ++g) t -= own;
+    const Chunks chunks(groups.size(g), R, wanted);
+    const int64_t begin = t * chunks.rows;
+    body(g, groups.rows(g), begin, chunks.end(begin));
+  });
+}
+
+// What is said of rows that are not solved.
+template <class T, class P>
+void leave_out(const P& p, int64_t k, T value, Outcome outcome) {
+  for (int64_t i = 0; i < p.d; ++i) p.z[k * p.d + i] = value;
+  p.residual[k] = value;
+  p.nfe[k] = 0;
+  p.outcome[k] = int8_t(outcome);
+}
+
 // With `weights` in place.
 template <class T, int NV>
 void solve_cells(const CellProblem<T>& p, const ForwardMatrices<T, NV>& weights, int threads, ParallelFor parallel) {
@@ -41,9 +84,8 @@ void solve_cells(const CellProblem<T>& p, const ForwardMatrices<T, NV>& weights,
       Scratch<T> memory((2 + work_tiles<1>(d)) * d * kLanes<T>);
       cell_at_zero(cell(i), d, p.groups, memory.get(), at_zero.get() + i * d);
     });
-  const Chunks chunks(p.rows, R, (2 * threads + p.modalities - 1) / p.modalities);  // two tasks a thread even out
-  run_tasks(p.modalities * chunks.count, threads, parallel, [&](int64_t t) {
-    const int64_t i = t / chunks.count, begin = t % chunks.count * chunks.rows, first = i * p.rows;
+  auto solve = [&](int64_t i, const int64_t* rows, int64_t begin, int64_t end) {
+    const int64_t first = i * p.rows;
     using Map = CellMap<T, NV>;
     using Solver = RowSolver<T, NV, Map>;
     Scratch<T> memory((Map::tiles(d) + Solver::tiles(p.history)) * d * R);
@@ -51,9 +93,26 @@ void solve_cells(const CellProblem<T>& p, const ForwardMatrices<T, NV>& weights,
     RowResults<T> out{p.z + first * d,     0,
                       p.residual + first,  p.nfe + first,
                       p.outcome + first,   p.trace ? p.trace + first : nullptr,
-                      p.trace_stride};
-    Solver(map, d, options<T>(p), out, memory.get() + Map::tiles(d) * d * R).run(begin, chunks.end(begin));
+                      p.trace_stride,      rows};
+    Solver(map, d, options<T>(p), out, memory.get() + Map::tiles(d) * d * R).run(begin, end);
+  };
+  const int64_t wanted = (2 * threads + p.modalities - 1) / p.modalities;  // two tasks a thread even out
+  if (p.present == nullptr) {
+    const Chunks chunks(p.rows, R, wanted);
+    run_tasks(p.modalities * chunks.count, threads, parallel, [&](int64_t t) {
+      const int64_t begin = t % chunks.count * chunks.rows;
+      solve(t / chunks.count, nullptr, begin, chunks.end(begin));
+    });
+    return;
+  }
+  const int64_t n = p.modalities, all = n * p.rows;
+  for_rows(all, threads, parallel, [&](int64_t k) {
+    if (!p.present[k]) leave_out(p, k, T(0), Outcome::kAbsent);
   });
+  // The last group: what is absent.
+  const RowGroups groups(
+      n + 1, all, [&](int64_t k) { return p.present[k] ? k / p.rows : n; }, [&](int64_t k) { return k % p.rows; });
+  run_groups<R>(groups, n, wanted, threads, parallel, solve);
 }
 
 template <class T, int NV>
@@ -62,19 +121,46 @@ void solve_fuse(const FuseProblem<T>& p, const FuseRows<T>& from, const ForwardM
   constexpr int R = NV * kLanes<T>;
   const int64_t d = p.d;
   const T* const* q = p.params;
-  const FuseWeights<T, typename StraightForm<T, NV>::Matrix> fuse{weights.at(0, 0), weights.at(0, 1), q[1], q[3], q[4], q[5], T(p.modalities), p.relu_last};
-  const Chunks chunks(p.rows, R, 2 * threads);
-  run_tasks(chunks.count, threads, parallel, [&](int64_t t) {
-    const int64_t begin = t * chunks.rows;
+  auto solve = [&](int64_t modalities, const int64_t* rows, int64_t begin, int64_t end) {
     using Map = FuseMap<T, NV>;
     using Solver = RowSolver<T, NV, Map>;
+    const typename Map::Weights fuse{weights.at(0, 0), weights.at(0, 1), q[1], q[3], q[4], q[5], T(modalities), p.relu_last};
     Scratch<T> memory((Map::tiles(d) + Solver::tiles(p.history)) * d * R);
     Map map(fuse, from, p.mask, p.z0, d, p.groups, memory.get());
-    RowResults<T> out{p.z, 0, p.residual, p.nfe, p.outcome, p.trace, p.trace_stride};
-    const int64_t end = chunks.end(begin);
+    RowResults<T> out{p.z, 0, p.residual, p.nfe, p.outcome, p.trace, p.trace_stride, rows};
     Solver(map, d, options<T>(p), out, memory.get() + Map::tiles(d) * d * R).run(begin, end);
-    if (p.copy) std::memcpy(p.copy + begin * d, p.z + begin * d, sizeof(T) * (end - begin) * d);
-  });
+    if (p.copy == nullptr) return;
+    for (int64_t k = begin; k < end; ++k) {
+      const int64_t at = (rows ? rows[k] : k) * d;
+      std::memcpy(p.copy + at, p.z + at, sizeof(T) * d);
+    }
+  };
+  if (from.present == nullptr) {
+    const Chunks chunks(p.rows, R, 2 * threads);
+    run_tasks(chunks.count, threads, parallel, [&](int64_t t) {
+      const int64_t begin = t * chunks.rows;
+      solve(p.modalities, nullptr, begin, chunks.end(begin));
+    });
+    return;
+  }
+  // Rows with the same number of modalities make a group.
+  const RowGroups groups(
+      p.modalities + 1, p.rows,
+      [&](int64_t r) {
+        int64_t count = 0;
+        for (int64_t i = 0; i < p.modalities; ++i) count += from.present[i * p.rows + r];
+        return count;
+      },
+      [](int64_t r) { return r; });
+  for (int64_t k = 0; k < groups.size(0); ++k) {
+    const int64_t r = groups.rows(0)[k];
+    leave_out(p, r, std::numeric_limits<T>::quiet_NaN(), Outcome::kEmpty);
+    if (p.copy) std::memcpy(p.copy + r * d, p.z + r * d, sizeof(T) * d);
+  }
+  run_groups<R>(groups, p.modalities + 1, 2 * threads, threads, parallel,
+                [&](int64_t n, const int64_t* rows, int64_t begin, int64_t end) {
+                  if (n > 0) solve(n, rows, begin, end);
+                });
 }
 
 template <class T, int NV>
@@ -102,7 +188,9 @@ void solve_layer(const LayerProblem<T>& p, int threads, ParallelFor parallel) {
   const ForwardMatrices<T, NV> cells(p.cells), fuse(p.fuse);
   copy_all(threads, parallel, cells, fuse);
   solve_cells<T, NV>(p.cells, cells, threads, parallel);
-  solve_fuse<T, NV>(p.fuse, rows_of_layer<T>(p), fuse, threads, parallel);
+  FuseRows<T> from = rows_of_layer<T>(p);
+  from.present = p.cells.present;
+  solve_fuse<T, NV>(p.fuse, from, fuse, threads, parallel);
 }
 
 }  // namespace DEQFUSE_ISA

@@ -166,6 +166,8 @@ struct Options {
   }
 };
 
+constexpr int8_t kAbsent = 7;  // common/outcome.h
+
 // Per-row statistics of blocks x rows, and where a problem of some of these blocks writes them.
 struct Statistics {
   Tensor residual, nfe, outcome;
@@ -180,7 +182,7 @@ struct Statistics {
   }
   bool all_converged() const {
     const int8_t* first = data<int8_t>(outcome);
-    return std::all_of(first, first + outcome.numel(), [](int8_t row) { return row == 0; });
+    return std::all_of(first, first + outcome.numel(), [](int8_t row) { return row == 0 || row == kAbsent; });
   }
 };
 

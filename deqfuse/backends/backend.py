@@ -53,6 +53,10 @@ class Backend:
             from z0 (R, n).
         anderson: Anderson mixing on the rows of any map, ``(f, z0, option) -> Solution`` with z0
             (R, n). Only called where ``takes_rows`` says so.
+        solve_present: the solve of a layer whose rows lack modalities, in one call: ``(x, params,
+            mask, z0_fuse, z0_cells, present (N, B, 1), *how) -> SolvedLayer``, or None where the
+            blocks' launchers have to do it (``backends/presence.py``), as they do where there is
+            no such function.
     """
 
     summary: str
@@ -64,3 +68,4 @@ class Backend:
     penalty: Callable[..., Any]
     takes_rows: Callable[[Tensor, SolverOption], bool]
     anderson: Callable[..., Any]
+    solve_present: Callable[..., Any] | None = None

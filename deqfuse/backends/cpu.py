@@ -98,17 +98,50 @@ def solve_layer(
     solver: SolverOption,
 ) -> SolvedLayer:
     """Equilibria of all cells and of the fuse step, in one call."""
-    found = SolvedLayer(
-        *cpu_native.solve_layer(
-            x, flat_params, mask, z0_fuse, z0_cells, num_groups,
-            variant.skip, variant.relu_last, *_forward(solver), _steps(solver),
-        )
+    found = _layer(
+        x, flat_params, mask, z0_fuse, z0_cells, None, num_groups, variant, solver
     )  # fmt: skip
     if found.all_converged or not (isinstance(solver, Anderson) and solver.rescues(found.z.device)):
         return found
     return layer.rescued(
         found, _rescue_cells, solve_fuse, _rescue_fuse,
         x, flat_params, mask, z0_fuse, num_groups, variant, solver,
+    )  # fmt: skip
+
+
+def solve_present(
+    x: list[Tensor],  # N tensors (B, d)
+    flat_params: list[Tensor],  # backends/layer.py
+    mask: Tensor | None,  # (B, d)
+    z0_fuse: Tensor | None,  # (B, d)
+    z0_cells: Tensor | None,  # (N, B, d)
+    present: Tensor,  # (N, B, 1), bool
+    num_groups: int,
+    variant: Variant,
+    solver: SolverOption,
+) -> SolvedLayer | None:
+    """Equilibria of what is present, in one call; None where rows are to be rescued."""
+    problem = x, flat_params, mask, z0_fuse, z0_cells, present.contiguous()
+    found = _layer(*problem, num_groups, variant, solver)
+    return found if found.all_converged or not solver.rescues(found.z.device) else None
+
+
+def _layer(
+    x: list[Tensor],
+    flat_params: list[Tensor],
+    mask: Tensor | None,
+    z0_fuse: Tensor | None,
+    z0_cells: Tensor | None,
+    present: Tensor | None,
+    num_groups: int,
+    variant: Variant,
+    solver: SolverOption,
+) -> SolvedLayer:
+    return SolvedLayer(
+        *cpu_native.solve_layer(
+            x, flat_params, mask, z0_fuse, z0_cells, present, num_groups,
+            variant.skip, variant.relu_last, *_forward(solver), _steps(solver),
+        )
     )  # fmt: skip
 
 
@@ -279,6 +312,7 @@ BACKEND = Backend(
     cells=Launchers(solve_cells, adjoint_cells),
     fuse=Launchers(solve_fuse, adjoint_fuse),
     layer=Launchers(solve_layer, adjoint_layer),
+    solve_present=solve_present,
     penalty=penalty_layer,
     takes_rows=takes_rows,
     anderson=anderson,

@@ -29,7 +29,7 @@ _SCHEMAS = {
     ),
     "cpu_solve_layer": (
         "(Tensor[] x, Tensor[] params, Tensor? mask, Tensor? z0_fuse, Tensor? z0_cells, "
-        f"int num_groups, bool skip, bool relu_last, {_SOLVE}, int steps) "
+        f"Tensor? present, int num_groups, bool skip, bool relu_last, {_SOLVE}, int steps) "
         "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, bool)"
     ),
     "cpu_adjoint_cells": (

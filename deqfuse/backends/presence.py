@@ -105,6 +105,10 @@ def whole(backend: Backend) -> Launchers:
     ) -> SolvedLayer:
         if present is None or present.all():
             return backend.layer.solve(x, params, mask, z0_fuse, z0_cells, *how)
+        if backend.solve_present is not None:
+            found = backend.solve_present(x, params, mask, z0_fuse, z0_cells, present, *how)
+            if found is not None:
+                return found
         of_cells = functools.partial(_solve_cells, backend.cells.solve)
         of_fuse = functools.partial(_solve_fuse, backend.fuse.solve)
         counts = present.sum(0)

@@ -54,7 +54,7 @@ class Equations(NamedTuple):
 
     def cells_map(self, x: Tensor, present: Tensor | None) -> Callable[[Tensor], Tensor]:
         """One step of the cells in the compute dtype, x (N, B, d); absent ones stay zero."""
-        x, *rest = self._of_cells(x)
+        x, *rest = self._of_cells(_where(present, x))
         return lambda z: _where(present, maps.residual_cell(z, x, *rest))
 
     def solved_cells(self, x: Tensor, z: Tensor, present: Tensor | None) -> SolvedMap:
@@ -62,7 +62,7 @@ class Equations(NamedTuple):
 
         @torch.no_grad()
         def linearize() -> Callable[[Tensor], Tensor]:
-            vjp = CellLinearization(z, *self._of_cells(x)).vjp
+            vjp = CellLinearization(z, *self._of_cells(_where(present, x))).vjp
             return lambda u: _where(present, vjp(u))
 
         return SolvedMap(self.cells_map(x, present), z, linearize, _elements(z, present))

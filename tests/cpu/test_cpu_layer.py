@@ -212,7 +212,7 @@ def test_wrong_sizes_are_refused_by_the_kernels():
     how = (case.groups, True, False)
 
     def forward(*tensors) -> None:
-        cpu_native.solve_layer(*tensors, *how, *cpu._forward(TIGHT), 0)
+        cpu_native.solve_layer(*tensors, None, *how, *cpu._forward(TIGHT), 0)
 
     def backward(*tensors) -> None:
         g, more, states, xs, params, mask = tensors

@@ -103,11 +103,11 @@ def test_the_kernels_own_door_is_locked() -> None:
         cpu_native.solve_cells(x, params[:-1], None, 2, False, 1e-4, 9, 5, 1.0, 1e-6, 0)
     with pytest.raises(RuntimeError, match="deqfuse: params"):
         cpu_native.solve_layer(
-            [x[0], x[1]], params, None, None, None, 2, False, False, 1e-4, 9, 5, 1.0, 1e-6, 0
+            [x[0], x[1]], params, None, None, None, None, 2, False, False, 1e-4, 9, 5, 1.0, 1e-6, 0
         )
     with pytest.raises(RuntimeError, match="deqfuse: x"):
         cpu_native.solve_layer(
-            [], params, None, None, None, 2, False, False, 1e-4, 9, 5, 1.0, 1e-6, 0
+            [], params, None, None, None, None, 2, False, False, 1e-4, 9, 5, 1.0, 1e-6, 0
         )
 
 

@@ -296,15 +296,15 @@ def test_operators_take_any_memory_layout(backend, block):
     how = (2, "paper", layer.adjoint.code, own, True)
     rest: tuple = how
     if block == "cells":
-        z = ops.solve_cells(x, cells, None, *code)[0]
-        adjoint, tensors = ops.adjoint_cells, (g, z, x, cells)
+        z = ops.solve_cells(x, cells, None, None, *code)[0]
+        adjoint, tensors = ops.adjoint_cells, (g, z, x, cells, None)
     elif block == "fuse":
-        z = ops.solve_fuse(x[0], x[1], fuse, None, None, N, *code)[0]
-        adjoint, tensors, rest = ops.adjoint_fuse, (g[0], z, x[0], x[1], fuse, None), (N, *how)
+        z = ops.solve_fuse(x[0], x[1], fuse, None, None, None, N, *code)[0]
+        adjoint, tensors, rest = ops.adjoint_fuse, (g[0], z, x[0], x[1], fuse, None, None), (N, *how)
     else:
         params = [*cells, *fuse, layer.modality_weights.detach()]
-        states = ops.solve_layer(list(x), params, None, None, None, *code)[1]
-        adjoint, tensors = ops.adjoint_layer, (g[0], g, states, list(x), params, None)
+        states = ops.solve_layer(list(x), params, None, None, None, None, *code)[1]
+        adjoint, tensors = ops.adjoint_layer, (g[0], g, states, list(x), params, None, None)
 
     def spread(t: Tensor) -> Tensor:
         return torch.stack([t, torch.full_like(t, torch.nan)], -1)[..., 0]

@@ -26,7 +26,8 @@ struct Layer {
   }
   static const T* maybe(const Array<T>& a) { return a.empty() ? nullptr : a.data(); }
 
-  Solution<T> solve(const KernelTable& table, double tol, int threads) const {
+  // `present`: (N, rows), or null.
+  Solution<T> solve(const KernelTable& table, double tol, int threads, const bool* present = nullptr) const {
     Solution<T> out{Array<T>(count * s.d, nan<T>()), Array<T>(count, nan<T>()), Array<T>(s.max_iter * count, nan<T>()),
                     Array<int32_t>(count, -1), Array<int8_t>(count, -1)};
     const auto p = pointers<const T>(params), from = pointers<const T>(x);
@@ -42,6 +43,7 @@ struct Layer {
     problem.rows = rows, problem.d = s.d, problem.weights = weights.data(), problem.bias = biased ? bias.data() : nullptr;
     common(problem.cells, 0), common(problem.fuse, n * rows);
     problem.cells.skip = problem.fuse.relu_last = s.variant;
+    problem.cells.present = present;
     problem.cells.x = from.data(), problem.cells.params = p.data(), problem.fuse.params = p.data() + 10 * n;
     problem.cells.z0 = maybe(z0_cells), problem.fuse.z0 = maybe(z0_fuse), problem.fuse.mask = maybe(mask);
     of(table, T{}).solve_layer(problem, threads, parallel);
@@ -89,6 +91,35 @@ A joined(A a, const A& b) {
   return a;
 }
 
+// Rows that lack modalities: cells that are present have the bits of `full`, a solve of all of them.
+template <class T>
+void check_presence(const KernelTable& table, Layer<T> layer, double tol, const Solution<T>& full) {
+  const int64_t n = layer.n, rows = layer.rows, d = layer.s.d;
+  const std::unique_ptr<bool[]> present(new bool[n * rows]);
+  for (int64_t k = 0; k < n * rows; ++k) {
+    present[k] = (k * 7 + k / rows) % 5 > 1;
+    for (int64_t i = 0; i < d && !present[k]; ++i) layer.x[k / rows][k % rows * d + i] = nan<T>();
+  }
+  const Solution<T> out = layer.solve(table, tol, 1, present.get()), other = layer.solve(table, tol, 3, present.get());
+  check(same(out.z, other.z) && same(out.nfe, other.nfe) && same(out.outcome, other.outcome),
+        "layer with a mask depends on the thread count");
+  for (int64_t r = 0; r < rows; ++r) {
+    int64_t count = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      const int64_t k = i * rows + r;
+      count += present[k];
+      const Array<T> z = row(out.z, k, d);
+      if (present[k]) check(same(z, row(full.z, k, d)) && out.nfe[k] == full.nfe[k], "a cell that is present");
+      else
+        check(same(z, Array<T>(d)) && out.nfe[k] == 0 && Outcome(out.outcome[k]) == Outcome::kAbsent, "an absent cell");
+    }
+    const int64_t k = n * rows + r;
+    if (count == n) check(same(row(out.z, k, d), row(full.z, k, d)), "a row with everything");
+    if (count == 0) check(Outcome(out.outcome[k]) == Outcome::kEmpty && std::isnan(out.z[k * d]), "a row with nothing");
+    else check(out.nfe[k] > 0 && Outcome(out.outcome[k]) != Outcome::kEmpty, "a row with something");
+  }
+}
+
 template <class T>
 void check_layer(const KernelTable& table, const Inputs& cells, Inputs fuse, bool biased, bool use_cells, double tol) {
   const Layer<T> layer(cells, fuse, biased);
@@ -96,6 +127,7 @@ void check_layer(const KernelTable& table, const Inputs& cells, Inputs fuse, boo
   const Solution<T> out = layer.solve(table, tol, 1), other = layer.solve(table, tol, 3);
   check(same(out.z, other.z) && same(out.residual, other.residual) && same(out.nfe, other.nfe) &&
             same(out.outcome, other.outcome) && same(out.trace, other.trace), "layer depends on the thread count");
+  check_presence(table, layer, tol, out);
   const Solution<T> first = solve<T>(table, cells, tol, 2);
   for (int64_t k = 0; k < size; ++k) {  // T's sums, which doubles carry unchanged
     T sum = 0, injection = 0;

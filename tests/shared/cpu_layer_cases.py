@@ -49,7 +49,7 @@ def problem(case: Case, full: bool, **options) -> tuple:
 
 def solve(case: Case, call: tuple, solver=TIGHT, backend: str = "cpu"):
     code = (solver.code, Implicit().code, backend, "ignore")
-    return ops.solve_layer(*call, case.groups, case.variant, *code)
+    return ops.solve_layer(*call, None, case.groups, case.variant, *code)
 
 
 def injections(xs: list[Tensor], weights: Tensor, bias: Tensor | None, zs: Tensor) -> list[Tensor]:
