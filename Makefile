@@ -117,7 +117,7 @@ sanitize:
 	@tests/sanitize/run
 
 clean:
-	rm -rf build dist deqfuse/_C*.so deqfuse/_cuda.so *.egg-info .pytest_cache .ruff_cache .mypy_cache .benchmarks
+	rm -rf build dist deqfuse/_cpu.so deqfuse/_cuda.so *.egg-info .pytest_cache .ruff_cache .mypy_cache .benchmarks
 	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
 
 # The Python that counts is the environment's own once it exists.
