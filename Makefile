@@ -26,7 +26,7 @@ SETUP := $(VENV)/.installed
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo quick test test-ci test-full test-versions lint bench bench-full gpu gpu-test gpu-bench has-gpu sanitize clean check-python use-python module
+.PHONY: help demo quick test test-ci test-full test-versions wheel lint bench bench-full gpu gpu-test gpu-bench has-gpu sanitize clean check-python use-python module
 
 help:
 	@echo "make demo       train on real data, write deqfuse-report/    ARGS='--help' lists its options"
@@ -37,6 +37,8 @@ help:
 	@echo "make test-versions  the same as make test without lint, for every supported Python and torch (hours,"
 	@echo "                10 GB): PAIRS='3.12-2.11 3.13-*' picks, PYTHONS='paths' names interpreters that are"
 	@echo "                not on PATH, KEEP=1 keeps environments, AGAIN=1 repeats; tables in build/versions"
+	@echo "make wheel      dist/: a source distribution and the wheel for this kind of machine, all supported"
+	@echo "                versions of Python and torch (DEQFUSE_BUILD=python: for any machine, without the C++)"
 	@echo "make lint       ruff and mypy only"
 	@echo "make bench      speed, memory and convergence against others (5 minutes); writes README.md's table"
 	@echo "make bench-full the same for every case, regime and sweep; takes long"
@@ -81,6 +83,15 @@ test-versions: check-python
 	@$(BASE) -m tools.versions $(foreach pair,$(PAIRS),'$(pair)') $(foreach path,$(PYTHONS),--python $(path)) \
 	  $(if $(TORCH_PIP),--torch-pip='$(TORCH_PIP)') $(if $(ARGS),--tests="$(ARGS)") $(if $(LIMIT),--limit $(LIMIT)) \
 	  $(if $(KEEP),--keep) $(if $(AGAIN),--again)
+
+# What an earlier build left in build/ would go into the wheel.
+wheel: $(SETUP)
+	@echo "== Source distribution and wheel (log: build/wheel.log)"
+	@rm -rf build/lib* build/bdist*; mkdir -p build dist
+	@{ $(PY) -c 'from setuptools import build_meta; build_meta.build_sdist("dist")' && \
+	  DEQFUSE_BUILD=$${DEQFUSE_BUILD:-cpu} $(PY) -m pip wheel --disable-pip-version-check --no-build-isolation --no-deps \
+	  --wheel-dir dist .; } > build/wheel.log 2>&1 || { tail -n 40 build/wheel.log; exit 1; }
+	@ls -1 dist
 
 lint: $(SETUP)
 	@echo "== Lint: ruff check, ruff format --check, mypy"
