@@ -90,10 +90,14 @@ def _version_of(path: str) -> str:
 def run(
     python: str, torch: str, folder: Path, torch_pip: str, tests: Sequence[str], limit: float
 ) -> Result:
-    """The tests of one pair in ``folder``, where environment, copy and log stay."""
+    """The tests of one pair in ``folder``, where environment, copy and log stay.
+
+    An environment that is there already, kept or left by a run that was stopped, is used again.
+    """
     start = time.monotonic()
-    shutil.rmtree(folder, ignore_errors=True)
     source, report = folder / "source", folder / "tests.xml"
+    shutil.rmtree(source, ignore_errors=True)
+    report.unlink(missing_ok=True)
     shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(*LEFT_OUT))
     environment = folder / "environment"
     own = environment / "bin" / "python"

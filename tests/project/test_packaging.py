@@ -181,15 +181,19 @@ def test_installed_wheel_works_without_the_source_tree(wheel: Path, tmp_path: Pa
     output = check_python(
         """
         import importlib.metadata, importlib.resources
-        import torch, deqfuse, deqfuse.triton_kernels, deqfuse.cli.main
+        import torch, deqfuse, deqfuse.info, deqfuse.triton_kernels, deqfuse.cli.main
 
         print(deqfuse.__file__)
         print(deqfuse.triton_kernels.__file__)
         assert deqfuse.__version__ == importlib.metadata.version("deqfuse")
         data = importlib.resources.files("deqfuse") / "data" / "numerals.npz"
         assert data.is_file()
-        fusion = deqfuse.DEQFusion(16, 2)
-        assert fusion([torch.randn(3, 16), torch.randn(3, 16)]).shape == (3, 16)
+        assert f"({deqfuse.__path__[0]})" in deqfuse.info.system_report()
+        solver, adjoint = deqfuse.Anderson(1e-12, 300), deqfuse.Implicit(tol=1e-12)
+        options = {"init": "contractive", "solver": solver, "adjoint": adjoint}
+        fusion = deqfuse.DEQFusion(8, 2, num_groups=2, **options).double()
+        xs = [torch.randn(3, 8, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+        assert torch.autograd.gradcheck(lambda *xs: fusion(list(xs)), xs)
         """,
         "-W",
         "error:deqfuse",
@@ -198,7 +202,9 @@ def test_installed_wheel_works_without_the_source_tree(wheel: Path, tmp_path: Pa
     assert all(line.startswith(str(tmp_path)) for line in output.split())
 
 
-def test_source_distribution_can_build_and_test(source_copy: Path, tmp_path: Path) -> None:
+def test_source_distribution_can_build_and_test(
+    source_copy: Path, wheel: Path, tmp_path: Path
+) -> None:
     build = "from setuptools import build_meta; build_meta.build_sdist({!r})"
     result = run_python(build.format(str(tmp_path)), cwd=source_copy)
     assert result.returncode == 0, result.stdout + result.stderr
@@ -214,6 +220,10 @@ def test_source_distribution_can_build_and_test(source_copy: Path, tmp_path: Pat
         *(test.relative_to(ROOT).as_posix() for test in (ROOT / "tests").rglob("*.py")),
     }
     assert sorted(needed - names) == []
+    arguments = ["wheel", "--no-build-isolation", "--wheel-dir", str(tmp_path), str(path)]
+    pip(arguments, DEQFUSE_BUILD="python")
+    (again,) = tmp_path.glob("deqfuse-*.whl")
+    assert sorted(zipfile.ZipFile(again).namelist()) == sorted(zipfile.ZipFile(wheel).namelist())
 
 
 # The C++ extension: built, refused, or left out with a reason

@@ -134,6 +134,9 @@ def test_a_pair_is_set_up_by_make_and_tested_in_a_copy(
     monkeypatch.setattr(versions, "ROOT", root)
     monkeypatch.setattr(versions, "run_command", run_command)
     pair = tmp_path / "pair"
+    for left in ("source/stale", "environment/kept"):  # by a run that was stopped
+        (pair / left).mkdir(parents=True)
+    (pair / "tests.xml").write_text("of that run")
     result = versions.run(sys.executable, "2.12", pair, "--index-url x", ["-k", "a"], ENDLESS)
     assert result.status == passes
     if status is not None:
@@ -146,6 +149,7 @@ def test_a_pair_is_set_up_by_make_and_tested_in_a_copy(
     assert pytest_command[-2:] == ["-k", "a"]
     copied = {p.relative_to(pair / "source").as_posix() for p in (pair / "source").rglob("*")}
     assert copied == {"Makefile", "deqfuse", "deqfuse/layer.py"}
+    assert (pair / "environment" / "kept").exists()
 
 
 def test_unknown_pairs_are_refused(
