@@ -163,3 +163,17 @@ def test_what_it_finds(one: str, other: str, named: str | None, tmp_path: Path) 
     found = imports(tmp_path)
     assert upward(found) == ([named] if named else [])
     assert set(circle(found)) == (set() if named else {"data.one", "data.other"})
+
+
+def test_no_file_is_too_long() -> None:
+    """What nobody reads in one sitting becomes two files; csrc and benchmarks included."""
+    root = Path(__file__).parents[2]
+    files = [
+        path
+        for folder in ("deqfuse", "triton_kernels", "csrc", "benchmarks", "tools", "tests")
+        for path in (root / folder).rglob("*")
+        if path.suffix in (".py", ".h", ".cpp", ".cuh", ".cu", ".inc")
+    ]
+    assert len(files) > 200
+    lengths = {path.relative_to(root): len(path.read_text().splitlines()) for path in files}
+    assert {path: n for path, n in lengths.items() if n > 400} == {}

@@ -126,10 +126,11 @@ def test_opcheck(operator, full, rows, dtype):
     if operator == "solve_layer":
         for t in (*xs, *params):
             t.requires_grad_(rows > 0)
-        call = (*call, *code, solver.code, adjoint.code, "cpu", "ignore")
+        present = torch.arange(case.n * rows).reshape(case.n, rows, 1) % 4 > 0 if full else None
+        call = (*call, present, *code, solver.code, adjoint.code, "cpu", "ignore")
     else:
         g, option = torch.randn_like(states), (*code, adjoint.code, "cpu", full)
-        call = (g[0], g[1:] if full else None, states, xs, params, mask, *option)
+        call = (g[0], g[1:] if full else None, states, xs, params, mask, None, *option)
     result = torch.library.opcheck(getattr(ops, operator), call)
     assert set(result.values()) == {"SUCCESS"}
 

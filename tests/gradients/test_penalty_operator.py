@@ -96,7 +96,7 @@ def test_gradcheck(backend):
     def penalty(*tensors: Tensor) -> Tensor:
         options = (layer.num_groups, layer.variant, info.backend)
         return operator(
-            probes, states, list(tensors[:N]), list(tensors[N:]), None, *options, True
+            probes, states, list(tensors[:N]), list(tensors[N:]), None, None, *options, True
         )[0]  # fmt: skip
 
     # The value is some hundreds and its gradients too: differences of 1e-6 are exact to 1e-7.
@@ -107,7 +107,8 @@ def test_gradcheck(backend):
 
 @each_backend
 @pytest.mark.parametrize("want_params", [True, False])
-def test_opcheck(backend, want_params):
+@pytest.mark.parametrize("masked", [True, False])
+def test_opcheck(backend, want_params, masked):
     layer = make(backend=backend)
     xs, (z, zs, info) = draw(), layer(draw(), return_info=True, return_cells=True)
     states = torch.cat([zs, z[None]]).detach()
@@ -116,7 +117,10 @@ def test_opcheck(backend, want_params):
     tensors = [*xs, *flat] if want_params else xs
     for t in tensors:
         t.requires_grad_()
-    call = (draw_probes(states, 1), states, xs, flat, None, 3, "paper", info.backend, want_params)
+    rows = states.shape[1]
+    present = torch.arange(N * rows).reshape(N, rows, 1) % 3 > 0 if masked else None
+    options = (3, "paper", info.backend, want_params)
+    call = (draw_probes(states, 1), states, xs, flat, None, present, *options)
     assert set(torch.library.opcheck(operator, call).values()) == {"SUCCESS"}
 
 
@@ -302,5 +306,5 @@ def test_the_radius_by_products_is_the_one_by_autograd(backend):
     info = make(backend=backend)(draw(), return_info=True)[1]
     given = seeded(info.spectral_radius, 80)
     torch.manual_seed(3)
-    parts = [spectral_radius(f, z, 80) for f, z, _ in (block() for block in info.blocks)]
+    parts = [spectral_radius(f, z, 80) for f, z, *_ in (block() for block in info.blocks)]
     torch.testing.assert_close(given, torch.cat([parts[0], parts[1][None]]), rtol=1e-8, atol=0)

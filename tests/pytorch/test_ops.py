@@ -39,7 +39,7 @@ def arguments(
     dtype: torch.dtype = torch.float64,
     variant: str = "paper",
     solver=SOLVER,
-    optional: bool = True,  # whether mask and z0 are given, and parameter gradients wanted
+    optional: bool = True,  # whether masks and z0 are given, and parameter gradients wanted
     requires_grad: bool = True,
     backend: str = "reference",
 ) -> tuple:
@@ -50,14 +50,17 @@ def arguments(
     fuse = [t.detach() for t in layer.combine.flat()]
     x = torch.randn(N, rows, DIM).to(dtype)
     mask = (torch.randn(rows, DIM) > 0).to(dtype) * 2 if optional else None
+    present = torch.arange(N * rows).reshape(N, rows, 1) % 3 > 0 if optional else None
+    counts = None if present is None else present.sum(0).clamp_min(1)
     own = own_backend(backend)
     code = (GROUPS, variant, solver.code, ADJOINT.code, own, "ignore")
     kind = operator.removeprefix("solve_").removeprefix("adjoint_")
     if kind == "cells":
-        tensors, rest = (x, cells), (0.1 * torch.randn_like(x) if optional else None, *code)
+        start = 0.1 * torch.randn_like(x) if optional else None
+        tensors, rest = (x, cells), (start, present, *code)
     else:
         start = 0.1 * torch.randn_like(x[0]) if optional else None
-        tensors, rest = (x.sum(0), x.mean(0), fuse), (mask, start, N, *code)
+        tensors, rest = (x.sum(0), x.mean(0), fuse), (mask, start, counts, N, *code)
     if requires_grad:
         for t in itertools.chain(tensors[:-1], tensors[-1]):
             t.requires_grad_()
@@ -67,7 +70,7 @@ def arguments(
     with torch.no_grad():
         z = solve(*tensors, *rest)[0]
     tail = (GROUPS, variant, ADJOINT.code, own, optional)
-    middle = () if kind == "cells" else (mask, N)
+    middle = (present,) if kind == "cells" else (mask, counts, N)
     return torch.randn_like(z), z, *tensors, *middle, *tail
 
 

@@ -300,7 +300,11 @@ def test_operators_take_any_memory_layout(backend, block):
         adjoint, tensors = ops.adjoint_cells, (g, z, x, cells, None)
     elif block == "fuse":
         z = ops.solve_fuse(x[0], x[1], fuse, None, None, None, N, *code)[0]
-        adjoint, tensors, rest = ops.adjoint_fuse, (g[0], z, x[0], x[1], fuse, None, None), (N, *how)
+        adjoint, tensors, rest = (
+            ops.adjoint_fuse,
+            (g[0], z, x[0], x[1], fuse, None, None),
+            (N, *how),
+        )
     else:
         params = [*cells, *fuse, layer.modality_weights.detach()]
         states = ops.solve_layer(list(x), params, None, None, None, None, *code)[1]
