@@ -169,7 +169,7 @@ def penalty_layer(
     def of_cells(
         probes: Tensor, z: Tensor, x: Tensor, params: list[Tensor], *how: Any
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
-        value, dx, grads = torch.zeros_like(z[..., 0]), torch.zeros_like(z), []
+        value, dx, grads = z.new_zeros(z.shape[:-1]), z.new_zeros(z.shape), []
         for i, rows in _rows_of(present):
             some = probes[:, i : i + 1, rows], z[i : i + 1, rows], x[i : i + 1, rows]
             own, dx_own, d = penalty.of_cells(*some, params[SIZE * i : SIZE * (i + 1)], *how)
@@ -183,8 +183,8 @@ def penalty_layer(
         probes: Tensor, z: Tensor, x: Tensor, total: Tensor, params: list[Tensor], mask: Any,
         _: int, *how: Any,
     ) -> tuple[Tensor, Tensor, list[Tensor]]:  # fmt: skip
-        value, dx = torch.zeros_like(z[..., 0]), torch.zeros_like(z)
-        grads = [torch.zeros_like(p, dtype=z.dtype) for p in params] if how[-1] else []
+        value, dx = z.new_zeros(z.shape[:-1]), z.new_zeros(z.shape)
+        grads = [z.new_zeros(p.shape) for p in params] if how[-1] else []
         for n, rows in _rows_with(counts):
             some = probes[:, rows], z[rows], x[rows], total[rows]
             own, dx_own, d = penalty.of_fuse(*some, params, _pick(mask, rows), n, *how)
@@ -250,7 +250,7 @@ def _adjoint_cells(
     present: Tensor,  # (N, B, 1)
     *how: Any,
 ) -> tuple[Tensor, list[Tensor], Statistics]:
-    dx, grads, statistics = torch.zeros_like(x), [], _nothing(z)
+    dx, grads, statistics = x.new_zeros(x.shape), [], _nothing(z)
     for i, rows in _rows_of(present):
         some = (t[i : i + 1, rows] for t in (grad_z, z, x))
         own, d, how_it_went = launch(*some, params[SIZE * i : SIZE * (i + 1)], *how)
@@ -272,8 +272,9 @@ def _adjoint_fuse(
     counts: Tensor,  # (B, 1)
     *how: Any,
 ) -> tuple[Tensor, Tensor, list[Tensor], Statistics]:
-    dx, dcell_sum, statistics = torch.zeros_like(x_fuse), torch.zeros_like(cell_sum), _nothing(z)
-    grads = [torch.zeros_like(p) for p in params] if how[-1] else []
+    statistics = _nothing(z)
+    dx, dcell_sum = x_fuse.new_zeros(x_fuse.shape), cell_sum.new_zeros(cell_sum.shape)
+    grads = [p.new_zeros(p.shape) for p in params] if how[-1] else []
     for n, rows in _rows_with(counts):
         some = grad_z[rows], z[rows], x_fuse[rows], cell_sum[rows], params, _pick(mask, rows)
         dx[rows], dcell_sum[rows], d, how_it_went = launch(*some, n, *how)
@@ -324,7 +325,7 @@ def _spread(parts: list[tuple[Tensor, Solved]], like: Tensor, solver: Any, rest:
 def _nothing(z: Tensor) -> Statistics:
     """Of backward solves that had nothing to do."""
     return Statistics(
-        torch.zeros_like(z[..., 0]),
+        z.new_zeros(z.shape[:-1]),
         torch.zeros(z.shape[:-1], dtype=torch.int32, device=z.device),
         torch.full(z.shape[:-1], int(Outcome.CONVERGED), dtype=torch.int8, device=z.device),
     )
