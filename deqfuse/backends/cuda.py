@@ -229,6 +229,17 @@ def anderson(f: Map, z0: Tensor, option: Anderson) -> Solution:
     return Solution(state.best, state.best_residual, state.nfe, state.outcome, trace)
 
 
+def release_graphs() -> None:
+    """Free what solves by steps keep between calls: up to eight kinds, with a CUDA graph each.
+
+    A kind holds its operands and its state, at most 256 MiB. It is made anew when it is solved the
+    next time: once step by step, once captured, and replayed from then on.
+    """
+    from deqfuse.triton_kernels import graphs
+
+    graphs.release()
+
+
 def takes_rows(z0: Tensor, solver: SolverOption) -> bool:
     """Whether :func:`anderson` can run this solve."""
     if unavailable() is not None:
