@@ -14,7 +14,14 @@ import torch
 from torch import Tensor
 
 from deqfuse.backends import cuda_native, layer
-from deqfuse.backends.arguments import adjoint_numbers, like_all, prepare, prepare_all
+from deqfuse.backends.arguments import (
+    adjoint_numbers,
+    aligned,
+    aligned_all,
+    like_all,
+    prepare,
+    prepare_all,
+)
 from deqfuse.backends.maps import Variant
 from deqfuse.backends.problem import LayerStatistics, Statistics
 from deqfuse.solvers.adjoint import solve_adjoint
@@ -51,10 +58,11 @@ def adjoint_cells(
     from deqfuse.triton_kernels import cell, cell_vjp
 
     packed, shape, tol = cell.pack_cells(params), z.shape, _tolerance(adjoint)
+    z_, x_ = aligned(z), aligned(x_)
 
     def vjp(u: Tensor, want: bool = False) -> cell_vjp.CellGradients:
-        u = u.reshape(shape).contiguous()
-        return cell_vjp.residual_cell_vjp(u, z, x_, packed, num_groups, skip, want, tol)
+        u = aligned(u.reshape(shape))
+        return cell_vjp.residual_cell_vjp(u, z_, x_, packed, num_groups, skip, want, tol)
 
     with torch.cuda.device_of(z):
         rows = g.reshape(-1, shape[-1])
@@ -89,11 +97,12 @@ def adjoint_fuse(
         return dx.to(x_fuse.dtype), dcell_sum.to(cell_sum.dtype), grads, Statistics(*statistics)
     from deqfuse.triton_kernels import fuse_vjp
 
-    tol = _tolerance(adjoint)
+    tol, z_ = _tolerance(adjoint), aligned(z)
+    x, total, mask, params = aligned(x), aligned(total), aligned(mask), aligned_all(params)
 
     def vjp(u: Tensor, want: bool = False) -> fuse_vjp.FuseGradients:
         return fuse_vjp.purify_combine_vjp(
-            u.contiguous(), z, x, total, mask,
+            aligned(u), z_, x, total, mask,
             num_modalities, params, num_groups, relu_last, want, tol,
         )  # fmt: skip
 
