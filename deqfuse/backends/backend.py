@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from deqfuse.backends.problem import Problem
-from deqfuse.solvers.options import SolverOption
+from deqfuse.solvers.options import GradientOption, SolverOption
 
 Missing = tuple[str, str]  # why something cannot be had here, and what would change that
 
@@ -53,6 +53,9 @@ class Backend:
             from z0 (R, n).
         anderson: Anderson mixing on the rows of any map, ``(f, z0, option) -> Solution`` with z0
             (R, n). Only called where ``takes_rows`` says so.
+        captures_solve: (problem) -> whether a CUDA graph can hold the solve: it never asks the
+            device how far it is, and keeps no memory beyond its results.
+        captures_adjoint: (gradient option) -> the same of the adjoint.
     """
 
     summary: str
@@ -64,3 +67,5 @@ class Backend:
     penalty: Callable[..., Any]
     takes_rows: Callable[[Tensor, SolverOption], bool]
     anderson: Callable[..., Any]
+    captures_solve: Callable[[Problem], bool] = lambda problem: False
+    captures_adjoint: Callable[[GradientOption], bool] = lambda option: False

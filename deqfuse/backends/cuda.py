@@ -254,6 +254,12 @@ def anderson(f: Map, z0: Tensor, option: Anderson) -> Solution:
     return Solution(state.best, state.best_residual, state.nfe, state.outcome, trace)
 
 
+def captures_solve(problem: Problem) -> bool:
+    """Whole solves: steps keep memory for the next one, the rescue looks at the rows left over."""
+    rescue = isinstance(problem.solver, Anderson) and problem.solver.rescue
+    return not rescue and _fits_one_launch(*problem[:5])
+
+
 def release_graphs() -> None:
     """Free what solves by steps keep between calls: up to eight kinds, with a CUDA graph each.
 
@@ -290,6 +296,8 @@ BACKEND = Backend(
     penalty=cuda_penalty.penalty_layer,
     takes_rows=takes_rows,
     anderson=anderson,
+    captures_solve=captures_solve,
+    captures_adjoint=cuda_adjoint.library_takes,
 )
 
 

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from typing import ClassVar
 
 import pytest
 import torch
+from torch import is_tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from triton_cases import SolveCase as Case
 from triton_cases import poison  # noqa: F401 - a fixture
 
-from deqfuse import Anderson
-from deqfuse.backends import cuda
+from deqfuse import Anderson, Implicit
+from deqfuse.backends import Problem, cuda
 from deqfuse.triton_kernels import graphs, stepped
 
 pytestmark = [pytest.mark.triton, pytest.mark.usefixtures("poison", "kept")]
@@ -179,3 +184,45 @@ def test_only_so_many_kinds_are_kept() -> None:
     for rows in range(1, graphs.GRAPHS + 3):
         Case(rows=rows, dim=4).solves(cuda)[0](Anderson(max_iter=1))
     assert len(graphs._kept) == graphs.GRAPHS
+
+
+class Allocations(TorchDispatchMode):
+    """Weak references to the memory of every tensor that is made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[weakref.ref] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        given = func(*args, **(kwargs or {}))
+        known = {
+            t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if is_tensor(t)
+        }
+        for t in filter(is_tensor, tree_leaves(given)):
+            if t.untyped_storage().data_ptr() not in known:  # no view
+                self.made.append(weakref.ref(t.untyped_storage()))
+        return given
+
+
+def left_of(run: Callable[[], object]) -> int:
+    """How many pieces of memory outlive the results of ``run``."""
+    with Allocations() as allocations:
+        given = run()
+    assert any(storage() is not None for storage in allocations.made)
+    del given
+    gc.collect()
+    return len({id(s()) for s in allocations.made if s() is not None})
+
+
+def test_nothing_of_a_whole_solve_outlives_its_results() -> None:
+    """What a compiler may capture: its graphs use the same memory for the next call."""
+    solve = Case(rows=3, dim=12, dtype="f32", n=3).whole_layer(cuda)
+    assert left_of(lambda: solve(SOLVER)) == 0
+
+
+def test_steps_keep_memory_and_so_are_not_captured_by_compilers() -> None:
+    case = Case(rows=3, dim=12)
+    assert left_of(lambda: case.solves(cuda)[0](SOLVER)) > 0
+    asked = Problem(torch.device("cpu"), torch.float64, 12, 2, SOLVER, Implicit())
+    assert not cuda.captures_solve(asked)
+    assert cuda.captures_solve(asked._replace(dtype=torch.float32))
