@@ -33,6 +33,18 @@ class Launchers(NamedTuple):
     adjoint: Callable[..., Any]
 
 
+def _never(what: Any) -> bool:
+    """False.
+
+    Args:
+        what: whatever is asked about.
+
+    Returns:
+        False.
+    """
+    return False
+
+
 @dataclass(frozen=True)
 class Backend:
     """A way to run the layer's solves and adjoints, and Anderson's step for any other map.
@@ -67,5 +79,5 @@ class Backend:
     penalty: Callable[..., Any]
     takes_rows: Callable[[Tensor, SolverOption], bool]
     anderson: Callable[..., Any]
-    captures_solve: Callable[[Problem], bool] = lambda problem: False
-    captures_adjoint: Callable[[GradientOption], bool] = lambda option: False
+    captures_solve: Callable[[Problem], bool] = _never
+    captures_adjoint: Callable[[GradientOption], bool] = _never
