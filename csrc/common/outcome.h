@@ -7,7 +7,8 @@
 
 namespace deqfuse {
 
-enum class Outcome : int8_t { kConverged = 0, kMaxIter = 1, kStalled = 2, kNonFinite = 3 };
+// 32 bits, as the numbers beside it: a GPU's rows lie in memory without padding.
+enum class Outcome : int32_t { kConverged = 0, kMaxIter = 1, kStalled = 2, kNonFinite = 3 };
 
 constexpr int kStallSteps = 20;
 

@@ -45,9 +45,9 @@ py::dict host_plan(int64_t dim, int64_t groups, int64_t itemsize) {
   return plan;
 }
 
-void host_device(int64_t shared_limit, bool reversed) {
+void host_device(int64_t shared_limit, bool reversed, bool tensor_cores) {
   if (shared_limit < 0) throw std::invalid_argument("host_device: expected shared_limit >= 0");
-  deqfuse::set_host_device({size_t(shared_limit), reversed});
+  deqfuse::set_host_device({size_t(shared_limit), reversed, tensor_cores});
 }
 
 }  // namespace
@@ -65,12 +65,14 @@ PYBIND11_MODULE(_C, m) {
         "Keys: rows_per_tile, the rows that are iterated together; tiles; tile_bytes, the solver's state\n"
         "per tile, which ought to fit the second-level cache.");
   m.def("host_device", host_device, py::arg("shared_limit") = deqfuse::HostDevice().shared_limit,
-        py::arg("reversed") = false,
+        py::arg("reversed") = false, py::arg("tensor_cores") = false,
         "The device that torch.ops.deqfuse.cuda_adjoint_* play on CPU tensors, for tests of the CUDA kernels.\n\n"
         "Args: shared_limit, bytes of shared memory per block, which decides how problems are cut; reversed, whether\n"
-        "lanes and rows are taken from the last to the first.");
-  m.def("host_plan", host_plan, py::arg("dim"), py::arg("num_groups"), py::arg("itemsize") = 4,
-        "How that device cuts up problems of this size.\n\n"
-        "Keys: cut, 'resident', 'streamed' or 'steps'; rows of a tile; threads of a block; bytes of shared memory, for\n"
-        "steps of global memory for each tile.");
+        "lanes and rows are taken from the last to the first; tensor_cores, whether float32 products that are to be\n"
+        "exact are summed up as published measurements say that tensor cores do it.");
+  m.def(
+      "host_plan", host_plan, py::arg("dim"), py::arg("num_groups"), py::arg("itemsize") = 4,
+      "How that device cuts up problems of this size.\n\n"
+      "Keys: cut, 'resident', 'streamed' or 'steps'; rows of a tile; threads of a block; bytes of shared memory, for\n"
+      "steps of global memory for each tile.");
 }

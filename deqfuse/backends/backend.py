@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from deqfuse.backends.problem import Problem
@@ -33,7 +34,7 @@ class Launchers(NamedTuple):
     adjoint: Callable[..., Any]
 
 
-def _never(what: Any) -> bool:
+def _never(*what: Any) -> bool:
     """False.
 
     Args:
@@ -67,7 +68,7 @@ class Backend:
             (R, n). Only called where ``takes_rows`` says so.
         captures_solve: (problem) -> whether a CUDA graph can hold the solve: it never asks the
             device how far it is, and keeps no memory beyond its results.
-        captures_adjoint: (gradient option) -> the same of the adjoint.
+        captures_adjoint: (device, gradient option) -> the same of the adjoint.
     """
 
     summary: str
@@ -80,4 +81,4 @@ class Backend:
     takes_rows: Callable[[Tensor, SolverOption], bool]
     anderson: Callable[..., Any]
     captures_solve: Callable[[Problem], bool] = _never
-    captures_adjoint: Callable[[GradientOption], bool] = _never
+    captures_adjoint: Callable[[torch.device, GradientOption], bool] = _never

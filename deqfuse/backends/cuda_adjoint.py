@@ -49,7 +49,7 @@ def adjoint_cells(
     shared = len(z) > 1 and grad_z.stride(0) == 0  # one cotangent for all: not copied N times
     g = prepare(grad_z[0], z).expand_as(z) if shared else prepare(grad_z, z)
     x_ = prepare(x, z)
-    if library_takes(adjoint):
+    if library_takes(z.device, adjoint):
         dx, grads, *statistics = cuda_native.adjoint_cells(
             g, z, x_, params, want_params, num_groups, skip,
             *adjoint_numbers(adjoint), _allow_tf32(adjoint),
@@ -88,7 +88,7 @@ def adjoint_fuse(
     """Gradients through the fuse equilibrium: dx_fuse, dcell_sum, parameters', statistics."""
     relu_last, params = variant.relu_last, prepare_all(flat_params, z)
     g, x, total, mask = (prepare(t, z) for t in (grad_z, x_fuse, cell_sum, mask))
-    if library_takes(adjoint):
+    if library_takes(z.device, adjoint):
         dx, dcell_sum, grads, *statistics = cuda_native.adjoint_fuse(
             g, z, x, total, params, want_params, mask, num_modalities, num_groups, relu_last,
             *adjoint_numbers(adjoint), _allow_tf32(adjoint),
@@ -119,9 +119,9 @@ def adjoint_layer(*problem: Any) -> tuple[list[Tensor], list[Tensor], LayerStati
     return layer.adjoint(adjoint_cells, adjoint_fuse, *problem)
 
 
-def library_takes(adjoint: GradientOption) -> bool:
-    """Whether the CUDA library is there and knows the solver; says once if it is not."""
-    missing = cuda_native.load_error()
+def library_takes(device: torch.device, adjoint: GradientOption) -> bool:
+    """Whether the CUDA library serves the device and knows the solver; says once if it does not."""
+    missing = cuda_native.device_error(device.index or 0)
     if missing is not None and missing not in _announced:
         _announced.add(missing)
         _log.warning(

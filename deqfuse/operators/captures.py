@@ -34,7 +34,8 @@ def solve_operator(block: Block, like: Tensor, options: Sequence[Any]) -> Any:
 
 def adjoint_operator(block: Block, star: Tensor, adjoint: str, backend: str) -> Any:
     """The operator of an adjoint at the equilibrium ``star``."""
-    if star.device.type != DEVICE or backends.load(backend).captures_adjoint(from_code(adjoint)):
+    asked = star.device, from_code(adjoint)
+    if star.device.type != DEVICE or backends.load(backend).captures_adjoint(*asked):
         return block.adjoint.captured
     return block.adjoint.uncaptured
 

@@ -7,7 +7,10 @@ after the other: races, barriers and the layout of tensor-core fragments are not
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import itertools
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,9 +18,11 @@ import torch
 from cpu_cases import Case, assert_equal, named
 from cuda_cases import A100, CUTS, H100, Problem, device, distance, limit_for
 
-from deqfuse import Outcome
-from deqfuse.backends import cpu_native, cuda_native
+from deqfuse import Implicit, Outcome
+from deqfuse.backends import cpu_native, cuda_adjoint, cuda_native
 from deqfuse.backends.maps import VARIANTS
+
+ROOT = Path(__file__).resolve().parents[2]
 
 SMALL = [
     *(Case(rows=rows) for rows in (0, 1, 7, 8, 9, 16, 17, 33)),
@@ -195,3 +200,44 @@ def test_a_driver_that_cannot_run_the_library_is_a_reason(driver, runtime, reaso
 
     said = cuda_native._driver_error(*cuda_native.versions(Library()))
     assert said is None if reason is None else reason in said
+
+
+def test_a_card_of_another_architecture_is_a_reason(monkeypatch: pytest.MonkeyPatch):
+    """Said before a backward pass is tried, which would end with "no kernel image"."""
+
+    class Library:
+        def __init__(self, path: str) -> None:
+            def ask(index):
+                return b"no kernel image is available" if index.value == 1 else None
+
+            self.deqfuse_cuda_cannot_run = ask
+
+    monkeypatch.setattr(cuda_native, "load_error", lambda: None)
+    monkeypatch.setattr(cuda_native.ctypes, "CDLL", Library)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (8, 9))
+    cuda_native._architecture_error.cache_clear()
+    try:
+        assert cuda_native.device_error(0) is None
+        assert cuda_native.device_error(1) == (
+            "_cuda.so holds no kernel for compute capability 8.9: no kernel image is available"
+        )
+        taken = [cuda_adjoint.library_takes(torch.device("cuda", i), Implicit()) for i in (0, 1)]
+        assert taken == [True, False]
+    finally:
+        cuda_native._architecture_error.cache_clear()
+
+
+def test_the_runtime_is_asked_once_and_errors_do_not_stick(tmp_path: Path):
+    """``runtime.h`` on a stand-in for the CUDA runtime, several threads at once."""
+    spec = importlib.util.spec_from_file_location("cuda_build", ROOT / "csrc/cuda/build.py")
+    build = sys.modules.setdefault(spec.name, importlib.util.module_from_spec(spec))
+    spec.loader.exec_module(build)
+    try:
+        include = build.toolkit() / "include"
+    except build.ToolkitMissing as missing:
+        pytest.skip(f"needs the headers of a CUDA toolkit: {missing}")
+    command = ["c++", "-std=c++17", "-pthread", "-Wall", f"-I{include}", f"-I{ROOT / 'csrc'}"]
+    source = Path(__file__).with_name("check_runtime.cpp")
+    subprocess.run([*command, source, "-o", tmp_path / "runtime"], check=True)
+    ran = subprocess.run([tmp_path / "runtime"], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stdout

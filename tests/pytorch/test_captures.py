@@ -76,7 +76,7 @@ def called(dim: int, backend: str, solver=None, adjoint=None) -> list[str]:
 def test_whole_solves_and_the_librarys_adjoints_can_be_captured(
     dim, options, library, forward, backward, monkeypatch
 ) -> None:
-    monkeypatch.setattr(cuda_native, "load_error", lambda: None if library else "none")
+    monkeypatch.setattr(cuda_native, "device_error", lambda index: None if library else "none")
     names = ("solve_cells", forward), ("adjoint_cells", backward)
     expected = [name if captured else f"{name}_uncaptured" for name, captured in names]
     assert called(dim, "cuda", **options) == expected
