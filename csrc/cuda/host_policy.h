@@ -42,8 +42,9 @@ struct HostUnit {
     if (!(largest > 0) || !is_finite(largest)) {  // nothing to align
       for (double term : terms) sum += term;
     } else {
-      const int unit = std::ilogb(largest) - 23;
-      for (double term : terms) sum += std::ldexp(std::trunc(std::ldexp(term, -unit)), unit);
+      const double unit = std::ldexp(1.0, std::ilogb(largest) - 23), per_unit = 1 / unit;
+      for (double term : terms) sum += std::trunc(term * per_unit);
+      sum *= unit;
     }
     c[0] = float(sum);
     if (std::fabs(double(c[0])) > std::fabs(sum)) c[0] = std::nextafter(c[0], 0.0f);

@@ -72,13 +72,13 @@ def test_gradients_are_those_of_the_cpu_backend_on_the_full_grid(variant, cut):
             check_against_cpu(dataclasses.replace(case, variant=variant), cut, case.n != 2)
 
 
-def check_float32(case: Case, limit: int) -> None:
+def check_float32(case: Case, limit: int, **how: bool) -> None:
     """Both measured against the float64 gradient at the same (rounded) inputs."""
     problem = Problem(case, mask=True)
     for kind in ("cells", "fuse"):
         truth, _ = problem.run(kind, cpu_native, dtype=torch.float64, tol=1e-13)
         ours = distance(problem.run(kind, cpu_native)[0], truth)
-        with device(limit):
+        with device(limit, **how):
             given, (*_, outcome) = problem.run(kind, cuda_native)
         assert (outcome == Outcome.CONVERGED).all()
         assert distance(given, truth) <= 4 * ours + 64 * torch.finfo(torch.float32).eps
@@ -97,6 +97,25 @@ def test_float32_is_as_exact_as_the_cpu_backend(dim, variant, cut):
 @pytest.mark.parametrize("dim", [64, 128, 192, 256, 300])
 def test_float32_at_the_sizes_of_use(dim, limit):
     check_float32(Case(rows=33, dim=dim, groups=4, dtype="f32"), limit)
+
+
+@pytest.mark.parametrize(("dim", "cut"), [(64, "resident"), (200, "streamed"), (300, "steps")])
+def test_float32_is_as_exact_on_tensor_cores_that_cut_off(dim, cut):
+    """By what is published about them, their sums lose up to a unit at every step."""
+    case = Case(rows=5, dim=dim, groups=4, n=1, dtype="f32")
+    check_float32(case, limit_for(cut, case), tensor_cores=True)
+
+
+def test_products_of_tensor_cores_that_cut_off_keep_their_digits(tmp_path: Path):
+    """Each sum of 256 products adds 32 steps, every one exact to half a unit and cut off once."""
+    source, program = Path(__file__).with_name("check_exact.cpp"), tmp_path / "exact"
+    command = ["c++", "-std=c++17", "-O2", f"-I{ROOT / 'csrc'}", source, "-o", program]
+    subprocess.run(command, check=True)
+    said = subprocess.run([program], capture_output=True, text=True, check=True).stdout
+    ours, left_in_the_unit = map(float, said.split())
+    unit = 2.0**-23
+    assert ours <= 4 * unit
+    assert left_in_the_unit > 8 * unit, "as sums would be that stay there"
 
 
 @pytest.mark.parametrize("cut", CUTS)

@@ -20,9 +20,11 @@ CUTS = ("resident", "streamed", "steps")
 
 
 @contextlib.contextmanager
-def device(shared_limit: int = H100, reverse: bool = False) -> Iterator[None]:
+def device(
+    shared_limit: int = H100, reverse: bool = False, tensor_cores: bool = False
+) -> Iterator[None]:
     """The device that the host policy plays."""
-    cpu_native.module.host_device(shared_limit, reverse)
+    cpu_native.module.host_device(shared_limit, reverse, tensor_cores)
     try:
         yield
     finally:
