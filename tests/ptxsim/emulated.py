@@ -6,6 +6,7 @@ test: ``PYTHONPATH=tests/ptxsim pytest -p plugin tests/ptxsim/emulated.py``.
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Callable
 
@@ -186,7 +187,8 @@ def test_a_barrier_less_is_noticed(name: str, kernel: str) -> None:
             mutant = text[:begin] + text[end:]
             launches.change = lambda name, text, new=mutant: new if name == kernel else text
             launches.forget()
-            KERNELS[name][1]()
+            with contextlib.suppress(AssertionError):  # its answer may be wrong as well
+                KERNELS[name][1]()
             if faults(launches.found):
                 return
         pytest.fail(f"none of {len(places)} barriers was missed")
