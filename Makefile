@@ -24,7 +24,7 @@ SETUP := $(VENV)/.installed
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo quick test test-ci test-full lint bench bench-full gpu gpu-test gpu-bench has-gpu sanitize clean check-python use-python module
+.PHONY: help demo quick test test-ci test-full lint bench bench-full gpu gpu-test gpu-bench has-gpu ptx sanitize clean check-python use-python module
 
 help:
 	@echo "make demo       train on real data, write deqfuse-report/    ARGS='--help' lists its options"
@@ -39,6 +39,7 @@ help:
 	@echo "                PART='tests profile' picks, LIMIT=540 ends in time, AGAIN=1 repeats, GPU_OUT=folder,"
 	@echo "                STATE=state.json goes on where another run's folder is gone"
 	@echo "make gpu-test   its build and tests only    make gpu-bench  its build and benchmarks only"
+	@echo "make ptx        compiled GPU kernels on an emulator that looks for races (some twenty minutes)"
 	@echo "make sanitize   the C++ kernels under ASan and UBSan (a minute)   SANITIZE=thread for others"
 	@echo "make clean      remove what builds and tools left; .venv and reports stay"
 	@echo "Options: PYTHON=..., VENV=..., TORCH=..., explained at the top of Makefile"
@@ -112,6 +113,10 @@ gpu-test gpu-bench: gpu
 
 has-gpu: check-python
 	@$(BASE) -m tools.gpu_proof --check
+
+ptx: module
+	@echo "== Compiled kernels on the emulator: tests/ptxsim"
+	@$(PY) -m pytest tests/ptxsim $(ARGS)
 
 sanitize:
 	@echo "== Kernels under sanitizers: tests/sanitize/run"
