@@ -61,6 +61,7 @@ def built() -> Path:
         include = [f"-I{path}" for path in cpp_extension.include_paths()]
         flags = ["-std=c++20", "-O1", "-fPIC", "-w", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
         linked = ["-shared", "-Wl,-Bsymbolic", runtime, *objects, "-o", folder / "libadjoint.so"]
+        linked += [f"-L{Path(torch.__file__).parent / 'lib'}", "-lc10", "-ltorch", "-ltorch_cpu"]
         subprocess.run([*emulator.compiler(), *flags, *include, *linked], check=True)
         for part in folder.iterdir():
             if part.is_dir():
