@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import emulator
 
 os.environ.setdefault("TRITON_CACHE_DIR", str(emulator.BUILD / "triton"))
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # as on a GPU
 
 import torch
 import triton
