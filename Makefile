@@ -26,7 +26,7 @@ SETUP := $(VENV)/.installed
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo quick test test-ci test-full test-versions wheel lint bench bench-full gpu gpu-test gpu-bench has-gpu sanitize clean check-python use-python module
+.PHONY: help demo quick test test-ci test-full test-versions wheel lint bench bench-full gpu gpu-test gpu-bench has-gpu ptx sanitize clean check-python use-python module
 
 help:
 	@echo "make demo       train on real data, write deqfuse-report/    ARGS='--help' lists its options"
@@ -43,8 +43,10 @@ help:
 	@echo "make bench      speed, memory and convergence against others (5 minutes); writes README.md's table"
 	@echo "make bench-full the same for every case, regime and sweep; takes long"
 	@echo "make gpu        on an NVIDIA GPU: build, tests, compute-sanitizer, profile, benchmarks, in parts"
-	@echo "                PART='tests profile' picks, LIMIT=540 ends in time, AGAIN=1 repeats, GPU_OUT=folder"
+	@echo "                PART='tests profile' picks, LIMIT=540 ends in time, AGAIN=1 repeats, GPU_OUT=folder,"
+	@echo "                STATE=state.json goes on where another run's folder is gone"
 	@echo "make gpu-test   its build and tests only    make gpu-bench  its build and benchmarks only"
+	@echo "make ptx        compiled GPU kernels on an emulator that looks for races (some twenty minutes)"
 	@echo "make sanitize   the C++ kernels under ASan and UBSan (a minute)   SANITIZE=thread for others"
 	@echo "make clean      remove what builds and tools left; .venv and reports stay"
 	@echo "Options: PYTHON=..., VENV=..., TORCH=..., explained at the top of Makefile"
@@ -126,7 +128,7 @@ bench-full: bench
 PART ?=
 GPU_OUT ?= build/gpu
 gpu: has-gpu $(SETUP)
-	@$(PY) -m tools.gpu_proof $(PART) --out $(GPU_OUT) $(if $(LIMIT),--limit $(LIMIT)) $(if $(AGAIN),--again)
+	@$(PY) -m tools.gpu_proof $(PART) --out $(GPU_OUT) $(if $(STATE),--state $(STATE)) $(if $(LIMIT),--limit $(LIMIT)) $(if $(AGAIN),--again)
 
 # The build first: it is done once, and without it CUDA's tests are skipped.
 gpu-test: PART := build tests
@@ -135,6 +137,10 @@ gpu-test gpu-bench: gpu
 
 has-gpu: check-python
 	@$(BASE) -m tools.gpu_proof --check
+
+ptx: module
+	@echo "== Compiled kernels on the emulator: tests/ptxsim"
+	@$(PY) -m pytest tests/ptxsim $(ARGS)
 
 sanitize:
 	@echo "== Kernels under sanitizers: tests/sanitize/run"

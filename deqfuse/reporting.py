@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 import warnings
@@ -75,8 +76,22 @@ class _Late:
     option: SolverOption | GradientOption
 
 
-_late: deque[_Late] = deque(maxlen=64)
+LATE = 64  # reports that wait at most: the host may be far ahead of the device
+
+_late: deque[_Late] = deque()
+_dropped = 0  # reports that had no place there since the last look
 _lock = threading.Lock()
+
+
+def _after_fork() -> None:
+    """A child has no use of its parent's events, and CUDA fails if it asks one."""
+    global _lock, _dropped
+    _lock, _dropped = threading.Lock(), 0  # another thread of the parent may have held the lock
+    _late.clear()
+
+
+if hasattr(os, "register_at_fork"):  # Windows does not fork
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def backward(parts: Parts) -> Parts:
@@ -142,9 +157,18 @@ def _report_late(
     outcome, residual = (t.to("cpu", non_blocking=True) for t in (outcome, residual))
     arrived = torch.cuda.Event()
     arrived.record(stream)
+    for what, at in parts:
+        _enqueue(_Late(_Statistics(outcome[at], residual[at]), arrived, what, option))
+
+
+def _enqueue(item: _Late) -> None:
+    """The oldest report makes room for a new one."""
+    global _dropped
     with _lock:
-        for what, at in parts:
-            _late.append(_Late(_Statistics(outcome[at], residual[at]), arrived, what, option))
+        _late.append(item)
+        if len(_late) > LATE:
+            _late.popleft()
+            _dropped += 1
 
 
 def flush() -> None:
@@ -152,6 +176,7 @@ def flush() -> None:
 
     Does nothing while the current stream is captured: asking an event would end the capture.
     """
+    global _dropped
     if torch.compiler.is_compiling() or not _late or _capturing():
         return
     while True:
@@ -159,6 +184,15 @@ def flush() -> None:
             if not _late or not _late[0].arrived.query():
                 return
             item = _late.popleft()
+            dropped, _dropped = _dropped, 0
+        if dropped:
+            warnings.warn(
+                f"deqfuse: {dropped} older reports about solves on the GPU were dropped unread, "
+                "since the host was far ahead of the device. Remedy: look at info.converged now "
+                "and then, or synchronise. on_failure='ignore' silences this.",
+                ConvergenceWarning,
+                stacklevel=_callers_level(),
+            )
         _say(item.what, _Failures.of(item.statistics), item.option, "warn")
 
 

@@ -191,7 +191,7 @@ def main() -> int:
     from deqfuse.triton_kernels.launch import counted
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    absent = cuda_native.load_error() if device == "cuda" else None
+    absent = cuda_native.device_error(0) if device == "cuda" else None
     if device == "cpu" and cpu_native.module is None:
         absent = "the compiled module, which has the host policy, is missing"
     wrong, ran = [absent] if absent else [], set()

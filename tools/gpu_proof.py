@@ -1,11 +1,14 @@
 """The proof on a GPU, in parts: build, tests, sanitizers, profile, benchmarks. docs/gpu-proof.md.
 
-    python -m tools.gpu_proof [PART ...] [--again] [--limit SECONDS] [--out FOLDER] [--check]
+    python -m tools.gpu_proof [PART ...] [--again] [--limit SECONDS] [--out FOLDER] [--state FILE]
+                              [--check]
 
 A part is named whole ("tests-cuda") or by its beginning ("tests"); no name means all. Each has a
 log in FOLDER. A part that has passed on these sources and this GPU is not run again; one that fails
-stops none of those behind it. Exit status: 0 if every part asked for has passed, 1 if not, 2 where
-there is no GPU.
+stops none of those behind it, and is run again after those that never were. FOLDER/proof.tar.gz
+holds all that a run left, FOLDER/state.json what has passed; on a machine that forgets the folder,
+``--state`` names such a file of the run before. Exit status: 0 if every part asked for has passed,
+1 if not, 2 where there is no GPU.
 """
 
 from __future__ import annotations
@@ -13,8 +16,10 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import shutil
 import signal
 import sys
+import tarfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -67,32 +72,56 @@ def prove(
     parts: Sequence[Part], asked: Sequence[Part], out: Path, key: str, again: bool, limit: float
 ) -> list[Result]:
     """Run what was asked for and has not passed yet; the state is saved after every part."""
-    state, found, end = out / "state.json", [], time.monotonic() + limit
+    state, end = out / "state.json", time.monotonic() + limit
     saved = json.loads(state.read_text(encoding="utf-8")) if state.exists() else {}
-    for part in parts:
-        before = Result(**saved[part.name]) if part.name in saved else None
-        there = all(any(ROOT.glob(pattern)) for pattern in part.leaves)
-        if before and (before.key != key or not there):
-            before = None
+    known = {part.name: _known(part, saved, key) for part in parts}
+    found = {}
+    for part in sorted(parts, key=lambda part: _turn(part, known[part.name])):
+        before = known[part.name]
         left = min(end - time.monotonic(), LIMIT)
         if part not in asked:
-            found.append(before or Result("not run", "not asked for"))
+            found[part.name] = before or Result("not run", "not asked for")
         elif before and before.status == "passed" and not again:
-            found.append(before)
+            found[part.name] = before
             print(f"== {part.name}: passed before", flush=True)
         elif left <= 0:
-            found.append(Result("not run", "no time left: give the same command again"))
+            no_time = Result("not run", "no time left: give the same command again")
+            found[part.name] = before or no_time
         else:
             print(f"== {part.name} ...", flush=True)
             result = run(part, out / f"{part.name}.log", left)
             if left < LIMIT and result.note == stopped(left):
                 result = replace(result, status="not run", note="no time left to end it")
             result = replace(result, seconds=round(result.seconds, 1), key=key)
-            found.append(result)
+            found[part.name] = result
             saved[part.name] = asdict(result)
             save(state, saved)
             print(f"   {result.status} in {result.seconds:.0f} s: {result.note}", flush=True)
-    return found
+    return [found[part.name] for part in parts]
+
+
+def _known(part: Part, saved: dict[str, Any], key: str) -> Result | None:
+    """How the part ended before, if that was on these sources and what it left is still there."""
+    before = Result(**saved[part.name]) if part.name in saved else None
+    there = all(any(ROOT.glob(pattern)) for pattern in part.leaves)
+    return before if before and before.key == key and there else None
+
+
+def _turn(part: Part, before: Result | None) -> tuple[bool, bool, bool]:
+    """The build, what never ran, what failed, and last what only repeats: time may not suffice."""
+    failed = before is not None and before.status == "failed"
+    return part.name != "build", "-again-" in part.name, failed
+
+
+def archive(out: Path) -> Path:
+    """Everything that the runs left in one file: a remote machine may return few of them."""
+    made = out / "proof.tar.gz"
+    made.unlink(missing_ok=True)
+    files = sorted(path for path in out.rglob("*") if path.is_file())
+    with tarfile.open(made, "w:gz") as tar:
+        for path in files:
+            tar.add(path, path.relative_to(out))
+    return made
 
 
 def summary(parts: Sequence[Part], found: Sequence[Result], out: Path, gpu: dict[str, str]) -> str:
@@ -117,6 +146,7 @@ def main() -> int:
     parser.add_argument("--limit", type=float, default=float("inf"), help=limit_help)
     parser.add_argument("--check", action="store_true", help="only whether there is a GPU")
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "gpu")
+    parser.add_argument("--state", type=Path, help="state.json of the run that this one goes on")
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # through `finally`: no child is left
     if isinstance(gpu := find_gpu(), str):
@@ -126,6 +156,8 @@ def main() -> int:
         return 0
     out = args.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
+    if args.state is not None and not (out / "state.json").exists():
+        shutil.copy(args.state, out / "state.json")
     parts = all_parts(out, gpu)
     for asked in args.parts:
         if not any(part.name.startswith(asked) for part in parts):
@@ -136,6 +168,7 @@ def main() -> int:
     found = prove(parts, asked, out, key_of(gpu), args.again, left)
     text = summary(parts, found, out, gpu)
     (out / "summary.md").write_text(text, encoding="utf-8")
+    archive(out)
     print(f"\n{text}")
     passed = {part.name for part, r in zip(parts, found, strict=True) if r.status == "passed"}
     must = [p for p in asked if not p.optional or p.name in args.parts]

@@ -115,7 +115,7 @@ def _anderson_step_kernel(
     if step > 0:  # noqa: SIM102 - a ring without state must not be read
         if tl.load(active_ptr + row) == 0:
             return
-    # Every thread reads these and one replaces them: the sums below hold a barrier in between.
+    # Every thread reads these and one replaces them, behind the barrier.
     best = tl.load(best_residual_ptr + row, mask=step > 0, other=float("inf"))
     best_at = tl.load(best_at_ptr + row, mask=step > 0, other=0)
     slot = step % M
@@ -161,6 +161,7 @@ def _anderson_step_kernel(
     better = residual < best
     best_at = tl.where(better, step + 1, best_at)
     ended = verdict(residual, step + 1, best_at, tl.full((), tol, T), max_iter)
+    tl.debug_barrier()  # sums over the lanes of a single warp hold none
     tl.store(best_residual_ptr + row, tl.where(better, residual, best))
     tl.store(best_at_ptr + row, best_at)
     tl.store(nfe_ptr + row, step + 1)
@@ -174,7 +175,7 @@ def _anderson_step_kernel(
     # The first image is kept whatever it is: a poisoned row returns NaN and not its start.
     kept = tl.where((best_at == step + 1) | (step == 0), n, 0)
     moved = tl.where(ended == RUNNING, n, 0)
-    tl.debug_barrier()  # threads read what others of the program wrote
+    # Threads read images that others of the program wrote, in front of the same barrier.
     for start in range(0, n, BLOCK):
         i = start + tl.arange(0, BLOCK)
         f = tl.load(images_ptr + slot * plane + i, mask=i < n, other=0.0)

@@ -25,6 +25,7 @@ from deqfuse.triton_kernels.rowmath import (
     normalize,
     product,
     relu,
+    rounded,
     slope,
     store_squares,
     store_sum,
@@ -170,7 +171,7 @@ def _residual_cell_penalty_kernel(
         h = load_tile(h_ptr, r, real_row, cols, real, D, T)
         store_tile(r_ptr, r, real_row, cols, real, tl.where(h > 0, p * gamma1, 0.0), D)
         if sums_ptr is not None:
-            store_sum(probe_sums_ptr + 2 * D, s * p, cols, real)
+            store_sum(probe_sums_ptr + 2 * D, rounded(s, p), cols, real)
             add_to_tile(dy1_ptr, r, real_row, cols, real, dy1, probe > 0, D, T)
     if FIRST < LAST:
         tl.debug_barrier()
@@ -182,7 +183,7 @@ def _residual_cell_penalty_kernel(
         q = load_tile(q_ptr, r, real_row, cols, real, D, T)
         t2 = load_tile(t2_ptr, r, real_row, cols, real, D, T)
         p, dy2 = slope(p, q * gamma2, t2, x_hat2, rstd2, C, GT, C2, BM)
-        dgamma2 = tl.sum(q * p, 0)
+        dgamma2 = tl.sum(rounded(q, p), 0)
         p *= gamma2
         if SKIP:
             p += load_tile(w_ptr, r, real_row, cols, real, D, T)
@@ -198,12 +199,12 @@ def _residual_cell_penalty_kernel(
         de = tl.where(e > 0, de, 0.0)
         if sums_ptr is not None:
             store_sum(probe_sums_ptr + 5 * D, de, cols, real)
-            store_sum(probe_sums_ptr + 6 * D, v * p, cols, real)
+            store_sum(probe_sums_ptr + 6 * D, rounded(v, p), cols, real)
         tl.debug_barrier()
         y2 = load_tile(y2_ptr, r, real_row, cols, real, D, T)
         x_hat2, rstd2 = normalize(y2, real, C, GT, C2, BM)
         if sums_ptr is not None:
-            dgamma2 += tl.sum(de * x_hat2, 0)
+            dgamma2 += tl.sum(rounded(de, x_hat2), 0)
             tl.store(probe_sums_ptr + 4 * D + cols, dgamma2, mask=real)
         dy2 = symmetric(de * gamma2, x_hat2, rstd2, C, GT, C2, BM)
         add_to_tile(dx_ptr, r, real_row, cols, real, dy2, True, D, T)
@@ -221,7 +222,7 @@ def _residual_cell_penalty_kernel(
         store_sum(sums_ptr, dy1, cols, real)
         dy2 = load_tile(dx_ptr, r, real_row, cols, real, D, T)
         store_sum(sums_ptr + 1 * D, dy2, cols, real)
-        store_sum(sums_ptr + 2 * D, dn1 * x_hat1, cols, real)
+        store_sum(sums_ptr + 2 * D, rounded(dn1, x_hat1), cols, real)
         store_sum(sums_ptr + 3 * D, dn1, cols, real)
 
 

@@ -18,6 +18,7 @@ from deqfuse.triton_kernels.rowmath import (
     normalize,
     product,
     relu,
+    rounded,
     store_groups,
     store_sum,
     store_tile,
@@ -104,9 +105,9 @@ def _residual_cell_vjp_kernel(
             store_tile(dz_ptr, r, real_row, cols, real, de, D)
         if sums_ptr is not None:
             store_sum(sums_ptr + 1 * D, dy2, cols, real)
-            store_sum(sums_ptr + 4 * D, de * x_hat2, cols, real)
+            store_sum(sums_ptr + 4 * D, rounded(de, x_hat2), cols, real)
             store_sum(sums_ptr + 5 * D, de, cols, real)
-            store_sum(sums_ptr + 6 * D, u * x_hat3, cols, real)
+            store_sum(sums_ptr + 6 * D, rounded(u, x_hat3), cols, real)
             store_sum(sums_ptr + 7 * D, u, cols, real)
     if FIRST < LAST:
         tl.debug_barrier()
@@ -122,7 +123,7 @@ def _residual_cell_vjp_kernel(
         store_tile(dy1_ptr, r, real_row, cols, real, dy1, D)
         if sums_ptr is not None:
             store_sum(sums_ptr, dy1, cols, real)
-            store_sum(sums_ptr + 2 * D, dn1 * x_hat1, cols, real)
+            store_sum(sums_ptr + 2 * D, rounded(dn1, x_hat1), cols, real)
             store_sum(sums_ptr + 3 * D, dn1, cols, real)
     if FIRST < LAST:
         tl.debug_barrier()

@@ -23,6 +23,7 @@ from deqfuse.triton_kernels.rowmath import (
     normalize,
     product,
     relu,
+    rounded,
     slope,
     store_squares,
     store_sum,
@@ -193,7 +194,7 @@ def _purify_combine_penalty_kernel(
             de *= load_tile(mask_ptr, r, real_row, cols, real, D, T)
             store_tile(dc_ptr, r, real_row, cols, real, de, D)
         if sums_ptr is not None:
-            store_sum(probe_sums_ptr + 2 * D, u * p, cols, real)
+            store_sum(probe_sums_ptr + 2 * D, rounded(u, p), cols, real)
     if FIRST < LAST:
         tl.debug_barrier()
     if LAST == 8:

@@ -18,6 +18,7 @@ from deqfuse.triton_kernels.rowmath import (
     normalize,
     product,
     relu,
+    rounded,
     store_sum,
     store_tile,
     symmetric,
@@ -105,7 +106,7 @@ def _purify_combine_vjp_kernel(
             de = tl.where(e > 0, de, 0.0)
         store_tile(dx_ptr, r, real_row, cols, real, de, D)
         if sums_ptr is not None:
-            store_sum(sums_ptr + 2 * D, u * x_hat, cols, real)
+            store_sum(sums_ptr + 2 * D, rounded(u, x_hat), cols, real)
             store_sum(sums_ptr + 3 * D, u, cols, real)
         if mask_ptr is not None:
             de *= load_tile(mask_ptr, r, real_row, cols, real, D, T)

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from deqfuse.triton_kernels.anderson import RESIDUAL_FLOOR, RUNNING, mixing_weights, verdict
+from deqfuse.triton_kernels.rowmath import rounded
 
 
 @triton.jit
@@ -66,9 +67,9 @@ def remember(z, f, history, M: tl.constexpr):
     for i in tl.static_range(M - 1):
         new_images += (images[i],)
         new_residuals += (residuals[i],)
-    new_gram = (tl.sum(new_residuals[0] * new_residuals[0], 1),)
+    new_gram = (tl.sum(rounded(new_residuals[0], new_residuals[0]), 1),)
     for a in tl.static_range(1, M):
-        new_gram += (tl.sum(new_residuals[0] * new_residuals[a], 1),)
+        new_gram += (tl.sum(rounded(new_residuals[0], new_residuals[a]), 1),)
         for b in tl.static_range(a):
             new_gram += (gram[(a - 1) * a // 2 + b],)
     return new_images, new_residuals, new_gram
@@ -79,7 +80,7 @@ def judge(f, square, step, found, tol, max_iter):
     """Which rows keep the image of evaluation ``step`` as their answer, and the statistics."""
     best, best_at, nfe, outcome = found
     active = outcome == RUNNING
-    norm = tl.sqrt(tl.sum(f * f, 1))
+    norm = tl.sqrt(tl.sum(rounded(f, f), 1))
     residual = tl.sqrt(square) / (norm + RESIDUAL_FLOOR + (norm - norm))  # NaN if it overflows
     better = active & (residual < best)  # NaN compares false
     best = tl.where(better, residual, best)

@@ -7,8 +7,17 @@ from typing import Any
 
 from deqfuse.triton_kernels.tiles import SHARED_BYTES
 
+SMALL_BYTES = 101_376  # of a block on sm_86, sm_89 and sm_120
 # Shared memory that a block may have, in bytes (CUDA C++ programming guide; CDNA3's LDS).
-SHARED = {"sm_80": SHARED_BYTES, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
+SHARED = {
+    "sm_80": SHARED_BYTES,
+    "sm_90": 232_448,
+    "sm_100": 232_448,
+    "gfx942": 65_536,
+    "sm_86": SMALL_BYTES,
+    "sm_89": SMALL_BYTES,
+    "sm_120": SMALL_BYTES,
+}
 
 TRITON = "3.7.1"  # whose compiler and ptxas the page is about
 HEADER = f"""# Registers, spills and shared memory of the GPU kernels
@@ -17,8 +26,8 @@ Generated with triton {TRITON}: `python -m deqfuse.triton_kernels.resources --se
 Read [kernels-gpu.md](kernels-gpu.md) first. In each cell: registers per thread / bytes spilled per
 thread / bytes of shared memory per block, the most over a kernel's stages and variants (paper and
 released, with and without dropout, warm start and damping; of the penalty's kernels only released,
-with dropout). A dash: not launched there; steps are. The penalty's kernels have been compiled for
-sm_80 and sm_90 only.
+with dropout). A dash: not launched there; steps are. The penalty's kernels have not been compiled
+for sm_100 and gfx942, and for sm_86, sm_89 and sm_120 only one size of each kind has been.
 """
 
 Row = tuple[str, str, str]  # kernel, width and history, arithmetic

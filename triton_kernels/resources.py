@@ -47,7 +47,13 @@ TARGETS = {
     "sm_90": GPUTarget("cuda", 90, 32),
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
+    "sm_86": GPUTarget("cuda", 86, 32),
+    "sm_89": GPUTarget("cuda", 89, 32),
+    "sm_120": GPUTarget("cuda", 120, 32),
 }
+# Consumer cards, with less shared memory: one size of each kind is compiled for them.
+SAMPLED = ("sm_86", "sm_89", "sm_120")
+SAMPLE = {"step": 128, "solve": 50, "penalty": 128, "anderson": 512}
 _POINTERS = {
     torch.float32: "*fp32",
     torch.float64: "*fp64",
@@ -151,10 +157,13 @@ class Problem:
     def shipped(self, target: str) -> bool:
         """Whether it is compiled there: not where steps take the place of a solve.
 
-        Nor are the penalty's kernels on targets for which they have not been measured yet.
+        Nor are the penalty's kernels on targets for which they have not been measured yet, nor more
+        than a sample for some targets.
         """
+        if target in SAMPLED and (self.dim != SAMPLE[self.kind] or self.dtype != "float32"):
+            return False
         if self.kind == "penalty":
-            return target in ("sm_80", "sm_90")
+            return target in ("sm_80", "sm_90", *SAMPLED)
         dtype = getattr(torch, self.dtype)
         return self.kind != "solve" or tiles.fits_solve(
             self.dim, self.groups, dtype, self.m, SHARED[target]

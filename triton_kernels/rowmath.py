@@ -149,14 +149,20 @@ def store_sum(ptr, terms, cols, real):
 
 
 @triton.jit
-def store_squares(ptr, r, real_row, terms):
-    """Each row's sum of squares over a tile's columns, those without a feature being 0.
+def rounded(a, b):
+    """The product of what is to be summed up over threads, rounded.
 
-    Every thread of a row ends up with its sum, and on the way to memory any of them may be taken.
-    A square that the compiler merged with the sum's next addition would be rounded in one thread
-    and not in the other; as an ``fma`` of its own it is the same in both.
+    Several threads may hold the same numbers: at the end each has the sum, and on the way to memory
+    any of them may be taken. A product that the compiler merged with the sum's next addition would
+    be rounded in one thread and not in the other; as an ``fma`` of its own it is the same in both.
     """
-    tl.store(ptr + r, tl.sum(tl.fma(terms, terms, 0.0), 1), mask=real_row)
+    return tl.fma(a, b, 0.0)
+
+
+@triton.jit
+def store_squares(ptr, r, real_row, terms):
+    """Each row's sum of squares over a tile's columns, those without a feature being 0."""
+    tl.store(ptr + r, tl.sum(rounded(terms, terms), 1), mask=real_row)
 
 
 @triton.jit

@@ -1,19 +1,19 @@
 """Solves for rows too wide for one program: the step kernels, launched ``max_iter`` times blindly.
 
-Nothing is read back: a kernel whose rows have all ended returns at once. On a CUDA device the
-second solve of a kind is captured as a CUDA graph and later ones replay it, one launch from the
-host. Under a capture of the caller's it is not, nor where kernels are long enough to hide the host.
+Nothing is read back: a kernel whose rows have all ended returns at once. On a CUDA device a kind
+that is solved again is replayed as a CUDA graph (``graphs.py``). Under a capture of the caller's it
+is not, nor where kernels are long enough to hide the host.
 """
 
 from __future__ import annotations
 
-import threading
-from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from deqfuse.triton_kernels import graphs
 from deqfuse.triton_kernels.anderson import AndersonState, anderson_step
 from deqfuse.triton_kernels.cell import residual_cell
 from deqfuse.triton_kernels.fuse import gate_constant, purify_combine
@@ -22,7 +22,6 @@ from deqfuse.triton_kernels.solve import Answer
 from deqfuse.triton_kernels.tiles import Knobs
 
 GRAPH_BYTES = 256 << 20  # of one problem's tensors, beyond which no graph is kept
-GRAPHS = 8  # problems whose graphs are kept
 
 # z, operands, active, where f(z) goes, scratch
 Evaluate = Callable[[Tensor, Sequence["Tensor | None"], "Tensor | None", Tensor, Tensor], None]
@@ -64,51 +63,32 @@ class _Solve:
                 tol=knobs.tol, max_iter=knobs.max_iter, beta=knobs.beta, lam=knobs.lam,
             )  # fmt: skip
 
-    def answer(self) -> tuple[Answer, Tensor | None]:
+    def answer(self) -> list[Any]:
+        """The fields of an ``Answer``, and the trace."""
         state, rows = self.state, self.rows
         statistics = (state.best_residual, state.nfe, state.outcome)
-        answer = Answer(state.best.view(self.shape), *(t.view(rows) for t in statistics))
-        return answer, None if state.trace is None else state.trace.view(len(state.trace), *rows)
+        trace = None if state.trace is None else state.trace.view(len(state.trace), *rows)
+        return [state.best.view(self.shape), *(t.view(rows) for t in statistics), trace]
 
 
-class _Kept(_Solve):
-    """A solve that is used again: it owns its operands, so that a graph may refer to them."""
-
-    graph: torch.cuda.CUDAGraph | None = None
-    compiled = False
-
-    def run(self, operands: Sequence[Tensor | None], z0: Tensor | None) -> None:
-        for mine, given in zip(self.operands, operands, strict=True):
-            if mine is not None and given is not None:
-                mine.copy_(given)
-        self.start(z0)
-        if self.graph is None and self.compiled:
-            self.graph = _captured(self.steps)
-        self.steps() if self.graph is None else self.graph.replay()
-        self.compiled = True  # by the steps of the first run; a capture may not compile
-
-    def answer(self) -> tuple[Answer, Tensor | None]:
-        answer, trace = super().answer()
-        copies = Answer(*(t.clone() for t in answer))
-        return copies, None if trace is None else trace.clone()
-
-
-def _captured(steps: Callable[[], None]) -> torch.cuda.CUDAGraph:
-    """``torch.cuda.graph`` would synchronise the device; nothing is allocated here, so no need."""
-    graph, current, side = torch.cuda.CUDAGraph(), torch.cuda.current_stream(), torch.cuda.Stream()
-    side.wait_stream(current)
-    with torch.cuda.stream(side):
-        graph.capture_begin(capture_error_mode="thread_local")
-        try:
-            steps()
-        finally:
-            graph.capture_end()
-    current.wait_stream(side)
-    return graph
-
-
-_kept: OrderedDict[Hashable, _Kept] = OrderedDict()
-_lock = threading.Lock()  # from loading a kept solve's operands to reading its answer
+def _key(
+    name: Hashable,
+    operands: Sequence[Tensor | None],
+    dtype: torch.dtype,
+    knobs: Knobs,
+    trace: bool,
+) -> Hashable | None:
+    """What a kept solve is found by; None where a graph is impossible or not worth its memory."""
+    x = operands[0]
+    assert x is not None
+    size = (2 * knobs.m + 4) * x.numel() * dtype.itemsize
+    size += sum(t.numel() * t.element_size() for t in operands if t is not None)
+    keep = x.is_cuda and x.numel() > 0 and size <= GRAPH_BYTES  # an empty graph cannot be captured
+    if not keep or torch.cuda.is_current_stream_capturing():
+        return None
+    shapes = tuple(None if t is None else (t.shape, t.dtype) for t in operands)
+    stream = torch.cuda.current_stream(x.device).cuda_stream
+    return (name, x.device, stream, shapes, dtype, knobs, trace, precision(dtype, knobs.tol))
 
 
 def _solve(
@@ -121,29 +101,20 @@ def _solve(
     evaluate: Evaluate,
 ) -> tuple[Answer, Tensor | None]:
     """Run the steps, as a kept graph where that is possible and worth its memory."""
-    x = operands[0]
-    assert x is not None
-    size = (2 * knobs.m + 4) * x.numel() * dtype.itemsize
-    size += sum(t.numel() * t.element_size() for t in operands if t is not None)
-    keep = x.is_cuda and x.numel() > 0 and size <= GRAPH_BYTES  # an empty graph cannot be captured
-    if not keep or torch.cuda.is_current_stream_capturing():
-        solve = _Solve(operands, dtype, knobs, trace, evaluate)
+
+    def make(operands: Sequence[Tensor | None]) -> _Solve:
+        return _Solve(operands, dtype, knobs, trace, evaluate)
+
+    key = _key(name, operands, dtype, knobs, trace)
+    if key is None:
+        solve = make(operands)
         solve.start(z0)
         solve.steps()
-        return solve.answer()
-    shapes = tuple(None if t is None else (t.shape, t.dtype) for t in operands)
-    stream = torch.cuda.current_stream(x.device).cuda_stream
-    key = (name, x.device, stream, shapes, dtype, knobs, trace, precision(dtype, knobs.tol))
-    with _lock:
-        kept = _kept.pop(key, None)
-        if kept is None:
-            own = [None if t is None else torch.empty_like(t) for t in operands]
-            kept = _Kept(own, dtype, knobs, trace, evaluate)
-        _kept[key] = kept
-        while len(_kept) > GRAPHS:
-            _kept.popitem(last=False)
-        kept.run(operands, z0)
-        return kept.answer()
+        found = solve.answer()
+    else:
+        found = graphs.run(key, make, operands, z0)
+    *answer, evaluations = found
+    return Answer(*answer), evaluations
 
 
 def solve_cells(

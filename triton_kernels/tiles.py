@@ -16,6 +16,8 @@ import torch
 FUSED_WIDTH = 128  # widest tile, in columns, that holds all features of a row and two weights
 MAX_HISTORY = 5  # residuals that the whole-solve kernel keeps in registers
 MAX_GROUP = 1024  # channels of a group, which one tile must hold
+MAX_DIM = 1 << 15  # features: a weight's offsets take 31 bits, and so do the CUDA adjoint's
+MAX_STEPS = 4096  # evaluations of a solve by steps: up to three launches each, wanted or not
 MAX_STEP_HISTORY = 8  # and that the Anderson step combines
 SHARED_BYTES = 166_912  # shared memory of a block on sm_80
 REGISTERS = 65_536  # of a block on NVIDIA GPUs

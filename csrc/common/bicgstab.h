@@ -13,7 +13,7 @@ namespace DEQFUSE_ISA {
 
 enum class Method : int8_t { kBiCGStab, kPicard, kSeries };
 // What the row's next application of A is for; kDone: nothing.
-enum class Phase : int8_t { kDirection, kStabilise, kCheck, kPicard, kSeries, kDone };
+enum class Phase : int32_t { kDirection, kStabilise, kCheck, kPicard, kSeries, kDone };
 
 template <class T>
 struct LinearOptions {
@@ -56,7 +56,10 @@ struct LinearRow {
     magnitude = largest;
     norm = squares == T(0) ? T(1) : std::sqrt(squares);
     best = std::sqrt(squares) / norm;
-    nfe = best_at = 0;
+    // All of the row is copied, whether it is used or not: nothing of it may be left unwritten.
+    rho = alpha = shadow_norm = run_best = T(0);
+    nfe = best_at = run_steps = run_best_at = 0;
+    outcome = Outcome::kMaxIter;
     if (options.method == Method::kSeries) {
       phase = Phase::kSeries;
       if (options.max_iter == 0) end(Outcome::kMaxIter);
@@ -162,6 +165,9 @@ struct LinearRow {
     if (++nfe == options.max_iter) end(Outcome::kMaxIter);
   }
 };
+
+static_assert(sizeof(LinearRow<float>) == 7 * sizeof(float) + 6 * sizeof(int32_t), "padding would never be written");
+static_assert(sizeof(LinearRow<double>) == 7 * sizeof(double) + 6 * sizeof(int32_t), "padding would never be written");
 
 }  // namespace DEQFUSE_ISA
 }  // namespace deqfuse

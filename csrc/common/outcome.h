@@ -7,7 +7,17 @@
 
 namespace deqfuse {
 
-enum class Outcome : int8_t { kConverged = 0, kMaxIter = 1, kStalled = 2, kNonFinite = 3, kRescued = 5, kSingular = 6, kAbsent = 7, kEmpty = 8 };
+// 32 bits, as the numbers beside it: a GPU's rows lie in memory without padding.
+enum class Outcome : int32_t {
+  kConverged = 0,
+  kMaxIter = 1,
+  kStalled = 2,
+  kNonFinite = 3,
+  kRescued = 5,
+  kSingular = 6,
+  kAbsent = 7,
+  kEmpty = 8
+};
 
 constexpr int kStallSteps = 20;
 

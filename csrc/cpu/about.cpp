@@ -46,8 +46,8 @@ DEQFUSE_EXPORT void deqfuse_cpu_plan(int64_t rows, int64_t dim, int64_t itemsize
   *out = {tile, (rows + tile - 1) / tile, plan.tiles_of_state * dim * tile * itemsize};
 }
 
-DEQFUSE_EXPORT void deqfuse_cpu_host_device(int64_t shared_limit, bool reversed) {
-  deqfuse::set_host_device({size_t(shared_limit), reversed});
+DEQFUSE_EXPORT void deqfuse_cpu_host_device(int64_t shared_limit, bool reversed, bool tensor_cores) {
+  deqfuse::set_host_device({size_t(shared_limit), reversed, tensor_cores});
 }
 
 DEQFUSE_EXPORT void deqfuse_cpu_host_plan(int64_t dim, int64_t groups, int64_t itemsize, deqfuse::HostPlan* out) {

@@ -17,7 +17,7 @@ struct Host {
   static size_t shared_limit() { return settings.shared_limit; }
   template <template <class, int> class Kind, class T>
   static void run(const AdjointProblem<T>& p, const TilePlan& plan, void* step_memory) {
-    launch_adjoint<Kind>(HostLauncher<T>(settings.reversed), p, plan, step_memory);
+    launch_adjoint<Kind>(HostLauncher<T>(settings.reversed, settings.tensor_cores), p, plan, step_memory);
   }
 };
 

@@ -9,6 +9,7 @@ namespace deqfuse {
 struct HostDevice {
   size_t shared_limit = 227 * 1024;  // bytes of shared memory for a block; an H100's
   bool reversed = false;             // lanes and rows from the last to the first
+  bool tensor_cores = false;         // float32 products lose what a tensor core's sums lose
 };
 
 void set_host_device(const HostDevice& device);

@@ -10,8 +10,11 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import shutil
 import subprocess
+import sys
 import tempfile
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +23,14 @@ HERE = Path(__file__).resolve().parent
 LOCAL = Path("/usr/local")
 KERNELS = sorted(HERE.glob("kernels_*.cu"))
 DOCUMENT = HERE.parents[1] / "docs" / "kernels-gpu-adjoint.md"
-DEFAULT_ARCHS = ("8.0", "9.0", "10.0")  # those that the compiler knows
+DEFAULT_ARCHS = ("8.0", "9.0", "10.0", "12.0")  # those that the compiler knows
+OLDEST = (8, 0)
+# What torch calls architectures in TORCH_CUDA_ARCH_LIST.
+NAMES = {
+    "Kepler": "3.5", "Maxwell": "5.0", "Pascal": "6.0", "Volta": "7.0", "Turing": "7.5",
+    "Ampere": "8.0;8.6+PTX", "Ada": "8.9+PTX", "Hopper": "9.0+PTX",
+    "Blackwell": "10.0;12.0+PTX",
+}  # fmt: skip
 
 
 class ToolkitMissing(RuntimeError):
@@ -31,13 +41,16 @@ def toolkit() -> Path:
     """The toolkit's own folder: a compiler on PATH may be a shim that compiles and cannot link.
 
     Without ``CUDA_HOME`` the newest of the CUDA that torch was built with: the driver that runs
-    torch knows it. Else the newest.
+    torch knows it. Else the newest, else that of an nvcc on PATH.
     """
     named = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    folders = [Path(named)] if named else [*_installed(), LOCAL / "cuda"]
+    on_path = shutil.which("nvcc")  # of Linux distributions and of conda
+    found = [Path(on_path).resolve().parents[1]] if on_path else []
+    folders = [Path(named)] if named else [*_installed(), LOCAL / "cuda", *found]
     for folder in folders:
         runtime = [
             *folder.glob("lib*/libcudart_static.a"),
+            *folder.glob("lib/*/libcudart_static.a"),
             *folder.glob("targets/*/lib/libcudart*"),
         ]
         if (folder / "bin" / "nvcc").exists() and runtime:
@@ -70,19 +83,50 @@ def default_archs() -> str:
     return ";".join(archs) + "+PTX"
 
 
-def targets(archs: str) -> list[str]:
-    """nvcc's arguments for a list as in ``TORCH_CUDA_ARCH_LIST``, such as ``8.0;9.0+PTX``."""
-    flags = []
-    for entry in re.split(r"[;\s]+", archs.strip()):
-        found = re.fullmatch(r"(\d+)\.(\d+)([af]?)(\+PTX)?", entry)
-        if found is None:
+def wanted(archs: str) -> list[str]:
+    """The architectures of a list as in ``TORCH_CUDA_ARCH_LIST``, such as ``8.0;Hopper+PTX``.
+
+    Those below 8.0 are left out, with a message: the list is often that of all of a machine's
+    extensions, and the rest of the library is of use without them.
+    """
+    entries, found = re.split(r"[;,\s]+", archs), []
+    while entries:
+        entry = entries.pop(0)
+        name = entry.partition("+")[0]
+        if entry in ("All", "Common"):
+            entries = [*default_archs().split(";"), *entries]
+        elif name in NAMES:
+            entries = [*NAMES[name].split(";"), *entries]
+        elif match := re.fullmatch(r"(\d+)\.(\d+)[af]?(\+PTX)?", entry):
+            if (int(match[1]), int(match[2])) >= OLDEST:
+                found.append(entry)
+            else:
+                print(
+                    f"deqfuse: no CUDA kernels for compute capability {name}, "
+                    "which lacks what they need: 8.0 or later",
+                    file=sys.stderr,
+                )
+        elif entry:
             raise ValueError(
-                "TORCH_CUDA_ARCH_LIST: expected numbers like 9.0 or 9.0+PTX, separated by ';', "
-                f"got {entry!r}"
+                "TORCH_CUDA_ARCH_LIST: expected numbers like 9.0 or 9.0+PTX, or names like "
+                f"{', '.join(list(NAMES)[-3:])}, separated by ';', got {entry!r}"
             )
-        name = found[1] + found[2] + found[3]
+    if not found:
+        raise ValueError(
+            "TORCH_CUDA_ARCH_LIST: expected a compute capability of 8.0 or later, got "
+            f"{archs!r}. Remedy: add one, such as 9.0, or unset it"
+        )
+    return list(dict.fromkeys(found))
+
+
+def targets(archs: Sequence[str]) -> list[str]:
+    """nvcc's arguments for architectures that :func:`wanted` has looked at."""
+    flags = []
+    for entry in archs:
+        number, ptx, _ = entry.partition("+")
+        name = number.replace(".", "")
         flags.append(f"-gencode=arch=compute_{name},code=sm_{name}")
-        if found[4]:
+        if ptx:
             flags.append(f"-gencode=arch=compute_{name},code=compute_{name}")
     return flags
 
@@ -111,9 +155,12 @@ def make(target: Path, command: list[str | Path]) -> str:
 
 
 def compile_kernels(
-    archs: str, out: Path, strict: bool = False, jobs: int | None = None
+    archs: str, out: Path, cxx: Sequence[str] = (), strict: bool = False, jobs: int | None = None
 ) -> dict[Path, str]:
-    """Objects of all kernel files, each with what the compiler said about it."""
+    """Objects of all kernel files, each with what the compiler said about it.
+
+    ``cxx`` is the command of the host compiler; without it nvcc takes the first on PATH.
+    """
     nvcc = toolkit() / "bin" / "nvcc"
     flags: list[str | Path] = [
         "-std=c++17",
@@ -122,15 +169,22 @@ def compile_kernels(
         "-Xcompiler=-fPIC,-fvisibility=hidden",
     ]
     flags += ["-Werror=all-warnings", "-Xcompiler=-Wall,-Wextra,-Werror"] if strict else []
+    flags += [*host_compiler(cxx), *targets(wanted(archs))]
     out.mkdir(parents=True, exist_ok=True)
 
     def compile_one(source: Path) -> tuple[Path, str]:
         made = out / f"{source.stem}.o"
-        return made, make(made, [nvcc, *flags, *targets(archs), "-c", source])
+        return made, make(made, [nvcc, *flags, "-c", source])
 
     jobs = jobs or int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
     with ThreadPoolExecutor(jobs) as pool:
         return dict(pool.map(compile_one, KERNELS))
+
+
+def host_compiler(cxx: Sequence[str]) -> list[str | Path]:
+    """nvcc's argument for the compiler in a command, whose first word may be a cache's."""
+    programs = [word for word in cxx if not word.startswith("-")]
+    return [f"-ccbin={programs[-1]}"] if programs else []
 
 
 def build_library(archs: str, out: Path, cxx: list[str], strict: bool = False) -> Path:
@@ -140,7 +194,7 @@ def build_library(archs: str, out: Path, cxx: list[str], strict: bool = False) -
 
     folder = toolkit()
     operators, library = out / "ops.o", out / "_cuda.so"
-    objects = list(compile_kernels(archs, out, strict))
+    objects = list(compile_kernels(archs, out, cxx, strict))
     warnings = ["-Wall", "-Wextra", "-Wno-unused-parameter", *(["-Werror"] if strict else [])]
     include = [f"-I{path}" for path in (*cpp_extension.include_paths(), folder / "include")]
     defines = ["-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
@@ -149,7 +203,8 @@ def build_library(archs: str, out: Path, cxx: list[str], strict: bool = False) -
     torch_lib = Path(torch.__file__).parent / "lib"
     link = ["-shared", "-Xcompiler=-fPIC", "-Xlinker=--no-as-needed", f"-L{torch_lib}"]
     libraries = ["-lc10", "-ltorch", "-ltorch_cpu"]
-    make(library, [folder / "bin" / "nvcc", *link, *objects, operators, *libraries])
+    linker = [folder / "bin" / "nvcc", *host_compiler(cxx)]
+    make(library, [*linker, *link, *objects, operators, *libraries])
     return library
 
 
@@ -211,7 +266,12 @@ def table(by_arch: dict[str, list[Resources]]) -> str:
     return "\n".join(lines)
 
 
-SHARED = {"8.0": 163, "9.0": 227, "10.0": 227}  # KiB of shared memory that a block can have
+SHARED = {
+    "8.0": 163,
+    "9.0": 227,
+    "10.0": 227,
+    "12.0": 99,
+}  # KiB of shared memory that a block can have
 
 
 def tiles() -> str:

@@ -12,7 +12,7 @@ namespace DEQFUSE_ISA {
 template <class T>
 class HostLauncher {
  public:
-  explicit HostLauncher(bool reversed) : reversed_(reversed) {}
+  explicit HostLauncher(bool reversed, bool tensor_cores = false) : reversed_(reversed), tensor_cores_(tensor_cores) {}
 
   template <template <class, int> class Kind>
   void whole(const AdjointProblem<T>& p, const TilePlan& plan, int64_t tiles) const {
@@ -25,7 +25,7 @@ class HostLauncher {
 
   template <template <class, int> class Kind>
   void stage(const AdjointProblem<T>& p, const StepMemory<T>& memory, Stage stage) const {
-    HostPolicy<T, kStepRows, 1> policy(reversed_, 0, p.d);
+    HostPolicy<T, kStepRows, 1> policy(reversed_, tensor_cores_, 0, p.d);
     for_grid(p, memory.tiles, 1,
              [&](int block, int tile) { adjoint_stage<Kind>(policy, p, block, tile, memory, stage); });
   }
@@ -34,7 +34,7 @@ class HostLauncher {
   void product(const AdjointProblem<T>& p, const StepMemory<T>& memory, Step step, bool always) const {
     constexpr int kFeatures = 64;
     for (int begin = 0; begin < p.d; begin += kFeatures) {
-      HostPolicy<T, kStepRows, kProductTiles> policy(reversed_, begin,
+      HostPolicy<T, kStepRows, kProductTiles> policy(reversed_, tensor_cores_, begin,
                                                      begin + kFeatures < p.d ? begin + kFeatures : p.d);
       for_grid(p, memory.tiles, kProductTiles,
                [&](int block, int tile) { adjoint_product<Kind>(policy, p, block, tile, memory, step, always); });
@@ -58,7 +58,7 @@ class HostLauncher {
   void whole_tiles(const AdjointProblem<T>& p, const TilePlan& plan, int64_t tiles) const {
     const bool resident = plan.cut == Cut::kResident;
     const int stride = resident ? weight_stride(p.d) : p.d;
-    HostPolicy<T, kRows, 1> policy(reversed_, 0, p.d);
+    HostPolicy<T, kRows, 1> policy(reversed_, tensor_cores_, 0, p.d);
     for_grid(p, tiles, 1, [&](int block, int tile) {
       const std::unique_ptr<char[]> memory(new char[plan.shared_bytes]);
       std::memset(memory.get(), 0xff, plan.shared_bytes);
@@ -77,7 +77,7 @@ class HostLauncher {
     });
   }
 
-  const bool reversed_;
+  const bool reversed_, tensor_cores_;
 };
 
 }  // namespace DEQFUSE_ISA

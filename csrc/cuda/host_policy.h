@@ -5,8 +5,11 @@
 // a device has (barriers, tensor cores, the layout of their fragments) is in cuda_policy.cuh and not tested by this.
 #pragma once
 
+#include <cmath>
 #include <cstring>
+#include <type_traits>
 
+#include "exact.h"
 #include "tile.h"
 
 namespace deqfuse {
@@ -21,6 +24,32 @@ inline float round_to_tf32(float a) {
   return a;
 }
 inline double round_to_tf32(double a) { return a; }
+
+// A tensor core's float32 sum of one result, as published measurements have it: the products, exact, and what was there
+// are aligned to the largest of them, cut off behind its 24th bit, added, and cut off again.
+struct HostUnit {
+  static constexpr int kDepth = 8;
+  using Bits = float;
+
+  static float rounded(float a) { return round_to_tf32(a); }
+  static float number(Bits bits) { return bits; }
+  static void multiply(float (&c)[1], const Bits (&a)[kDepth], const Bits (&b)[kDepth]) {
+    double terms[kDepth + 1] = {c[0]}, largest = std::fabs(double(c[0])), sum = 0;
+    for (int k = 0; k < kDepth; ++k) {
+      terms[k + 1] = double(a[k]) * double(b[k]);
+      largest = std::fmax(largest, std::fabs(terms[k + 1]));
+    }
+    if (!(largest > 0) || !is_finite(largest)) {  // nothing to align
+      for (double term : terms) sum += term;
+    } else {
+      const double unit = std::ldexp(1.0, std::ilogb(largest) - 23), per_unit = 1 / unit;
+      for (double term : terms) sum += std::trunc(term * per_unit);
+      sum *= unit;
+    }
+    c[0] = float(sum);
+    if (std::fabs(double(c[0])) > std::fabs(sum)) c[0] = std::nextafter(c[0], 0.0f);
+  }
+};
 
 // f(i) for i in [0, n), in either order.
 template <class F>
@@ -86,7 +115,9 @@ class HostPolicy {
   static constexpr int kTiles = kTileCount;
 
   // Products fill features [begin, end) of their results.
-  HostPolicy(bool reversed, int begin, int end) : reversed_(reversed), begin_(begin), end_(end) {}
+  // `tensor_cores`: exact float products are summed up as a tensor core does it.
+  HostPolicy(bool reversed, bool tensor_cores, int begin, int end)
+      : reversed_(reversed), tensor_cores_(tensor_cores), begin_(begin), end_(end) {}
 
   template <class F>
   void for_rows(int count, F f) const {
@@ -113,12 +144,16 @@ class HostPolicy {
       T* results = new T[kRows * size_t(end_ - begin_)];  // `out` may be `in`
       for (int j = begin_; j < end_; ++j) {
         for (int r = 0; r < kRows; ++r) line[r] = T(0);
-        for (int k = 0; k < p.d; ++k) {
-          T w = kTransposed ? a.a[k * a.stride + j] : a.a[j * a.stride + k];
-          if (!p.exact) w = round_to_tf32(w);
-          for (int r = 0; r < kRows; ++r) {
-            const T v = in[shift + r * stride + k];
-            line[r] += w * (p.exact ? v : round_to_tf32(v));
+        auto weight = [&](int k) { return kTransposed ? a.a[k * a.stride + j] : a.a[j * a.stride + k]; };
+        if (std::is_same<T, float>::value && p.exact && tensor_cores_) {
+          for (int r = 0; r < kRows; ++r) line[r] = in_steps(p.d, weight, in + shift + r * stride);
+        } else {
+          for (int k = 0; k < p.d; ++k) {
+            const T w = p.exact ? weight(k) : round_to_tf32(weight(k));
+            for (int r = 0; r < kRows; ++r) {
+              const T v = in[shift + r * stride + k];
+              line[r] += w * (p.exact ? v : round_to_tf32(v));
+            }
           }
         }
         for (int r = 0; r < kRows; ++r) {
@@ -135,7 +170,21 @@ class HostPolicy {
   }
 
  private:
-  const bool reversed_;
+  template <class Weight>
+  static T in_steps(int d, Weight weight, const T* in) {
+    float sum[1] = {0};
+    for (int k = 0; k < d; k += HostUnit::kDepth) {
+      float left[HostUnit::kDepth] = {}, right[HostUnit::kDepth] = {};
+      for (int q = 0; q < HostUnit::kDepth && k + q < d; ++q) {
+        left[q] = float(weight(k + q));
+        right[q] = float(in[k + q]);
+      }
+      add_exact_product<HostUnit>(sum, left, right);
+    }
+    return T(sum[0]);
+  }
+
+  const bool reversed_, tensor_cores_;
   const int begin_, end_;
 };
 

@@ -4,18 +4,14 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
-#include <stdexcept>
 
 #include "cuda_policy.cuh"
 #include "launch.h"
+#include "runtime.h"
 #include "stream.h"
 
 namespace deqfuse {
 namespace DEQFUSE_ISA {
-
-inline void expect_success(cudaError_t status) {
-  if (status != cudaSuccess) throw std::runtime_error(std::string("deqfuse: CUDA: ") + cudaGetErrorString(status));
-}
 
 constexpr int kWholeThreads[] = {256, 512};  // resident, streamed
 
@@ -106,7 +102,7 @@ class CudaLauncher {
  private:
   template <class Kernel>
   void launch(Kernel kernel, const AdjointProblem<T>& p, const TilePlan& plan, int64_t tiles) const {
-    expect_success(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(plan.shared_bytes)));
+    allow_shared_memory(reinterpret_cast<const void*>(kernel));
     kernel<<<dim3(tiles, p.blocks), plan.threads, plan.shared_bytes, stream_>>>(p);
     expect_success(cudaGetLastError());
   }

@@ -5,6 +5,7 @@
 //   c[q] = C(l / 4 + 8 (q / 2), 2 (l % 4) + q % 2)
 #pragma once
 
+#include "exact.h"
 #include "tile.h"
 
 namespace deqfuse {
@@ -18,12 +19,15 @@ struct Mma<float> {
   static constexpr int kFeatures = 16, kDepth = 8, kA = 4, kB = 2, kC = 4;
   static constexpr int kUnits = 1;  // blocks of features to a warp of a whole solve
 
-  static __device__ __forceinline__ uint32_t rounded(float a) {
-    uint32_t bits;
+  using Bits = uint32_t;
+
+  static __device__ __forceinline__ Bits rounded(float a) {
+    Bits bits;
     asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(a));
     return bits;
   }
-  static __device__ __forceinline__ void multiply(float (&c)[kC], const uint32_t (&a)[kA], const uint32_t (&b)[kB]) {
+  static __device__ __forceinline__ float number(Bits bits) { return __uint_as_float(bits); }
+  static __device__ __forceinline__ void multiply(float (&c)[kC], const Bits (&a)[kA], const Bits (&b)[kB]) {
     asm volatile(
         "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
@@ -33,25 +37,18 @@ struct Mma<float> {
   template <bool kExact, int kTiles>
   static __device__ __forceinline__ void accumulate(float (&c)[kTiles][kC], const float (&a)[kA],
                                                     const float (&b)[kTiles][kB]) {
-    uint32_t high[kA], low[kA];
-#pragma unroll
-    for (int q = 0; q < kA; ++q) {
-      high[q] = rounded(a[q]);
-      if (kExact) low[q] = rounded(a[q] - __uint_as_float(high[q]));
-    }
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
-      uint32_t right[kB], rest[kB];
+      if constexpr (kExact) {
+        add_exact_product<Mma>(c[n], a, b[n]);
+      } else {
+        Bits left[kA], right[kB];
 #pragma unroll
-      for (int q = 0; q < kB; ++q) {
-        right[q] = rounded(b[n][q]);
-        if (kExact) rest[q] = rounded(b[n][q] - __uint_as_float(right[q]));
+        for (int q = 0; q < kA; ++q) left[q] = rounded(a[q]);
+#pragma unroll
+        for (int q = 0; q < kB; ++q) right[q] = rounded(b[n][q]);
+        multiply(c[n], left, right);
       }
-      if (kExact) {  // the small terms first
-        multiply(c[n], low, right);
-        multiply(c[n], high, rest);
-      }
-      multiply(c[n], high, right);
     }
   }
 };

@@ -2,18 +2,14 @@
 #define DEQFUSE_ISA gpu
 #include "ops.h"
 
-#include <cuda_runtime_api.h>
 #include <torch/csrc/stable/accelerator.h>
 
+#include "runtime.h"
 #include "stream.h"
 
 namespace deqfuse {
 namespace DEQFUSE_ISA {
 namespace {
-
-void expect_success(cudaError_t status) {
-  STD_TORCH_CHECK(status == cudaSuccess, "deqfuse: CUDA: ", cudaGetErrorString(status));
-}
 
 // The device of this library's own runtime, which torch's guard does not set.
 class OwnDeviceGuard {
@@ -73,6 +69,11 @@ auto adjoint_fuse(Tensor g, Tensor z, Tensor x, Tensor cell_sum, Tensors params,
 extern "C" __attribute__((visibility("default"))) void deqfuse_cuda_versions(int* driver, int* runtime) {
   if (cudaDriverGetVersion(driver) != cudaSuccess) *driver = 0;
   *runtime = CUDART_VERSION;
+}
+
+// Null, or why none of the kernels runs on this device: they were compiled for other architectures.
+extern "C" __attribute__((visibility("default"))) const char* deqfuse_cuda_cannot_run(int device) {
+  return deqfuse::gpu::cannot_run(deqfuse::gpu::any_kernel(), device);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(deqfuse, CUDA, m) {

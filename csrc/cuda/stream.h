@@ -10,5 +10,8 @@ namespace DEQFUSE_ISA {
 template <template <class, int> class Kind, class T>
 void run_on_stream(const AdjointProblem<T>& p, const TilePlan& plan, void* step_memory, void* stream);
 
+// One of them, by the name that the runtime knows it by: all are compiled for the same architectures.
+const void* any_kernel();
+
 }  // namespace DEQFUSE_ISA
 }  // namespace deqfuse

@@ -29,6 +29,23 @@ def prepare_all(tensors: Sequence[Tensor], like: Tensor) -> list[Tensor]:
     ]
 
 
+def aligned(t: Any) -> Any:
+    """Contiguous, from a multiple of 16 bytes on; None stays None.
+
+    Triton compiles a kernel anew for a tensor that begins elsewhere: a slice of a flat buffer of
+    parameters, say. Under a capture of the caller's that would end the capture.
+    """
+    if t is None:
+        return None
+    t = t.contiguous()
+    return t if t.data_ptr() % 16 == 0 else t.clone()
+
+
+def aligned_all(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """:func:`aligned` for each."""
+    return [aligned(t) for t in tensors]
+
+
 def adjoint_numbers(adjoint: GradientOption) -> tuple[int, float, int, int, float, float]:
     """mode, tol, max_iter, history, beta, lam.
 

@@ -6,10 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from deqfuse.backends.problem import Problem
-from deqfuse.solvers.options import SolverOption
+from deqfuse.solvers.options import GradientOption, SolverOption
 
 Missing = tuple[str, str]  # why something cannot be had here, and what would change that
 
@@ -33,6 +34,18 @@ class Launchers(NamedTuple):
     adjoint: Callable[..., Any]
 
 
+def _never(*what: Any) -> bool:
+    """False.
+
+    Args:
+        what: whatever is asked about.
+
+    Returns:
+        False.
+    """
+    return False
+
+
 @dataclass(frozen=True, eq=False)
 class Backend:
     """A way to run the layer's solves and adjoints, and Anderson's step for any other map.
@@ -53,6 +66,9 @@ class Backend:
             from z0 (R, n).
         anderson: Anderson mixing on the rows of any map, ``(f, z0, option) -> Solution`` with z0
             (R, n). Only called where ``takes_rows`` says so.
+        captures_solve: (problem) -> whether a CUDA graph can hold the solve: it never asks the
+            device how far it is, and keeps no memory beyond its results.
+        captures_adjoint: (device, gradient option) -> the same of the adjoint.
         solve_present: the solve of a layer whose rows lack modalities, in one call: ``(x, params,
             mask, z0_fuse, z0_cells, present (N, B, 1), *how) -> SolvedLayer``, or None where the
             blocks' launchers have to do it (``backends/presence.py``), as they do where there is
@@ -68,4 +84,6 @@ class Backend:
     penalty: Callable[..., Any]
     takes_rows: Callable[[Tensor, SolverOption], bool]
     anderson: Callable[..., Any]
+    captures_solve: Callable[[Problem], bool] = _never
+    captures_adjoint: Callable[[torch.device, GradientOption], bool] = _never
     solve_present: Callable[..., Any] | None = None

@@ -116,19 +116,28 @@ class Module:
             "tile_bytes": cut.tile_bytes,
         }
 
-    def host_device(self, shared_limit: int = SHARED_LIMIT, reversed: bool = False) -> None:
+    def host_device(
+        self,
+        shared_limit: int = SHARED_LIMIT,
+        reversed: bool = False,
+        tensor_cores: bool = False,
+    ) -> None:
         """Sets the GPU that ``cuda_adjoint_*`` play on CPU tensors, for tests of the CUDA kernels.
 
         Args:
             shared_limit: Bytes of shared memory per block, which decides how problems are cut.
             reversed: Whether lanes and rows are taken from the last to the first.
+            tensor_cores: Whether float32 products that are to be exact are summed up as published
+                measurements say that tensor cores do it.
 
         Raises:
             ValueError: The limit is negative.
         """
         if shared_limit < 0:
             raise ValueError(f"host_device: shared_limit: expected 0 or more, got {shared_limit}")
-        self._library.deqfuse_cpu_host_device(ctypes.c_int64(shared_limit), ctypes.c_bool(reversed))
+        self._library.deqfuse_cpu_host_device(
+            ctypes.c_int64(shared_limit), ctypes.c_bool(reversed), ctypes.c_bool(tensor_cores)
+        )
 
     def host_plan(self, dim: int, num_groups: int, itemsize: int = 4) -> dict[str, str | int]:
         """How that GPU cuts up problems of this size.

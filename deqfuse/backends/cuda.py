@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from deqfuse.backends import cuda_adjoint, cuda_penalty, layer
+from deqfuse.backends.arguments import aligned, aligned_all
 from deqfuse.backends.backend import Backend, Launchers
 from deqfuse.backends.layer import LayerParams
 from deqfuse.backends.maps import Variant
@@ -94,16 +95,40 @@ def refuses_problem(problem: Problem) -> str | None:
     if not tiles.fits_steps(problem.dim, problem.num_groups):
         width = problem.dim // problem.num_groups
         return f"it takes groups of at most {tiles.MAX_GROUP} channels, not {width}"
+    if problem.dim > tiles.MAX_DIM:
+        return f"it takes at most {tiles.MAX_DIM} features, not {problem.dim}"
+    return _refuses_steps(problem)
+
+
+def _refuses_steps(problem: Problem) -> str | None:
+    """Steps are launched up to the last one, wanted or not: a budget is a number of launches."""
+    from deqfuse.triton_kernels import tiles
+
+    device, dtype, dim, num_groups, *options = problem
+    for option in options:
+        knob = "max_iter" if hasattr(option, "max_iter") else "k"
+        steps = getattr(option, knob, 0)
+        if steps <= tiles.MAX_STEPS or _fits_one_launch(
+            device, dtype, dim, num_groups, problem.solver
+        ):
+            continue
+        asked = f"{type(option).__name__}({knob}={steps})"
+        return f"it launches every step here, {tiles.MAX_STEPS} at most, and not those of {asked}"
     return None
 
 
 def one_launch(x: Tensor, num_groups: int, solver: SolverOption) -> bool:
     """Whether the solve of features like ``x`` (..., d) is one launch, or steps."""
+    return _fits_one_launch(x.device, x.dtype, x.shape[-1], num_groups, solver)
+
+
+def _fits_one_launch(
+    device: torch.device, dtype: torch.dtype, dim: int, num_groups: int, solver: SolverOption
+) -> bool:
     from deqfuse.triton_kernels import tiles
 
-    shared = _shared_bytes(x.device) if x.is_cuda else tiles.SHARED_BYTES
-    m = _knobs(solver).m
-    return not solver.trace and tiles.fits_solve(x.shape[-1], num_groups, x.dtype, m, shared)
+    shared = _shared_bytes(device) if device.type == "cuda" else tiles.SHARED_BYTES
+    return not solver.trace and tiles.fits_solve(dim, num_groups, dtype, _knobs(solver).m, shared)
 
 
 @functools.cache
@@ -124,7 +149,7 @@ def solve_cells(
     from deqfuse.triton_kernels import cell, solve, stepped
 
     dtype, knobs, skip = compute_dtype(x.dtype), _knobs(solver), variant.skip
-    x, z0 = x.contiguous(), _contiguous(z0)
+    x, z0 = aligned(x), aligned(z0)
     with _on(x):
         packed = cell.pack_cells(flat_params)
         if one_launch(x, num_groups, solver):
@@ -153,8 +178,8 @@ def solve_fuse(
     from deqfuse.triton_kernels import solve, stepped
 
     dtype, knobs = compute_dtype(x_fuse.dtype), _knobs(solver)
-    x, cell_sum = x_fuse.contiguous(), cell_sum.contiguous()
-    mask, z0, params = _contiguous(mask), _contiguous(z0), [p.contiguous() for p in flat_params]
+    x, cell_sum, mask, z0 = (aligned(t) for t in (x_fuse, cell_sum, mask, z0))
+    params = aligned_all(flat_params)
     shape = (num_modalities, num_groups, variant.relu_last)
     with _on(x):
         if one_launch(x, num_groups, solver):
@@ -191,11 +216,11 @@ def solve_layer(
             x, flat_params, mask, z0_fuse, z0_cells, num_groups, variant, solver,
         )  # fmt: skip
     params = LayerParams.split(flat_params, len(x))
-    mask, z0_fuse, z0_cells = (_contiguous(t) for t in (mask, z0_fuse, z0_cells))
+    mask, z0_fuse, z0_cells = (aligned(t) for t in (mask, z0_fuse, z0_cells))
     with _on(like):
         z, both = solve.solve_layer(
             torch.stack(list(x)), cell.pack_cells(params.cells),
-            [p.contiguous() for p in params.fuse], params.weights.contiguous(), params.bias,
+            aligned_all(params.fuse), aligned(params.weights), aligned(params.bias),
             mask, z0_fuse, z0_cells,
             num_groups, variant.skip, variant.relu_last,
             _knobs(solver),
@@ -218,12 +243,29 @@ def anderson(f: Map, z0: Tensor, option: Anderson) -> Solution:
     with _on(z0):
         while step == 0 or bool(state.active.any()):
             anderson_step(
-                f(state.z).contiguous(), state, step,
+                aligned(f(state.z)), state, step,
                 tol=option.tol, max_iter=option.max_iter, beta=option.beta, lam=option.lam,
             )  # fmt: skip
             step += 1
     trace = None if state.trace is None else state.trace[:step]
     return Solution(state.best, state.best_residual, state.nfe, state.outcome, trace)
+
+
+def captures_solve(problem: Problem) -> bool:
+    """Whole solves: steps keep memory for the next one, the rescue looks at the rows left over."""
+    rescue = isinstance(problem.solver, Anderson) and problem.solver.rescue
+    return not rescue and _fits_one_launch(*problem[:5])
+
+
+def release_graphs() -> None:
+    """Free what solves by steps keep between calls: up to eight kinds, with a CUDA graph each.
+
+    A kind holds its operands and its state, at most 256 MiB. It is made anew when it is solved the
+    next time: once step by step, once captured, and replayed from then on.
+    """
+    from deqfuse.triton_kernels import graphs
+
+    graphs.release()
 
 
 def takes_rows(z0: Tensor, solver: SolverOption) -> bool:
@@ -251,6 +293,8 @@ BACKEND = Backend(
     penalty=cuda_penalty.penalty_layer,
     takes_rows=takes_rows,
     anderson=anderson,
+    captures_solve=captures_solve,
+    captures_adjoint=cuda_adjoint.library_takes,
 )
 
 
@@ -267,10 +311,6 @@ def _knobs(solver: SolverOption) -> Knobs:
 def _on(x: Tensor) -> AbstractContextManager[Any]:
     """The device of ``x`` as the current one: Triton launches there."""
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
-
-
-def _contiguous(t: Tensor | None) -> Tensor | None:
-    return None if t is None else t.contiguous()
 
 
 def _solved(

@@ -14,7 +14,14 @@ import torch
 from torch import Tensor
 
 from deqfuse.backends import cuda_native, layer
-from deqfuse.backends.arguments import adjoint_numbers, like_all, prepare, prepare_all
+from deqfuse.backends.arguments import (
+    adjoint_numbers,
+    aligned,
+    aligned_all,
+    like_all,
+    prepare,
+    prepare_all,
+)
 from deqfuse.backends.maps import Variant
 from deqfuse.backends.problem import LayerStatistics, Statistics
 from deqfuse.solvers.adjoint import solve_adjoint
@@ -42,7 +49,7 @@ def adjoint_cells(
     shared = len(z) > 1 and grad_z.stride(0) == 0  # one cotangent for all: not copied N times
     g = prepare(grad_z[0], z).expand_as(z) if shared else prepare(grad_z, z)
     x_ = prepare(x, z)
-    if _library_takes(adjoint):
+    if library_takes(z.device, adjoint):
         dx, grads, *statistics = cuda_native.adjoint_cells(
             g, z, x_, params, want_params, num_groups, skip,
             *adjoint_numbers(adjoint), _allow_tf32(adjoint),
@@ -51,10 +58,11 @@ def adjoint_cells(
     from deqfuse.triton_kernels import cell, cell_vjp
 
     packed, shape, tol = cell.pack_cells(params), z.shape, _tolerance(adjoint)
+    z_, x_ = aligned(z), aligned(x_)
 
     def vjp(u: Tensor, want: bool = False) -> cell_vjp.CellGradients:
-        u = u.reshape(shape).contiguous()
-        return cell_vjp.residual_cell_vjp(u, z, x_, packed, num_groups, skip, want, tol)
+        u = aligned(u.reshape(shape))
+        return cell_vjp.residual_cell_vjp(u, z_, x_, packed, num_groups, skip, want, tol)
 
     with torch.cuda.device_of(z):
         rows = g.reshape(-1, shape[-1])
@@ -80,7 +88,7 @@ def adjoint_fuse(
     """Gradients through the fuse equilibrium: dx_fuse, dcell_sum, parameters', statistics."""
     relu_last, params = variant.relu_last, prepare_all(flat_params, z)
     g, x, total, mask = (prepare(t, z) for t in (grad_z, x_fuse, cell_sum, mask))
-    if _library_takes(adjoint):
+    if library_takes(z.device, adjoint):
         dx, dcell_sum, grads, *statistics = cuda_native.adjoint_fuse(
             g, z, x, total, params, want_params, mask, num_modalities, num_groups, relu_last,
             *adjoint_numbers(adjoint), _allow_tf32(adjoint),
@@ -89,11 +97,12 @@ def adjoint_fuse(
         return dx.to(x_fuse.dtype), dcell_sum.to(cell_sum.dtype), grads, Statistics(*statistics)
     from deqfuse.triton_kernels import fuse_vjp
 
-    tol = _tolerance(adjoint)
+    tol, z_ = _tolerance(adjoint), aligned(z)
+    x, total, mask, params = aligned(x), aligned(total), aligned(mask), aligned_all(params)
 
     def vjp(u: Tensor, want: bool = False) -> fuse_vjp.FuseGradients:
         return fuse_vjp.purify_combine_vjp(
-            u.contiguous(), z, x, total, mask,
+            aligned(u), z_, x, total, mask,
             num_modalities, params, num_groups, relu_last, want, tol,
         )  # fmt: skip
 
@@ -110,9 +119,9 @@ def adjoint_layer(*problem: Any) -> tuple[list[Tensor], list[Tensor], LayerStati
     return layer.adjoint(adjoint_cells, adjoint_fuse, *problem)
 
 
-def _library_takes(adjoint: GradientOption) -> bool:
-    """Whether the CUDA library is there and knows the solver; says once if it is not."""
-    missing = cuda_native.load_error()
+def library_takes(device: torch.device, adjoint: GradientOption) -> bool:
+    """Whether the CUDA library serves the device and knows the solver; says once if it does not."""
+    missing = cuda_native.device_error(device.index or 0)
     if missing is not None and missing not in _announced:
         _announced.add(missing)
         _log.warning(

@@ -66,6 +66,32 @@ def load_error() -> str | None:
     return _driver_error(*versions(ctypes.CDLL(str(_LIBRARY))))
 
 
+def device_error(index: int) -> str | None:
+    """Why the library cannot serve the device of this number; None if it can.
+
+    Its kernels are compiled for some architectures; asked here, so that a backward pass on another
+    card need not fail.
+    """
+    return load_error() or _architecture_error(index)
+
+
+@functools.cache
+def _architecture_error(index: int) -> str | None:
+    said = cannot_run(ctypes.CDLL(str(_LIBRARY)), index)
+    if said is None:
+        return None
+    capability = ".".join(map(str, torch.cuda.get_device_capability(index)))
+    return f"{_LIBRARY.name} holds no kernel for compute capability {capability}: {said}"
+
+
+def cannot_run(library: ctypes.CDLL, index: int) -> str | None:
+    """What CUDA says against running the library's kernels on a device; None if nothing."""
+    ask = library.deqfuse_cuda_cannot_run
+    ask.restype = ctypes.c_char_p
+    said: bytes | None = ask(ctypes.c_int(index))
+    return None if said is None else said.decode()
+
+
 def versions(library: ctypes.CDLL) -> tuple[int, int]:
     """1000 major + 10 minor of the CUDA that the driver knows (0: none) and of the library's."""
     driver, runtime = ctypes.c_int(), ctypes.c_int()

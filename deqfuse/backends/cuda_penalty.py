@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from deqfuse.backends import penalty
+from deqfuse.backends.arguments import aligned, aligned_all
 from deqfuse.backends.maps import Variant
 
 
@@ -32,7 +33,7 @@ def penalty_layer(
         return penalty.penalty_layer(probes, states, *operands)
     with torch.cuda.device_of(states):
         return penalty.join(
-            _cells, _fuse, probes.contiguous(), states.contiguous(), *operands
+            _cells, _fuse, aligned(probes), aligned(states), *operands
         )  # fmt: skip
 
 
@@ -70,9 +71,8 @@ def _fuse(
     """The fuse step's part, as ``penalty.join`` asks for it."""
     from deqfuse.triton_kernels import fuse_penalty
 
-    params = [p.contiguous() for p in flat_params]
     given = fuse_penalty.purify_combine_penalty(
-        probes, z, x_fuse, cell_sum, None if mask is None else mask.contiguous(),
-        num_modalities, params, num_groups, variant.relu_last, want_params,
+        probes, z, x_fuse, cell_sum, aligned(mask),
+        num_modalities, aligned_all(flat_params), num_groups, variant.relu_last, want_params,
     )  # fmt: skip
     return given.value, given.dx_fuse, given.params or []

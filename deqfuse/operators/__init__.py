@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from deqfuse import checks
-from deqfuse.operators import bodies, eager, registered, transforms
+from deqfuse.operators import bodies, captures, eager, registered, transforms
 from deqfuse.operators.blocks import CELLS, FUSE, LAYER, Block
 from deqfuse.operators.penalty import penalty_layer
 from deqfuse.torch_private import in_transform_or_forward_mode, traced
@@ -44,7 +44,8 @@ def solve(
         add True where it knows that every row has converged.
     """
     if traced(rows[0]):
-        result: tuple[Any, ...] = block.solve(*block.join(rows, params, others), *options)
+        operator = captures.solve_operator(block, rows[0], others, options)
+        result: tuple[Any, ...] = operator(*block.join(rows, params, others), *options)
         return result
     checks.not_traced()
     if in_transform_or_forward_mode():

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,35 +35,68 @@ _ADJOINT = "int num_groups, str variant, str adjoint, str backend, bool want_par
 _SOLVED = "Tensor, Tensor, Tensor, Tensor, Tensor"  # z, residual, nfe, outcome, trace
 _STATISTICS = "Tensor, Tensor, Tensor"  # residual, nfe, outcome
 
-torch.library.define(
-    "deqfuse::solve_cells",
+
+def _define(name: str, schema: str) -> None:
+    """The operator, and its twin for what no CUDA graph can hold: see ``captures.py``."""
+    torch.library.define(f"deqfuse::{name}", schema)
+    tags = (torch.Tag.cudagraph_unsafe,)
+    torch.library.define(f"deqfuse::{name}_uncaptured", schema, tags=tags)
+
+
+_define(
+    "solve_cells",
     f"(Tensor x, Tensor[] params, Tensor? z0, Tensor? present, {_SOLVE}) -> ({_SOLVED})",
 )
-torch.library.define(
-    "deqfuse::adjoint_cells",
+_define(
+    "adjoint_cells",
     f"(Tensor grad_z, Tensor z, Tensor x, Tensor[] params, Tensor? present, {_ADJOINT}) "
     f"-> (Tensor, Tensor[], {_STATISTICS})",
 )
-torch.library.define(
-    "deqfuse::solve_fuse",
+_define(
+    "solve_fuse",
     "(Tensor x_fuse, Tensor cell_sum, Tensor[] params, Tensor? mask, Tensor? z0, Tensor? counts, "
     f"int num_modalities, {_SOLVE}) -> ({_SOLVED})",
 )
-torch.library.define(
-    "deqfuse::adjoint_fuse",
+_define(
+    "adjoint_fuse",
     "(Tensor grad_z, Tensor z, Tensor x_fuse, Tensor cell_sum, Tensor[] params, Tensor? mask, "
     f"Tensor? counts, int num_modalities, {_ADJOINT}) -> (Tensor, Tensor, Tensor[], {_STATISTICS})",
 )
-torch.library.define(
-    "deqfuse::solve_layer",
+_define(
+    "solve_layer",
     "(Tensor[] x, Tensor[] params, Tensor? mask, Tensor? z0_fuse, Tensor? z0_cells, "
     f"Tensor? present, {_SOLVE}) -> (Tensor, {_SOLVED})",  # the fused z, then all equilibria
 )
-torch.library.define(
-    "deqfuse::adjoint_layer",
+_define(
+    "adjoint_layer",
     "(Tensor grad_z, Tensor? grad_cells, Tensor states, Tensor[] x, Tensor[] params, Tensor? mask, "
     f"Tensor? present, {_ADJOINT}) -> (Tensor[], Tensor[], {_STATISTICS})",
 )
+
+
+class Operators(NamedTuple):
+    """One and the same computation as two operators of ``torch.ops``.
+
+    Attributes:
+        captured: for what a CUDA graph can hold.
+        uncaptured: for the rest; tagged, so that Inductor leaves it out of its graphs.
+    """
+
+    captured: Any
+    uncaptured: Any
+
+    @classmethod
+    def named(cls, name: str) -> Operators:
+        """The operator of this name, and its twin.
+
+        Args:
+            name: without the namespace.
+
+        Returns:
+            Both.
+        """
+        ops = torch.ops.deqfuse
+        return cls(getattr(ops, name).default, getattr(ops, f"{name}_uncaptured").default)
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,8 +105,9 @@ class Block:
 
     Args:
         name: of the kind, as in the operators' names.
-        solve: the operator of the solve, as ``torch.ops`` has it.
-        adjoint: the operator of the adjoint.
+        solve: the operator of the solve, as ``torch.ops`` has it, and its twin that no CUDA graph
+            holds.
+        adjoint: those of the adjoint.
         launchers: (backend) -> the two functions of that backend which the operators run.
         num_rows: how many rows operands there are; None where they are one list of them.
         num_others: how many operands have no gradient: masks, starts, sizes.
@@ -87,8 +121,8 @@ class Block:
     """
 
     name: str
-    solve: Any
-    adjoint: Any
+    solve: Operators
+    adjoint: Operators
     launchers: Callable[[Backend], Launchers]
     num_rows: int | None
     num_others: int
@@ -152,8 +186,8 @@ class Block:
 
 CELLS = Block(
     name="cells",
-    solve=torch.ops.deqfuse.solve_cells.default,
-    adjoint=torch.ops.deqfuse.adjoint_cells.default,
+    solve=Operators.named("solve_cells"),
+    adjoint=Operators.named("adjoint_cells"),
     launchers=presence.cells,
     num_rows=1,  # x
     num_others=2,  # z0, present
@@ -165,8 +199,8 @@ CELLS = Block(
 )
 FUSE = Block(
     name="fuse",
-    solve=torch.ops.deqfuse.solve_fuse.default,
-    adjoint=torch.ops.deqfuse.adjoint_fuse.default,
+    solve=Operators.named("solve_fuse"),
+    adjoint=Operators.named("adjoint_fuse"),
     launchers=presence.fuse,
     num_rows=2,  # x_fuse, cell_sum
     num_others=4,  # mask, z0, counts, num_modalities
@@ -178,8 +212,8 @@ FUSE = Block(
 )
 LAYER = Block(
     name="layer",
-    solve=torch.ops.deqfuse.solve_layer.default,
-    adjoint=torch.ops.deqfuse.adjoint_layer.default,
+    solve=Operators.named("solve_layer"),
+    adjoint=Operators.named("adjoint_layer"),
     launchers=presence.whole,
     num_rows=None,  # x
     num_others=4,  # mask, z0_fuse, z0_cells, present

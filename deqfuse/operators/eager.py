@@ -55,7 +55,7 @@ def solve(
     others: Sequence[Any],
     options: tuple[Any, ...],
 ) -> Any:
-    """Results of the operator ``block.solve``, with gradients; see :class:`Solve`."""
+    """Results of the operator of the solve, with gradients; see :class:`Solve`."""
     return apply_function(Solve, block, len(rows), options, *rows, *params, *others)
 
 
@@ -68,14 +68,15 @@ def _adjoint(block: Block, *operands: Any) -> Any:
     if in_transform():
         return _guarded(block, *operands)
     if torch.is_grad_enabled():
-        return block.adjoint(*operands)
+        return block.adjoint.captured(*operands)
     return bodies.adjoint_body(block, *operands)
 
 
 def _guarded(block: Block, *operands: Any) -> tuple[Any, ...]:
     """An adjoint operator under a transform; a second derivative of its results is refused."""
     with torch.no_grad():
-        row_grads, param_grads, statistics = block.split_gradients(block.adjoint(*operands))
+        results = block.adjoint.captured(*operands)
+        row_grads, param_grads, statistics = block.split_gradients(results)
     if torch.is_grad_enabled():  # always so in torch.func.grad
         grads = [*row_grads, *param_grads]
         inputs = [t for a in operands for t in (a if isinstance(a, list) else [a])]

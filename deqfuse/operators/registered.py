@@ -14,7 +14,7 @@ from torch import Tensor
 from deqfuse.backends.empty import empty_grads, empty_solved, empty_states, empty_statistics
 from deqfuse.backends.problem import compute_dtype
 from deqfuse.errors import DoubleBackwardError
-from deqfuse.operators import bodies, rule
+from deqfuse.operators import bodies, captures, rule
 from deqfuse.operators.blocks import BLOCKS, Block
 from deqfuse.solvers.options import from_code
 
@@ -59,7 +59,10 @@ def _backward(block: Block, ctx: Any, *grads: Any) -> tuple[Any, ...]:
 
 def _call_adjoint(block: Block, *operands: Any) -> Any:
     """The adjoint as an operator, which compilers see and which refuses to be differentiated."""
-    return block.adjoint(*operands)
+    *_, adjoint, backend, _ = operands
+    star = operands[block.num_equilibria]
+    present = operands[-6 - len(block.sizes)]  # the last mask; five options follow
+    return captures.adjoint_operator(block, star, present, adjoint, backend)(*operands)
 
 
 def _refuse(ctx: Any, *grads: Any) -> Any:
@@ -67,16 +70,19 @@ def _refuse(ctx: Any, *grads: Any) -> Any:
 
 
 for _block in BLOCKS:
-    for _operator, _body, _fake in (
+    for _operators, _body, _fake in (
         (_block.solve, _solve, _fake_solve),
         (_block.adjoint, _adjoint, _fake_adjoint),
     ):
-        _name = _operator.name()
-        torch.library.impl(_name, "CompositeExplicitAutograd")(functools.partial(_body, _block))
-        torch.library.register_fake(_name)(functools.partial(_fake, _block))
-    torch.library.register_autograd(
-        _block.solve.name(),
-        functools.partial(_backward, _block),
-        setup_context=functools.partial(_setup, _block),
-    )
-    torch.library.register_autograd(_block.adjoint.name(), _refuse)
+        for _operator in _operators:
+            _name = _operator.name()
+            torch.library.impl(_name, "CompositeExplicitAutograd")(functools.partial(_body, _block))
+            torch.library.register_fake(_name)(functools.partial(_fake, _block))
+    for _operator in _block.solve:
+        torch.library.register_autograd(
+            _operator.name(),
+            functools.partial(_backward, _block),
+            setup_context=functools.partial(_setup, _block),
+        )
+    for _operator in _block.adjoint:
+        torch.library.register_autograd(_operator.name(), _refuse)

@@ -27,9 +27,9 @@ FORWARD_MODE = (
 
 
 def _vmap(
-    block: Block, backward: bool, info: Any, in_dims: tuple[Any, ...], *args: Any
+    block: Block, backward: bool, operator: Any, info: Any, in_dims: tuple[Any, ...], *args: Any
 ) -> tuple[Any, Any]:
-    operator, size = block.adjoint if backward else block.solve, info.batch_size
+    size = info.batch_size
     at = block.num_rows or 1  # where the parameters are; rows lie in front of all others' last dim
     at += block.num_equilibria + 1 if backward else 0
     new_dim = functools.partial(_new_dim, block, backward)
@@ -98,8 +98,10 @@ def _mapped_dim(t: Tensor, _: None, new: int) -> int:
 
 
 for _block in BLOCKS:
-    torch.library.register_vmap(_block.solve.name(), functools.partial(_vmap, _block, False))
-    torch.library.register_vmap(_block.adjoint.name(), functools.partial(_vmap, _block, True))
+    for _backward, _operators in enumerate((_block.solve, _block.adjoint)):
+        for _operator in _operators:
+            _rule = functools.partial(_vmap, _block, bool(_backward), _operator)
+            torch.library.register_vmap(_operator.name(), _rule)
 
 
 # ---- grad, vjp, jacrev ---------------------------------------------------------------------------
@@ -113,7 +115,7 @@ class Solve(torch.autograd.Function):
 
     @staticmethod
     def forward(block: Block, num_rows: int, options: Any, *operands: Any) -> Any:
-        return block.solve(*block.join(*eager.split(block, num_rows, operands)), *options)
+        return block.solve.captured(*block.join(*eager.split(block, num_rows, operands)), *options)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -132,5 +134,5 @@ def solve(
     others: Sequence[Any],
     options: tuple[Any, ...],
 ) -> Any:
-    """Results of the operator ``block.solve`` under a transform, with gradients."""
+    """Results of the operator of the solve under a transform, with gradients."""
     return Solve.apply(block, len(rows), options, *rows, *params, *others)

@@ -20,7 +20,7 @@ LEVELS = (
     ("diagnostics", "result"),
     ("backends",),
     ("operators.blocks",),
-    ("operators.bodies",),
+    ("operators.bodies", "operators.captures"),
     ("operators.rule",),
     ("operators.eager", "operators.registered"),
     ("operators.transforms",),

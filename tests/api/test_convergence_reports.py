@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -30,9 +32,9 @@ from deqfuse.solvers.options import SolverOption
 
 @pytest.fixture(autouse=True)
 def empty_queue() -> Iterator[None]:
-    reporting._late.clear()
+    reporting._after_fork()
     yield
-    reporting._late.clear()
+    reporting._after_fork()
 
 
 def rotating(slopes: list[float]) -> Any:
@@ -276,7 +278,7 @@ def enqueue(event: Event, failed: int, what: str = "the fuse block") -> None:
     outcome[:failed] = int(Outcome.MAX_ITER)
     statistics = reporting._Statistics(outcome, torch.full((8,), 0.25))
     option = Anderson(tol=1e-4, max_iter=50)
-    reporting._late.append(reporting._Late(statistics, event, what, option))
+    reporting._enqueue(reporting._Late(statistics, event, what, option))
 
 
 def messages_of(action: Any) -> list[str]:
@@ -317,11 +319,49 @@ def test_late_success_says_nothing() -> None:
     assert not reporting._late
 
 
-def test_the_queue_is_bounded() -> None:
+def test_the_queue_is_bounded_and_tells_how_much_it_dropped() -> None:
     for i in range(200):
-        enqueue(Event(), 1, f"solve {i}")
+        enqueue(Event(True), 1, f"solve {i}")
     assert len(reporting._late) == 64
     assert reporting._late[-1].what == "solve 199"
+    said = messages_of(reporting.flush)
+    assert len(said) == 65
+    assert "136 older reports about solves on the GPU were dropped" in said[0]
+    enqueue(Event(True), 1)
+    assert len(messages_of(reporting.flush)) == 1, "that is said once"
+
+
+class ParentsEvent(Event):
+    """An event of CUDA's: whoever asks it in another process gets an error."""
+
+    def __init__(self) -> None:
+        super().__init__(True)
+        self.process = os.getpid()
+
+    def query(self) -> bool:
+        if os.getpid() != self.process:
+            raise RuntimeError("CUDA error: initialization error")
+        return super().query()
+
+
+def test_a_forked_child_leaves_its_parents_reports_alone() -> None:
+    """A DataLoader's worker that solves something; another thread may hold the lock meanwhile."""
+    enqueue(ParentsEvent(), 1)
+    enqueue(ParentsEvent(), 1)
+    with reporting._lock:
+        child = os.fork()
+        if child == 0:
+            status = 1
+            try:
+                signal.alarm(20)  # whoever waits for the lock waits for ever
+                status = int(messages_of(reporting.flush) != [])
+                enqueue(Event(True), 1)
+                status += int(len(messages_of(reporting.flush)) != 1)
+            finally:
+                os._exit(status)
+    _, status = os.waitpid(child, 0)
+    assert status == 0
+    assert len(messages_of(reporting.flush)) == 2, "the parent still says them"
 
 
 @pytest.mark.parametrize("when", ["next call", "ignored call", "backward", "info.converged"])

@@ -8,6 +8,7 @@ import importlib
 import inspect
 import pickle
 import pkgutil
+from pathlib import Path
 
 import pytest
 
@@ -107,14 +108,20 @@ def test_functional_docstrings(name: str) -> None:
 
 def test_every_module_says_what_it_is() -> None:
     package = [m.name for m in pkgutil.walk_packages(deqfuse.__path__, "deqfuse.")]
-    others = (
-        "deqfuse.triton_kernels",
-        "deqfuse._",
-    )  # _cpu.so and _cuda.so are no modules of Python
+    # Triton may be missing; the compiled libraries are no modules of Python.
+    others = ("deqfuse.triton_kernels", "deqfuse._")
     ours = [name for name in package if not name.startswith(others)]
     assert len(ours) > 20
     silent = [name for name in ours if not importlib.import_module(name).__doc__]
     assert not silent
+
+
+def test_a_library_of_cuda_kernels_is_no_module(tmp_path: Path, monkeypatch) -> None:
+    """It lies beside the modules wherever there is a GPU, and cannot be imported."""
+    (tmp_path / "_cuda.so").write_bytes(b"not a module of Python")
+    monkeypatch.setattr(deqfuse, "__path__", [*deqfuse.__path__, str(tmp_path)])
+    assert "deqfuse._cuda" in [m.name for m in pkgutil.walk_packages(deqfuse.__path__, "deqfuse.")]
+    test_every_module_says_what_it_is()
 
 
 def test_exception_types() -> None:

@@ -283,8 +283,10 @@ def test_a_check_that_is_worse_than_the_answer_so_far_does_not_replace_it(machin
     """u = 0 has the residual 1; where the only step ends above that, it is the answer."""
     case = machine.case(cut, Case(rows=40, dim=20, groups=5))
     problem = Problem(case)
+    # Wide cells expand less: of 80 rows none is worse with 8, 14 (d = 200) and 6 (d = 300) with 32.
+    factor = 32 if kind == "cells" and case.dim > 100 else 8
     with machine.playing(cut, case):
-        operands = steep(problem, kind, 8)
+        operands = steep(problem, kind, factor)
         given, (residual, *_) = machine.run(problem, kind, given=operands, max_iter=3)
     assert (residual <= 1).all()
     worse = residual == 1

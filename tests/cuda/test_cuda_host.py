@@ -7,7 +7,10 @@ after the other: races, barriers and the layout of tensor-core fragments are not
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import itertools
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,9 +18,11 @@ import torch
 from cpu_cases import Case, assert_equal, named
 from cuda_cases import A100, CUTS, H100, Problem, device, distance, limit_for
 
-from deqfuse import Outcome
-from deqfuse.backends import cpu_native, cuda_native
+from deqfuse import Implicit, Outcome
+from deqfuse.backends import cpu_native, cuda_adjoint, cuda_native
 from deqfuse.backends.maps import VARIANTS
+
+ROOT = Path(__file__).resolve().parents[2]
 
 SMALL = [
     *(Case(rows=rows) for rows in (0, 1, 7, 8, 9, 16, 17, 33)),
@@ -67,13 +72,13 @@ def test_gradients_are_those_of_the_cpu_backend_on_the_full_grid(variant, cut):
             check_against_cpu(dataclasses.replace(case, variant=variant), cut, case.n != 2)
 
 
-def check_float32(case: Case, limit: int) -> None:
+def check_float32(case: Case, limit: int, **how: bool) -> None:
     """Both measured against the float64 gradient at the same (rounded) inputs."""
     problem = Problem(case, mask=True)
     for kind in ("cells", "fuse"):
         truth, _ = problem.run(kind, cpu_native, dtype=torch.float64, tol=1e-13)
         ours = distance(problem.run(kind, cpu_native)[0], truth)
-        with device(limit):
+        with device(limit, **how):
             given, (*_, outcome) = problem.run(kind, cuda_native)
         assert (outcome == Outcome.CONVERGED).all()
         assert distance(given, truth) <= 4 * ours + 64 * torch.finfo(torch.float32).eps
@@ -92,6 +97,25 @@ def test_float32_is_as_exact_as_the_cpu_backend(dim, variant, cut):
 @pytest.mark.parametrize("dim", [64, 128, 192, 256, 300])
 def test_float32_at_the_sizes_of_use(dim, limit):
     check_float32(Case(rows=33, dim=dim, groups=4, dtype="f32"), limit)
+
+
+@pytest.mark.parametrize(("dim", "cut"), [(64, "resident"), (200, "streamed"), (300, "steps")])
+def test_float32_is_as_exact_on_tensor_cores_that_cut_off(dim, cut):
+    """By what is published about them, their sums lose up to a unit at every step."""
+    case = Case(rows=5, dim=dim, groups=4, n=1, dtype="f32")
+    check_float32(case, limit_for(cut, case), tensor_cores=True)
+
+
+def test_products_of_tensor_cores_that_cut_off_keep_their_digits(tmp_path: Path):
+    """Each sum of 256 products adds 32 steps, every one exact to half a unit and cut off once."""
+    source, program = Path(__file__).with_name("check_exact.cpp"), tmp_path / "exact"
+    command = ["c++", "-std=c++17", "-O2", f"-I{ROOT / 'csrc'}", source, "-o", program]
+    subprocess.run(command, check=True)
+    said = subprocess.run([program], capture_output=True, text=True, check=True).stdout
+    ours, left_in_the_unit = map(float, said.split())
+    unit = 2.0**-23
+    assert ours <= 4 * unit
+    assert left_in_the_unit > 8 * unit, "as sums would be that stay there"
 
 
 @pytest.mark.parametrize("cut", CUTS)
@@ -195,3 +219,44 @@ def test_a_driver_that_cannot_run_the_library_is_a_reason(driver, runtime, reaso
 
     said = cuda_native._driver_error(*cuda_native.versions(Library()))
     assert said is None if reason is None else reason in said
+
+
+def test_a_card_of_another_architecture_is_a_reason(monkeypatch: pytest.MonkeyPatch):
+    """Said before a backward pass is tried, which would end with "no kernel image"."""
+
+    class Library:
+        def __init__(self, path: str) -> None:
+            def ask(index):
+                return b"no kernel image is available" if index.value == 1 else None
+
+            self.deqfuse_cuda_cannot_run = ask
+
+    monkeypatch.setattr(cuda_native, "load_error", lambda: None)
+    monkeypatch.setattr(cuda_native.ctypes, "CDLL", Library)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (8, 9))
+    cuda_native._architecture_error.cache_clear()
+    try:
+        assert cuda_native.device_error(0) is None
+        assert cuda_native.device_error(1) == (
+            "_cuda.so holds no kernel for compute capability 8.9: no kernel image is available"
+        )
+        taken = [cuda_adjoint.library_takes(torch.device("cuda", i), Implicit()) for i in (0, 1)]
+        assert taken == [True, False]
+    finally:
+        cuda_native._architecture_error.cache_clear()
+
+
+def test_the_runtime_is_asked_once_and_errors_do_not_stick(tmp_path: Path):
+    """``runtime.h`` on a stand-in for the CUDA runtime, several threads at once."""
+    spec = importlib.util.spec_from_file_location("cuda_build", ROOT / "csrc/cuda/build.py")
+    build = sys.modules.setdefault(spec.name, importlib.util.module_from_spec(spec))
+    spec.loader.exec_module(build)
+    try:
+        include = build.toolkit() / "include"
+    except build.ToolkitMissing as missing:
+        pytest.skip(f"needs the headers of a CUDA toolkit: {missing}")
+    command = ["c++", "-std=c++17", "-pthread", "-Wall", f"-I{include}", f"-I{ROOT / 'csrc'}"]
+    source = Path(__file__).with_name("check_runtime.cpp")
+    subprocess.run([*command, source, "-o", tmp_path / "runtime"], check=True)
+    ran = subprocess.run([tmp_path / "runtime"], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stdout

@@ -22,7 +22,7 @@ def library(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if the CUDA library were there: on CPU tensors its bodies run in the compiled module."""
     if cpu_native.module is None:
         pytest.skip("the C++ extension was not built")
-    monkeypatch.setattr(cuda_native, "load_error", lambda: None)
+    monkeypatch.setattr(cuda_native, "device_error", lambda index: None)
 
 
 @pytest.mark.usefixtures("library")
@@ -62,7 +62,7 @@ def test_tf32_is_asked_for_where_the_switch_allows_it_and_it_can_reach_the_toler
 def test_a_missing_library_is_said_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(cuda_native, "load_error", lambda: "it is on holiday")
+    monkeypatch.setattr(cuda_native, "device_error", lambda index: "it is on holiday")
     with caplog.at_level(logging.WARNING, "deqfuse"):
         assert not cuda_adjoint._library_takes(Implicit())
         assert not cuda_adjoint._library_takes(Implicit())

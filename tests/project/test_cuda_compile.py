@@ -59,7 +59,7 @@ def test_kernels_for_sm_90_spill_nothing(folder: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", ["8.0", "10.0"])
+@pytest.mark.parametrize("arch", ["8.0", "10.0", "12.0"])
 def test_kernels_for_other_architectures_spill_nothing(folder: Path, arch: str) -> None:
     check_resources(arch, folder)
 
@@ -86,7 +86,7 @@ def test_row_mathematics_that_no_cuda_kernel_uses_yet_compiles_for_one(folder: P
     build.run(
         [
             *command,
-            *build.targets("9.0"),
+            *build.targets(["9.0"]),
             f"-I{ROOT / 'csrc'}",
             "-c",
             source,
@@ -124,14 +124,54 @@ def test_library_needs_nothing_of_torch_but_its_stable_interface(folder: Path) -
 
 
 def test_architectures_are_told_to_the_compiler() -> None:
-    assert build.targets("8.0;9.0a 10.0+PTX") == [
+    assert build.targets(build.wanted("8.0;9.0a 10.0+PTX;")) == [
         "-gencode=arch=compute_80,code=sm_80",
         "-gencode=arch=compute_90a,code=sm_90a",
         "-gencode=arch=compute_100,code=sm_100",
         "-gencode=arch=compute_100,code=compute_100",
     ]
-    with pytest.raises(ValueError, match="got 'Hopper'"):
-        build.targets("Hopper")
+    with pytest.raises(ValueError, match=r"names like Ada, Hopper, Blackwell.*got 'Harper'"):
+        build.wanted("Harper")
+
+
+def test_what_torch_takes_in_its_list_is_taken(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Names, "All", a trailing separator; an old architecture does not cost the whole library."""
+    monkeypatch.setattr(build, "default_archs", lambda: "8.0;9.0+PTX")
+    assert build.wanted("Hopper;All;Ampere") == ["9.0+PTX", "8.0", "8.6+PTX"]
+    assert capsys.readouterr().err == ""
+    assert build.wanted("7.5 8.0,9.0;") == ["8.0", "9.0"]
+    assert "no CUDA kernels for compute capability 7.5" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=r"8.0 or later, got '7.0;Turing'.*add one"):
+        build.wanted("7.0;Turing")
+
+
+def test_the_host_compiler_is_torchs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """nvcc would take the first on PATH, whose C++ library may be another one."""
+    commands: list[list[str]] = []
+    monkeypatch.setattr(build, "toolkit", lambda: Path("/toolkit"))
+    monkeypatch.setattr(build, "make", lambda target, command: commands.append(command) or "")
+    build.build_library("9.0", tmp_path, ["ccache", "g++-12", "-m64"])
+    nvccs = [c for c in commands if c[0] == Path("/toolkit/bin/nvcc")]
+    assert len(nvccs) == len(build.KERNELS) + 1
+    assert all("-ccbin=g++-12" in command for command in nvccs)
+
+
+def test_a_compiler_that_is_only_on_path_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for variable in ("CUDA_HOME", "CUDA_PATH"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(build, "LOCAL", tmp_path / "nothing")
+    for file in ("env/bin/nvcc", "env/lib/x86_64-linux-gnu/libcudart_static.a"):
+        (tmp_path / file).parent.mkdir(parents=True)
+        (tmp_path / file).touch()
+    (tmp_path / "env/bin/nvcc").chmod(0o755)
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/nvcc").symlink_to(tmp_path / "env/bin/nvcc")
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    assert build.toolkit() == tmp_path / "env"
 
 
 def test_a_compiler_without_a_runtime_is_no_toolkit(
@@ -167,7 +207,7 @@ def test_the_toolkit_is_of_the_cuda_that_torch_has(
 @pytest.mark.parametrize(
     ("known", "expected"),
     [
-        ("70 75 80 86 90 100 120", "8.0;9.0;10.0+PTX"),
+        ("70 75 80 86 90 100 120", "8.0;9.0;10.0;12.0+PTX"),
         ("70 75 80 86 89 90", "8.0;9.0+PTX"),  # before CUDA 12.8
         ("70 75 80", "8.0+PTX"),
     ],
@@ -187,7 +227,7 @@ def test_a_compiler_that_knows_no_architecture_of_ours(monkeypatch: pytest.Monke
     monkeypatch.setattr(build, "toolkit", lambda: Path("/toolkit"))
     monkeypatch.setattr(build, "toolkit_version", lambda: "10.2.89")
     monkeypatch.setattr(build, "run", lambda command: "compute_30\ncompute_75\n")
-    with pytest.raises(RuntimeError, match=r"10.2.89 knows none of 8.0, 9.0, 10.0; set CUDA_HOME"):
+    with pytest.raises(RuntimeError, match=r"10.2.89 knows none of 8.0, .*12.0; set CUDA_HOME"):
         build.default_archs()
 
 

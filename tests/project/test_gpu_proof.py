@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -55,6 +56,60 @@ def test_a_run_is_taken_up_where_it_stopped(tmp_path: Path) -> None:
     assert prove(parts, tmp_path, asked=parts[1:2], key="other") == ["not run", "failed", "not run"]
     assert prove(parts, tmp_path, key="other") == ["passed", "failed", "passed"]
     assert times(tmp_path, "a", "b", "c") == [3, 4, 2]
+
+
+def test_what_never_ran_comes_before_what_failed_and_repeats_come_last(tmp_path: Path) -> None:
+    """Time comes ten minutes at a time: a part that fails slowly must not eat each of them."""
+    names = ("build", "slow", "tests-again-a", "fast", "tests-a")
+    parts = [counting(tmp_path, name, int(name in ("build", "slow"))) for name in names]
+    asked = [parts[0], parts[1], parts[3]]
+    prove(parts, tmp_path, asked=asked)
+    log = tmp_path / "order"
+    program = f"open({str(log)!r}, 'a').write('{{}} ')"
+    parts = [Part(name, python(program.format(name))) for name in names]
+    assert prove(parts, tmp_path) == ["passed"] * 5
+    assert log.read_text().split() == ["build", "tests-a", "slow", "tests-again-a"]
+    prove(parts, tmp_path, key="new")
+    assert log.read_text().split()[4:] == ["build", "slow", "fast", "tests-a", "tests-again-a"]
+
+
+def test_a_failure_is_told_although_there_is_no_time_to_repeat_it(tmp_path: Path) -> None:
+    part = counting(tmp_path, "a", 3)
+    prove([part], tmp_path)
+    assert prove([part], tmp_path, limit=0) == ["failed"]
+
+
+def test_a_run_comes_back_as_two_files_and_goes_on_from_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = [counting(tmp_path, "a"), counting(tmp_path, "b", 1)]
+    monkeypatch.setattr(gpu_proof, "find_gpu", lambda: GPU)
+    monkeypatch.setattr(gpu_proof, "all_parts", lambda *_: parts)
+    there, here = tmp_path / "there", tmp_path / "here"
+    assert run_main(monkeypatch, "--out", str(there)) == 1
+    with tarfile.open(there / "proof.tar.gz") as proof:
+        assert {"a.log", "b.log", "state.json", "summary.md"} == set(proof.getnames())
+    state = shutil.copy(there / "state.json", tmp_path / "carried.json")
+    shutil.rmtree(there)
+    assert run_main(monkeypatch, "--out", str(here), "--state", str(state)) == 1
+    assert times(tmp_path, "a", "b") == [1, 2]
+
+
+GPU_TEST = re.compile(r"mark\.gpu|pytestmark = MARK|import every_device|Machine\(\"cuda\"\)")
+
+
+def test_all_tests_on_a_gpu_are_in_a_part(tmp_path: Path) -> None:
+    """Other folders are not even collected: what they import may be missing on a bare machine."""
+    parts = gpu_parts.all_parts(tmp_path, GPU)
+    words = {w for p in parts if p.name.startswith("tests") for c in p.commands for w in c}
+    folders = {w for w in words if re.fullmatch(r"tests/\w+", w)}
+    files = [p for p in (ROOT / "tests").glob("*/*.py") if GPU_TEST.search(p.read_text())]
+    on_gpus = {f"tests/{p.parent.name}" for p in files} - {"tests/shared", "tests/project"}
+    assert folders == on_gpus
+    modules = "matplotlib", "rich", "pytest_benchmark", "torchdeq"
+    imports = re.compile(rf"^(?:from|import) ({'|'.join(modules)}|deqfuse\.cli|benchmarks)", re.M)
+    for path in itertools.chain.from_iterable((ROOT / f).glob("*.py") for f in folders):
+        assert not imports.search(path.read_text()), path
 
 
 def test_what_a_part_left_must_still_be_there(tmp_path: Path) -> None:
@@ -249,7 +304,7 @@ def test_parts_name_what_there_is(tmp_path: Path) -> None:
         assert (ROOT / f"{module.replace('.', '/')}.py").is_file()
     files = {w.removeprefix("--ignore=") for w in words if "tests/" in w or w == "setup.py"}
     assert files
-    assert all((ROOT / file).is_file() for file in files)
+    assert all((ROOT / file).exists() for file in files)
     build = next(part for part in parts if part.name == "build")
     assert build.environment["TORCH_CUDA_ARCH_LIST"] == "9.0"
     table = (ROOT / "docs" / "gpu-proof.md").read_text()
@@ -311,7 +366,7 @@ def test_a_wrong_kernel_is_reported(
 ) -> None:
     wrong = [("one", lambda: 1e-3, 1e-4), ("two", lambda: float("nan"), 1.0)]
     monkeypatch.setattr(gpu_kernels, "runs", lambda device: wrong)
-    monkeypatch.setattr(cuda_native, "load_error", lambda: None)
+    monkeypatch.setattr(cuda_native, "device_error", lambda index: None)
     before = torch.backends.cuda.matmul.fp32_precision
     assert gpu_kernels.main() == 1
     torch.backends.cuda.matmul.fp32_precision = before

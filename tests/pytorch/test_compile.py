@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import warnings
 from collections.abc import Iterator
 
 import pytest
@@ -222,3 +223,23 @@ def test_the_map_of_an_equilibrium_may_be_compiled():
     )
     torch.testing.assert_close(given, expected, rtol=1e-4, atol=1e-5)
     assert counter.frame_count == 2  # with and without gradients
+
+
+def test_advice_about_tf32_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inductor gives it on every card since 8.0; any other warning stops a test here."""
+    from torch._inductor import compile_fx
+
+    class Card:
+        major = 9
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: Card)
+    warned = getattr(compile_fx._warn_tf32_disabled, "__wrapped__", None)
+    if warned is None:
+        pytest.skip("this torch gives it elsewhere")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        warned()
+    (message,) = [w.message for w in caught]
+    warnings.warn(message, stacklevel=1)  # under the filters of every test

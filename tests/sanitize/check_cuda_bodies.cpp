@@ -86,6 +86,20 @@ double error(const Array<double>& m, const Array<double>& b, const Array<double>
   return worst;
 }
 
+// Rows are copied whole, in and out of memory: what begin() leaves unwritten would be read there.
+template <class T>
+void check_rows_are_written_whole() {
+  for (int max_iter : {0, 1, 60})
+    for (int mode : {-1, 0, 3})
+      for (T squares : {T(0), T(2)}) {
+        LinearRow<T> rows[2];
+        std::memset(&rows[0], 0x00, sizeof rows[0]);
+        std::memset(&rows[1], 0x7f, sizeof rows[1]);
+        for (LinearRow<T>& row : rows) row.begin(T(1), squares, linear_options<T>(mode, 1e-6, max_iter, 6, 1));
+        check(std::memcmp(&rows[0], &rows[1], sizeof rows[0]) == 0, "a row is written whole", mode);
+      }
+}
+
 void check_linear_solve() {
   for (int d : {1, 2, 5, 12}) {
     Array<double> m = normal<double>(d * d, 0.4 / std::sqrt(double(d)));
@@ -129,7 +143,8 @@ struct Inputs {
       : s(shape), blocks(fuse ? 1 : shape.modalities), size(blocks * shape.rows * shape.d), count(fuse ? 6 : 10) {
     for (int64_t i = 0; i < blocks * count; ++i) {
       const bool matrix = i % count == 0 || i % count == 2, gamma = i % count >= 4 && i % 2 == 0;
-      params.push_back(matrix ? normal<double>(s.d * s.d, 0.2 / std::sqrt(double(s.d))) : normal<double>(s.d, 0.1, gamma));
+      params.push_back(matrix ? normal<double>(s.d * s.d, 0.2 / std::sqrt(double(s.d)))
+                              : normal<double>(s.d, 0.1, gamma));
     }
     z = normal<double>(size, 1), x = normal<double>(size, 1), g = normal<double>(size, 1);
     if (!fuse) return;
@@ -145,8 +160,12 @@ struct Gradients {
   Array<int8_t> outcome;
 
   explicit Gradients(const Inputs& in)
-      : params(in.params), dx(in.size), dcell_sum(in.cell_sum.size()), residual(in.blocks * in.s.rows),
-        nfe(residual.size()), outcome(residual.size()) {}
+      : params(in.params),
+        dx(in.size),
+        dcell_sum(in.cell_sum.size()),
+        residual(in.blocks * in.s.rows),
+        nfe(residual.size()),
+        outcome(residual.size()) {}
 };
 
 template <class A>
@@ -221,7 +240,8 @@ Gradients by_bodies(const Inputs& in, bool fuse, size_t shared_limit, bool rever
       for (int i = 0; i < s.d; ++i)
         for (int k = 0; k < s.d; ++k) {
           grad[i * s.d + k] = 0;
-          for (int64_t r = b * s.rows; r < (b + 1) * s.rows; ++r) grad[i * s.d + k] += left[r * s.d + i] * right[r * s.d + k];
+          for (int64_t r = b * s.rows; r < (b + 1) * s.rows; ++r)
+            grad[i * s.d + k] += left[r * s.d + i] * right[r * s.d + k];
         }
     }
   return out;
@@ -269,6 +289,8 @@ void check_adjoint(const Shape& shape, bool fuse) {
 }
 
 int main() {
+  check_rows_are_written_whole<float>();
+  check_rows_are_written_whole<double>();
   check_linear_solve();
   int turn = 0;
   for (auto [d, groups] : {std::pair<int, int>{4, 1}, {12, 4}, {20, 5}, {33, 1}, {50, 2}, {66, 33}})

@@ -21,6 +21,7 @@ INTERPRETED = (
     "test_triton_anderson.py",
     "test_triton_solve.py",
     "test_triton_launches.py",
+    "test_triton_graphs.py",
     "test_triton_gpu.py",
     "test_triton_gpu_steps.py",
     "test_triton_adjoint.py",

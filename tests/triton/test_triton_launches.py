@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton_cases import SolveCase as Case
 from triton_cases import poison  # noqa: F401 - a fixture
 
-from deqfuse import Anderson, Broyden, DEQFusion, Implicit, Picard, Unrolled, reporting
+from deqfuse import Anderson, Broyden, DEQFusion, Implicit, Neumann, Picard, Unrolled, reporting
 from deqfuse.backends import BACKENDS, Problem, cuda
 from deqfuse.backends.maps import VARIANTS
 from deqfuse.triton_kernels import tiles
@@ -159,11 +159,25 @@ def problem(**changes) -> Problem:
         ({"solver": Anderson(m=9)}, r"at most 8 residuals, not Anderson\(m=9\)"),
         ({"adjoint": Unrolled()}, "as Unrolled asks"),
         ({"dim": 4096, "num_groups": 2}, "at most 1024 channels, not 2048"),
+        # 46341 squared exceeds 31 bits, and 32768 is what the CUDA adjoint takes.
+        ({"dim": 33000, "num_groups": 100}, "at most 32768 features, not 33000"),
+        (
+            {"dim": 300, "solver": Anderson(max_iter=10**6)},
+            r"every step here, 4096 at most, and not those of Anderson\(max_iter=1000000\)",
+        ),
+        (
+            {"dim": 300, "adjoint": Neumann(5000)},
+            r"4096 at most, and not those of Neumann\(k=5000\)",
+        ),
+        ({"dtype": torch.float64, "adjoint": Implicit(max_iter=5000)}, "4096 at most"),
     ],
     ids=repr,
 )
-def test_what_it_cannot_do_is_refused_by_name(changes, reason) -> None:
+def test_what_it_cannot_do_is_refused_by_name(changes, reason, monkeypatch) -> None:
+    monkeypatch.setattr(cuda, "_shared_bytes", lambda device: 227 << 10)
     assert cuda.refuses_problem(problem()) is None
+    whole = problem(solver=Anderson(max_iter=10**6), adjoint=Neumann(5000))
+    assert cuda.refuses_problem(whole) is None, "one launch, however many steps there are"
     assert re.search(reason, cuda.refuses_problem(problem(**changes)))
 
 

@@ -1,0 +1,62 @@
+"""Which of a block's operators a compiler is given: what a CUDA graph can hold, or its twin.
+
+``torch.compile(mode="reduce-overhead")`` captures what it compiles in CUDA graphs, whose memory is
+reused by the next one. It must not hold a solve that asks the device how far it is, or keeps memory
+for its next call; operators tagged ``cudagraph_unsafe`` stay outside. On other devices there are no
+such graphs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deqfuse import backends
+from deqfuse.backends.problem import Problem
+from deqfuse.operators.blocks import Block
+from deqfuse.solvers.options import from_code
+
+DEVICE = "cuda"
+
+
+def solve_operator(
+    block: Block, like: Tensor, others: Sequence[Any], options: Sequence[Any]
+) -> Any:
+    """The operator of a solve of features like ``like`` (..., d)."""
+    if like.device.type != DEVICE:
+        return block.solve.captured
+    if others[block.masks[-1]] is not None:  # rows are gathered by what is present
+        return block.solve.uncaptured
+    num_groups, _, solver, adjoint, backend, _ = options
+    how = (num_groups, solver, adjoint, backend)
+    captured = _captures_solve(like.device, like.dtype, int(like.shape[-1]), *how)
+    return block.solve.captured if captured else block.solve.uncaptured
+
+
+def adjoint_operator(
+    block: Block, star: Tensor, present: Tensor | None, adjoint: str, backend: str
+) -> Any:
+    """The operator of an adjoint at the equilibrium ``star``."""
+    asked = star.device, from_code(adjoint)
+    if star.device.type == DEVICE and present is not None:
+        return block.adjoint.uncaptured
+    if star.device.type != DEVICE or backends.load(backend).captures_adjoint(*asked):
+        return block.adjoint.captured
+    return block.adjoint.uncaptured
+
+
+@torch.compiler.assume_constant_result  # a question about the machine, not to be traced into
+def _captures_solve(
+    device: torch.device,
+    dtype: torch.dtype,
+    dim: int,
+    num_groups: int,
+    solver: str,
+    adjoint: str,
+    backend: str,
+) -> bool:
+    problem = Problem(device, dtype, dim, num_groups, from_code(solver), from_code(adjoint))
+    return backends.load(backend).captures_solve(problem)
