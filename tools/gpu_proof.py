@@ -24,6 +24,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from tools.gpu_parts import Part, all_parts, find_gpu, missing
 from tools.running import ROOT, key_of, last_line, run_command, save
