@@ -98,7 +98,7 @@ bench: module
 bench-full: BENCH_MODE := --full
 bench-full: bench
 
-# docs/gpu-proof.md. Parts that have passed are not run again; logs and tables are in GPU_OUT.
+# docs/how-to/gpu-proof.md. Parts that have passed are not run again; logs and tables are in GPU_OUT.
 PART ?=
 GPU_OUT ?= build/gpu
 gpu: has-gpu $(SETUP)

@@ -1,4 +1,4 @@
-"""The proof on a GPU, in parts: build, tests, sanitizers, profile, benchmarks. docs/gpu-proof.md.
+"""The proof on a GPU, in parts: build, tests, sanitizers, profile, benchmarks. docs/how-to/gpu-proof.md.
 
     python -m tools.gpu_proof [PART ...] [--again] [--limit SECONDS] [--out FOLDER] [--check]
 

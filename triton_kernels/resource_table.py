@@ -1,4 +1,4 @@
-"""What compiled kernels take, as the table of docs/kernels-gpu-resources.md; needs no Triton."""
+"""What compiled kernels take, as the table of docs/explanation/kernels-gpu-resources.md; needs no Triton."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ def _power_of_two(a: Tensor) -> Tensor:
 def _solve_scaled(apply: Operator, b: Tensor, method: str, tol: float, max_iter: int) -> Solution:
     if max_iter < _LEAST.get(method, 1):  # too few for one cycle and its true residual
         method = "neumann"
-    if method in ("auto", "gmres"):  # the fewest applications of all (docs/design.md, "Gradient")
+    if method in ("auto", "gmres"):  # the fewest applications of all (docs/explanation/numerics.md)
         return gmres(apply, b, tol, max_iter)
     if method == "bicgstab":
         return bicgstab(apply, b, tol, max_iter)

@@ -82,6 +82,6 @@ def test_every_file_that_is_named_is_there() -> None:
 
 def test_nothing_is_left_out() -> None:
     """The search above finds what is there to be found."""
-    assert {p.id for p in pages()} >= {"README.md", "docs/compile.md", "docs/progressive.md"}
+    assert {p.id for p in pages()} >= {"README.md", "docs/how-to/compile.md", "docs/how-to/progressive.md"}
     documented = [inspect.getdoc(getattr(deqfuse, name)) or "" for name in deqfuse.__all__]
     assert len(examples()) >= sum("Example:" in text for text in documented) >= 3

@@ -22,7 +22,7 @@ from deqfuse.triton_kernels.resource_table import SHARED, TRITON, cells, documen
 
 pytestmark = pytest.mark.triton
 
-TABLE = Path(__file__).parents[2] / "docs/kernels-gpu-resources.md"
+TABLE = Path(__file__).parents[2] / "docs/explanation/kernels-gpu-resources.md"
 SMALL_DEVICES = 101_376  # sm_86, sm_89 and sm_120, which get no whole solve of 128 columns
 KERNELS = {
     "step": {
