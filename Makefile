@@ -24,7 +24,7 @@ SETUP := $(VENV)/.installed
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo quick test test-ci test-full lint bench bench-full gpu gpu-test gpu-bench has-gpu sanitize clean check-python use-python module
+.PHONY: help demo docs quick test test-ci test-full test-integrations lint bench bench-full gpu gpu-test gpu-bench has-gpu sanitize clean check-python use-python module
 
 help:
 	@echo "make demo       train on real data, write deqfuse-report/    ARGS='--help' lists its options"
@@ -32,7 +32,9 @@ help:
 	@echo "make test       the same with all tests that take seconds (minutes)    ARGS='-k name' picks tests"
 	@echo "make test-ci    the tests that compile for long: shipped kernels, sanitizers (minutes)"
 	@echo "make test-full  all tests, the slow grids too"
+	@echo "make test-integrations  the examples under Lightning, Hugging Face, skorch and ONNX; installs those"
 	@echo "make lint       ruff and mypy only"
+	@echo "make docs       the documentation, strictly, into build/docs (minutes; Python 3.11 or later)"
 	@echo "make bench      speed, memory and convergence against others (5 minutes); writes README.md's table"
 	@echo "make bench-full the same for every case, regime and sweep; takes long"
 	@echo "make gpu        on an NVIDIA GPU: build, tests, compute-sanitizer, profile, benchmarks, in parts"
@@ -64,6 +66,17 @@ test-ci: module
 
 test-full: lint module
 	@$(call tests,all)
+
+test-integrations: module $(if $(filter none,$(VENV)),,$(VENV)/.integrations)
+	@$(call tests,the integrations,tests/integrations)
+
+# Warnings are errors, no network is asked, and what links to what is checked in the pages themselves.
+# DEQFUSE_DOCS_LINK_TORCH=1 adds links into torch's pages, for which its inventory is downloaded.
+DOCS := build/docs
+docs: module $(if $(filter none,$(VENV)),,$(VENV)/.docs)
+	@echo "== Documentation: $(DOCS)/index.html (log: build/docs.log)"
+	@rm -rf $(DOCS); $(PY) -m sphinx -q -W --keep-going -j auto docs $(DOCS) >build/docs.log 2>&1 || { cat build/docs.log; exit 1; }
+	@$(PY) -m tools.check_site $(DOCS)
 
 # $(call tool,module,command...) runs a lint tool; only a borrowed Python may lack it.
 tool = if $(PY) -c 'import $(1)' 2>/dev/null; then $(PY) -m $(2); \
@@ -143,6 +156,13 @@ $(VENV)/.installed: pyproject.toml setup.py $(CONSTRAINTS) | check-python
 	@$(PY) -m pip install --disable-pip-version-check -q -c $(VENV)/constraints.txt setuptools
 	@DEQFUSE_BUILD=python $(PY) -m pip install --disable-pip-version-check -q -c $(VENV)/constraints.txt \
 	  --no-build-isolation -e '.[dev]'
+	@touch $@
+
+# What only some goals need, on top: .docs and .integrations are extras of pyproject.toml.
+$(VENV)/.docs $(VENV)/.integrations: $(VENV)/.%: $(VENV)/.installed
+	@echo "== Installing what '$*' needs"
+	@DEQFUSE_BUILD=python $(PY) -m pip install --disable-pip-version-check -q -c $(VENV)/constraints.txt \
+	  --no-build-isolation -e '.[$*]'
 	@touch $@
 
 # Kernels and binaries are found only when installed, hence the editable install here too.

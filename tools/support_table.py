@@ -7,6 +7,7 @@ The table is that of the code, whatever the machine: a GPU need not be there, no
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 
 import torch
@@ -48,11 +49,11 @@ def shown(option: SolverOption | GradientOption) -> str:
 def problems() -> Iterator[tuple[str, Callable[[str], Problem]]]:
     """What varies, one thing at a time, and the problem on a device of the given kind."""
     for dtype in DTYPES:
-        yield str(dtype), lambda d, t=dtype: _problem(d, dtype=t)
+        yield str(dtype), functools.partial(_problem, dtype=dtype)
     for solver in SOLVERS:
-        yield f"`{shown(solver)}`", lambda d, s=solver: _problem(d, solver=s)
+        yield f"`{shown(solver)}`", functools.partial(_problem, solver=solver)
     for adjoint in GRADIENTS:
-        yield f"`{shown(adjoint)}`", lambda d, a=adjoint: _problem(d, adjoint=a)
+        yield f"`{shown(adjoint)}`", functools.partial(_problem, adjoint=adjoint)
 
 
 def _problem(

@@ -1,6 +1,6 @@
 """Compiles the CUDA kernels: for setup.py, for tests, and for the table of what each kernel needs.
 
-    python csrc/cuda/build.py --table     # rewrites it in docs/explanation/kernels-gpu-adjoint.md (two minutes)
+    python csrc/cuda/build.py --table   # rewrites docs/explanation/kernels-gpu-adjoint.md; minutes
 
 No GPU is needed, nor a torch with CUDA: the operators use torch's stable ABI only.
 """

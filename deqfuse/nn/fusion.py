@@ -53,7 +53,7 @@ class DEQFusion(nn.Module):
             norm).
         in_dims: widths of the N inputs; adds one Linear per modality onto ``dim``.
         dropout: probability on W_f's output, in training mode; one draw per solve.
-        init: "contractive" (from d = 64 up every row converges before training), or "torch", torch's
+        init: "contractive" (from d = 64 up every row converges before training) or "torch", torch's
             own and the papers' draw.
         injection_norm: normalises each injection x_i over its features (no parameters), which makes
             the layer insensitive to the scale of its inputs.
