@@ -28,8 +28,6 @@ extensions = [
 exclude_patterns = ["_ext", "experiments/*/trials.jsonl"]
 html_theme = "furo"
 html_title = f"deqfuse {release}"
-html_static_path = ["_static"]
-html_css_files = ["deqfuse.css"]
 html_copy_source = False
 
 # Links into torch's own pages need its inventory, which is on the network. Without the variable
