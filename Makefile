@@ -45,7 +45,7 @@ help:
 	@echo "Options: PYTHON=..., VENV=..., TORCH=..., explained at the top of Makefile"
 
 demo: module
-	@echo "== Demo: deqfuse demo $(ARGS)"
+	@echo "== Demo: deqfuse demo $(ARGS); trains five fusions, about 2 minutes (ARGS=--quick: seconds)"
 	@$(PY) -m deqfuse.cli.main demo $(ARGS)
 
 # $(call tests,what,options) on all cores: with worksteal a worker that is done takes tests from
