@@ -1,7 +1,7 @@
 """How many rows converge: at the default init, at torch's, with and without the injection norm.
 
     python -m benchmarks.convergence_study --out convergence.md
-    python -m benchmarks.convergence_study --study torch --seeds 1 --threads 1
+    python -m benchmarks.convergence_study --study solvers --seeds 1 --threads 1
 
 A row counts as converged in a block (one modality cell, or the fuse equation) when its relative
 residual reached the tolerance within the budget. Shares are given for the worst block: rows of all
@@ -23,14 +23,18 @@ from torch import Tensor
 
 from benchmarks.tables import markdown, percent
 from deqfuse import Anderson, Broyden, DEQFusion, NewtonKrylov, Picard, SolveInfo
+from deqfuse.backends.maps import VariantName
 from deqfuse.solvers.options import SolverOption
 
 TOL = 1e-5
-PLAIN = Anderson(tol=TOL, max_iter=50)
+RESCUED = Anderson(tol=TOL, max_iter=50)
+PLAIN = replace(RESCUED, rescue=False)
 WIDTHS, SMALL_WIDTH, MODALITIES = (64, 300, 500, 512), 16, (2, 3, 6)
 SCALES, NORMED_SCALES = (0.3, 1.0, 3.0, 10.0), (0.01, 0.1, 1.0, 10.0, 100.0)
 INPUTS = ("gaussian", "rectified")
-MISSING_WIDTHS, MISSING_LAYERS = (64, 128, 256), 8  # layers per seed
+TORCH_WIDTHS, TORCH_SCALES = (16, 64, 128, 300), (0.3, 1.0, 10.0)
+GRID_ROWS, VARIANTS = 1024, ("paper", "released", "released-mmimdb")
+ZERO_WIDTHS, ZERO_LAYERS = (64, 128, 256, 512), 12
 REQUIRED_SHARE = 0.999
 
 
@@ -46,6 +50,11 @@ class Case:
     solver: SolverOption = PLAIN
     init: str = "contractive"
     injection_norm: bool = False
+    variant: VariantName = "paper"
+    dtype: torch.dtype = torch.float32
+
+
+FIELDS = ("converged", "rescued", "residual", "nfe")
 
 
 @dataclass(frozen=True)
@@ -53,6 +62,7 @@ class Tally:
     """Converged rows and residuals per block: the N cells, then the fuse equation."""
 
     converged: Tensor  # (N + 1, rows) bool
+    rescued: Tensor  # (N + 1, rows) bool
     residual: Tensor  # (N + 1, rows)
     nfe: Tensor  # (N + 1, rows)
     seconds: float = field(default=0.0, compare=False)
@@ -62,17 +72,14 @@ class Tally:
         assert info.cells is not None
         pairs = [
             torch.cat([getattr(info.cells, name), getattr(info.fuse, name)[None]])
-            for name in ("converged", "residual", "nfe")
+            for name in FIELDS
         ]
         return cls(*pairs, seconds=seconds)
 
     @classmethod
     def pooled(cls, tallies: Sequence[Tally]) -> Tally:
         """The rows of several seeds side by side."""
-        joined = [
-            torch.cat([getattr(t, name) for t in tallies], dim=1)
-            for name in ("converged", "residual", "nfe")
-        ]
+        joined = [torch.cat([getattr(t, name) for t in tallies], dim=1) for name in FIELDS]
         return cls(*joined, seconds=sum(t.seconds for t in tallies))
 
     @property
@@ -112,10 +119,11 @@ def measure(case: Case, seed: int) -> Tally:
         case.num_modalities,
         init=case.init,
         injection_norm=case.injection_norm,
+        variant=case.variant,
         solver=case.solver,
         on_failure="ignore",
     ).eval()
-    features = draw_inputs(case)
+    layer, features = layer.to(case.dtype), [x.to(case.dtype) for x in draw_inputs(case)]
     start = time.perf_counter()
     with torch.no_grad():
         _, info = layer(features, return_info=True)
@@ -171,7 +179,7 @@ def contractive_study(seeds: Sequence[int], note: Callable[[str], None]) -> Iter
     """The default init: who converges to 1e-5 within 50 evaluations, in every block."""
     legend = "share of rows in the worst block · worst residual · most evaluations of a row"
     base = Case(dim=64, num_modalities=3)
-    rescued = replace(base, solver=replace(PLAIN, rescue=True))
+    rescued = replace(base, solver=RESCUED)
     normed, small = replace(base, injection_norm=True), f"d = {SMALL_WIDTH} (groups of four)"
     studies = [
         ("Default init, tol 1e-5, 50 evaluations", base, WIDTHS, SCALES),
@@ -185,13 +193,13 @@ def contractive_study(seeds: Sequence[int], note: Callable[[str], None]) -> Iter
         yield f"### {title}\n\n{legend}\n\n{table}\n\n{verdict(found)}"
 
 
-def torch_init_study(seeds: Sequence[int], note: Callable[[str], None]) -> Iterator[str]:
+def solver_study(seeds: Sequence[int], note: Callable[[str], None]) -> Iterator[str]:
     """torch's init, where the map is no contraction: which solver finds an equilibrium."""
     common = {"tol": TOL, "max_iter": 100}
     solvers = {
         "Picard": Picard(**common),
+        "Anderson, no rescue": Anderson(**common, rescue=False),
         "Anderson": Anderson(**common),
-        "Anderson, rescue": Anderson(**common, rescue=True),
         "Broyden": Broyden(**common),
         "Newton-Krylov": NewtonKrylov(**common),
         "Newton-Krylov, 400 evaluations": NewtonKrylov(tol=TOL, max_iter=400),
@@ -226,35 +234,91 @@ def torch_init_study(seeds: Sequence[int], note: Callable[[str], None]) -> Itera
     )
 
 
-def missing_study(seeds: Sequence[int], note: Callable[[str], None]) -> Iterator[str]:
+def torch_grid_study(seeds: Sequence[int], note: Callable[[str], None]) -> Iterator[str]:
+    """torch's init at every width and scale: what the solver leaves, and what the rescue does."""
+    for variant, dtype in itertools.product(VARIANTS, (torch.float64, torch.float32)):
+        title = f"torch init, {variant}, {str(dtype).removeprefix('torch.')}"
+        note(title)
+        rows, missed = [], 0
+        for dim, n, inputs in itertools.product(TORCH_WIDTHS, MODALITIES, INPUTS):
+            entries = []
+            for rms in TORCH_SCALES:
+                case = Case(
+                    dim, n, inputs, rms, GRID_ROWS, RESCUED, "torch", variant=variant, dtype=dtype
+                )
+                tally = measure_seeds(case, seeds[:1])
+                missed += tally.share < REQUIRED_SHARE
+                rescued, lost = tally.rescued.double().mean(), int((~tally.converged).sum())
+                work = tally.nfe[tally.rescued].double()
+                median = int(work.median()) if len(work) else 0
+                entries.append(
+                    f"{percent(float(rescued))} · {lost} · {median} · {tally.seconds:.1f} s"
+                )
+            rows.append([str(dim), str(n), inputs, *entries])
+            note(" ".join(rows[-1]))
+        header = ["d", "N", "inputs", *(f"RMS {rms:g}" for rms in TORCH_SCALES)]
+        yield (
+            f"### {title}, tol 1e-5, {GRID_ROWS} rows\n\n"
+            "share of rows of all blocks that the rescue solved · rows of all blocks that nothing "
+            "solved · median of evaluations and Jacobians of a rescued row · time of the solve\n\n"
+            f"{markdown(header, rows)}\n\n{missed} of {len(rows) * len(TORCH_SCALES)} cases "
+            f"stay below {percent(REQUIRED_SHARE)} in some block."
+        )
+
+
+def zero_study(seeds: Sequence[int], note: Callable[[str], None]) -> Iterator[str]:
     """Zeros in place of a modality: its cell has the same problem in every row of a layer."""
     solvers = {
-        "Anderson": PLAIN,
-        "Anderson, rescue": replace(PLAIN, rescue=True),
+        "Anderson, no rescue": PLAIN,
         "Newton-Krylov, 400 evaluations": NewtonKrylov(tol=TOL, max_iter=400),
+        "Anderson": RESCUED,
     }
-    note("missing modality")
-    layers = range(MISSING_LAYERS * len(seeds))
+    note("zeros in place of a modality")
     rows = []
-    for dim in MISSING_WIDTHS:
+    for dim in ZERO_WIDTHS:
         base = Case(dim=dim, num_modalities=2, inputs="missing", rows=1)
-        entries = [measure_seeds(replace(base, solver=s), layers) for s in solvers.values()]
-        shares = [tally.converged.double().mean(1) for tally in entries]
-        rows.append([str(dim), *(percent(float(share[0])) for share in shares),
-                     percent(min(float(share[1:].min()) for share in shares))])  # fmt: skip
+        tallies = [
+            measure_seeds(replace(base, solver=s), range(ZERO_LAYERS)) for s in solvers.values()
+        ]
+        own = [f"{int(t.converged[0].sum())} of {ZERO_LAYERS}" for t in tallies]
+        other = [int(t.converged[1:].sum()) for t in tallies]
+        work = int(tallies[-1].nfe[0].double().median())
+        rows.append([str(dim), *own, f"{other[-1]} of {2 * ZERO_LAYERS}", str(work)])
         note(" ".join(rows[-1]))
-    header = ["d", *solvers, "other blocks, at least"]
+    header = ["d", *solvers, "other blocks, Anderson", "median work of that cell"]
     yield (
-        f"### Default init, zeros in place of one of two modalities, {len(layers)} layers\n\n"
-        "share of layers whose cell of that modality converged; tol 1e-5, 50 evaluations where "
-        f"nothing else is said, the rescue's on top\n\n{markdown(header, rows)}"
+        f"### Default init, zeros in place of one of two modalities, {ZERO_LAYERS} layers\n\n"
+        "layers whose cell of that modality converged; tol 1e-5, 50 evaluations where nothing else "
+        f"is said, the rescue's on top\n\n{markdown(header, rows)}"
     )
+
+
+def cost_study(seeds: Sequence[int], note: Callable[[str], None]) -> Iterator[str]:
+    """What a rescue costs: a batch at torch's init, and single rows of wide layers."""
+    rows = []
+    case = Case(64, 3, rows=512, solver=RESCUED, init="torch", dtype=torch.float64)
+    for name, solver in (("without", PLAIN), ("with", RESCUED)):
+        tally = measure_seeds(replace(case, solver=solver), seeds[:1])
+        left = int((tally.rescued | ~tally.converged).sum())
+        rows.append([f"512 rows, d = 64, N = 3, {name}", str(left), f"{1e3 * tally.seconds:.0f}"])
+    for dim in (300, 500):
+        times = []
+        for seed in range(ZERO_LAYERS * len(seeds)):
+            tally = measure(Case(dim, 3, rows=1, solver=RESCUED, init="torch"), seed)
+            if tally.rescued.any():
+                times.append(1e3 * tally.seconds / int(tally.rescued.sum()))
+        times.sort()
+        middle = times[len(times) // 2] if times else float("nan")
+        rows.append([f"a row of d = {dim}", str(len(times)), f"{middle:.0f} (median)"])
+    yield f"### Cost\n\n{markdown(['what', 'rows that Anderson leaves', 'ms'], rows)}"
 
 
 STUDIES = {
     "contractive": contractive_study,
-    "torch": torch_init_study,
-    "missing": missing_study,
+    "solvers": solver_study,
+    "torch": torch_grid_study,
+    "zero": zero_study,
+    "cost": cost_study,
 }
 
 

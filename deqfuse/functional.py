@@ -316,10 +316,11 @@ def choose_backend(
 
 
 @uncompiled(_UNROLLED)
-def _unrolled(solve_block: Callable[..., Solved], x: Tensor, *problem: Any) -> Solved:
-    """A solve on the reference path whose steps autograd records."""
-    with full_precision(x.device):
-        return solve_block(x, *problem)
+def _unrolled(solve_block: Callable[..., Solved], *problem: Any) -> Solved:
+    """A solve on the reference path whose steps autograd records; the solver comes last."""
+    *operands, solver = problem
+    with full_precision(operands[0].device):
+        return solve_block(*operands, solver.settled(rescue=False))
 
 
 def _check_count(params: Sequence[Tensor], kind: type[CellParams] | type[FuseParams]) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from deqfuse.errors import ConvergenceError, ConvergenceWarning
-from deqfuse.outcome import Outcome
+from deqfuse.outcome import Outcome, failed
 from deqfuse.solvers.options import GradientOption, SolverOption
 
 OnFailure = Literal["warn", "raise", "ignore"]
@@ -26,6 +26,7 @@ CELLS: Parts = ((_LAYER_NAMES[0], ...),)
 FUSE: Parts = ((_LAYER_NAMES[1], ...),)
 LAYER: Parts = ((_LAYER_NAMES[0], slice(None, -1)), (_LAYER_NAMES[1], -1))
 FIXED_POINT: Parts = (("the fixed point", ...),)  # of any callable
+FAILURES = tuple(o for o in Outcome if o not in (Outcome.CONVERGED, Outcome.RESCUED))
 NEAR_ROUNDING = 1e-5  # where float32 residuals of wide layers end
 COUPLED = (
     "The map lets rows see each other (batch statistics, attention or a product over the batch, "
@@ -42,15 +43,32 @@ class _Statistics(NamedTuple):
     outcome: Tensor
     residual: Tensor
 
-    def tolist(self) -> list[float]:
-        return _summary(*self)
+
+class _Failures(NamedTuple):
+    """What is said of a block: rows, how many ended in which failure, the worst of them."""
+
+    total: int
+    counts: dict[Outcome, int]
+    residual: float
+    condition: float  # of I - J, in a backward solve
+
+    @classmethod
+    def of(cls, statistics: _Statistics) -> _Failures:
+        outcome, residual = statistics
+        counts: dict[Outcome, int] = {}
+        for kind in FAILURES:
+            counts[kind] = int((outcome == int(kind)).sum())
+        singular = outcome == int(Outcome.SINGULAR)
+        judged = failed(outcome) & ~singular & residual.isfinite()
+        worst = [torch.where(rows, residual, 0.0) for rows in (judged, singular)]
+        return cls(outcome.numel(), counts, *(float(r.amax()) if r.numel() else 0.0 for r in worst))
 
 
 @dataclass
 class _Late:
     """A report on its way from the device, to be made once it has arrived."""
 
-    summary: _Statistics | Tensor  # whose list is that of _summary
+    statistics: _Statistics
     arrived: Any  # torch.cuda.Event
     what: str
     option: SolverOption | GradientOption
@@ -101,13 +119,15 @@ def report(
             _report_late(parts, outcome, residual, option)
             return
     if outcome.any():  # CONVERGED is 0; the summary is for those who need it
+        if isinstance(option, SolverOption) and parts is not FIXED_POINT:
+            option = option.settled(rescue=option.rescues(outcome.device))
         if on_failure == "raise" and any(
             g is not None and not g.isfinite().all() for g in cotangents
         ):
             on_failure = "warn"
         outcome, residual = outcome.cpu(), residual.detach().cpu()
         for what, at in parts:
-            _say(what, _summary(outcome[at], residual[at]), option, on_failure)
+            _say(what, _Failures.of(_Statistics(outcome[at], residual[at])), option, on_failure)
 
 
 def _report_late(
@@ -138,7 +158,7 @@ def flush() -> None:
             if not _late or not _late[0].arrived.query():
                 return
             item = _late.popleft()
-        _say(item.what, item.summary.tolist(), item.option, "warn")
+        _say(item.what, _Failures.of(item.statistics), item.option, "warn")
 
 
 def _capturing() -> bool:
@@ -146,51 +166,38 @@ def _capturing() -> bool:
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
-def _summary(outcome: Tensor, residual: Tensor) -> list[float]:
-    """[rows, failed by each of the outcomes but the first, worst residual among the failed]."""
-    total = float(outcome.numel())
-    failed = outcome != int(Outcome.CONVERGED)
-    if not failed.any():
-        return [total, *[0.0] * len(Outcome)]
-    kinds = [
-        float((outcome == int(kind)).sum()) for kind in Outcome if kind is not Outcome.CONVERGED
-    ]
-    finite = failed & torch.isfinite(residual)
-    return [total, *kinds, float(torch.where(finite, residual, 0.0).amax())]
-
-
 def _say(
     what: str,
-    summary: list[float],
+    failures: _Failures,
     option: SolverOption | GradientOption,
     on_failure: str,
 ) -> None:
-    total, budget, stalled, poisoned, coupled, worst = summary
-    failed = int(budget + stalled + poisoned + coupled)
-    if failed == 0:
+    total, counts, worst, condition = failures
+    lost = sum(counts.values())
+    if lost == 0:
         return
     source = "loss" if isinstance(option, GradientOption) else "input"
-    parts = [
-        f"{int(count)} {text}"
-        for count, text in (
-            (budget, "used up their evaluations"),
-            (stalled, "stalled"),
-            (poisoned, f"became NaN or infinite (check the {source})"),
-            (coupled, "had converged and changed with later steps of other rows"),
-        )
-        if count
-    ]
-    message = f"deqfuse: {failed} of {int(total)} rows of {what} did not converge: "
+    texts = {
+        Outcome.MAX_ITER: "used up their evaluations",
+        Outcome.STALLED: "stalled",
+        Outcome.NON_FINITE: f"became NaN or infinite (check the {source})",
+        Outcome.COUPLED: "had converged and changed with later steps of other rows",
+        Outcome.SINGULAR: f"have a singular I - J (condition number up to {condition:.0e})",
+    }
+    parts = [f"{counts[kind]} {text}" for kind, text in texts.items() if counts[kind]]
+    message = f"deqfuse: {lost} of {total} rows of {what} did not converge: "
     message += ", ".join(parts)
-    if coupled:  # no solver option makes separate rows of these
+    if counts[Outcome.COUPLED]:  # no solver option makes separate rows of these
         message += f"; worst relative residual {worst:.1e}. {COUPLED}"
-    elif budget or stalled:  # for rows that are merely poisoned no solver option is a remedy
+    elif counts[Outcome.MAX_ITER] or counts[Outcome.STALLED]:
         tol = getattr(option, "tol", float("nan"))
         message += f"; worst relative residual {worst:.1e}, tol {tol:.1e}. "
         message += ROUNDING if tol < worst < NEAR_ROUNDING else _remedy(what, option)
         if what.endswith(FIXED_POINT[0][0]) and total > 1:
             message += JOINT
-    else:
+    elif counts[Outcome.SINGULAR]:
+        message += ". Their gradient is unbounded. Remedy: info.jacobian_penalty() in the loss."
+    else:  # for rows that are merely poisoned no solver option is a remedy
         message += "."
     message += " on_failure='ignore' silences this."
     if on_failure == "raise":

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from deqfuse import checks, reporting
-from deqfuse.outcome import Outcome
+from deqfuse.outcome import Outcome, failed
 from deqfuse.torch_private import in_transform, traced
 
 __all__ = ["BlockInfo", "SolveInfo"]
@@ -33,7 +33,7 @@ class BlockInfo:
         outcome: (...) int8, values of :class:`Outcome`.
         trace: (steps, ...) residual at every step, NaN once the row had stopped; None without
             ``solver(trace=True)``. That of ``DEQ`` ends with its last row; the layer's has max_iter
-            steps (with rescue more), since a solve there is one operator.
+            steps, since a solve there is one operator. The rescue of a row is not traced.
     """
 
     residual: Tensor  # (...)
@@ -43,8 +43,13 @@ class BlockInfo:
 
     @property
     def converged(self) -> Tensor:
-        """(...) bool: the row reached its tolerance."""
-        return self.outcome == int(Outcome.CONVERGED)
+        """(...) bool: the row reached its tolerance, by the solver or by its rescue."""
+        return ~failed(self.outcome)
+
+    @property
+    def rescued(self) -> Tensor:
+        """(...) bool: the solver gave the row up, and continuation reached the tolerance."""
+        return self.outcome == int(Outcome.RESCUED)
 
     @classmethod
     def exact(cls, z: Tensor, nfe: int) -> BlockInfo:
@@ -163,6 +168,16 @@ class SolveInfo:
         return self.fuse.converged & self.cells.converged.all(0)
 
     @property
+    def rescued(self) -> Tensor:
+        """(...) bool: the solver gave up some block of the row, which continuation solved.
+
+        Such an equilibrium may repel: :meth:`spectral_radius` tells.
+        """
+        if self.cells is None:
+            return self.fuse.rescued
+        return self.fuse.rescued | self.cells.rescued.any(0)
+
+    @property
     def residual(self) -> Tensor:
         """(...) relative residual of the row's worst block; NaN if any block's is."""
         if self.cells is None:
@@ -171,11 +186,14 @@ class SolveInfo:
 
     @property
     def outcome(self) -> Tensor:
-        """(...) int8, values of ``Outcome``: of the row's first block that failed, cells first."""
+        """(...) int8, values of ``Outcome``: of the row's first block that failed, cells first.
+
+        Where none failed, RESCUED if one was, or else CONVERGED.
+        """
         found = self.fuse.outcome
         if self.cells is not None:
             for block in reversed(self.cells.outcome.unbind()):
-                found = torch.where(block == int(Outcome.CONVERGED), found, block)
+                found = torch.where(failed(block) | ~failed(found) & (block != 0), block, found)
         return found
 
     @property

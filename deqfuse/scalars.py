@@ -23,6 +23,13 @@ def flag(name: str, value: Any) -> bool:
     return value
 
 
+def flag_or_none(name: str, value: Any) -> bool | None:
+    """``value`` must be True, False or None."""
+    if value is not None and not isinstance(value, bool):
+        raise TypeError(f"{name}: expected True, False or None, got {value!r}")
+    return value
+
+
 def positive_int(name: str, value: Any) -> int:
     """``value`` must be an integer >= 1, NumPy's among them."""
     try:

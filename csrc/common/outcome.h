@@ -7,7 +7,7 @@
 
 namespace deqfuse {
 
-enum class Outcome : int8_t { kConverged = 0, kMaxIter = 1, kStalled = 2, kNonFinite = 3 };
+enum class Outcome : int8_t { kConverged = 0, kMaxIter = 1, kStalled = 2, kNonFinite = 3, kRescued = 5, kSingular = 6 };
 
 constexpr int kStallSteps = 20;
 

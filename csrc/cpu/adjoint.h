@@ -22,6 +22,7 @@ class AdjointBase {
 
   bool first_is_free() const { return true; }
   Vec<T> scale(int v, Vec<T>) const { return load(scale_ + v * W); }
+  T magnitude(int lane) const { return magnitude_[lane]; }  // what the lane's right-hand side was divided by
   void admit(const LaneMoves<T, NV>&) {}  // a run has one tile of rows, staged where they stay
 
  protected:

@@ -2,18 +2,25 @@
 #pragma once
 
 #include "adjoint.h"
+#include "dense_adjoint.h"
 #include "solve.h"
 
 namespace deqfuse {
 namespace DEQFUSE_ISA {
 
 // u for the rows of one tile, one after the other, which `map` linearises on the way. Whether they are what it was given
-// last to evaluate.
-template <class T, int NV, class Map, class P>
-bool solve_tile(const P& p, Map& map, int64_t begin, int64_t end, const RowResults<T>& out, T* memory) {
+// last to evaluate. `z`, `g`: of the block; `jacobian`: as solve_left() wants it.
+template <class T, int NV, class Map, class P, class MakeJacobian>
+bool solve_tile(const P& p, Map& map, int64_t begin, int64_t end, const RowResults<T>& out, T* memory, const T* z,
+                const T* g, MakeJacobian jacobian) {
   constexpr int R = NV * kLanes<T>;
   const int64_t d = p.d;
-  if (p.mode < 0) return RowSolver<T, NV, Map>(map, d, options<T>(p), out, memory).run(begin, end);
+  if (p.mode < 0) {
+    const bool evaluated = RowSolver<T, NV, Map>(map, d, options<T>(p), out, memory).run(begin, end);
+    const auto magnitude = [&](int lane) { return map.magnitude(lane); };
+    return !(p.mode == kSolveLeft &&
+             solve_left(z, g, d, p.groups, T(p.tol), begin, end, out, magnitude, jacobian)) && evaluated;
+  }
   T *now = memory, *next = memory + d * R;
   const LaneRows<R> rows = lane_rows<R>(begin, int(end - begin));
   map.stage(rows, now, true);
@@ -99,7 +106,11 @@ void adjoint_some_cells(const CellAdjointProblem<T>& p, int threads, ParallelFor
     T *u = memory.get(), *of_map = u + d * R;
     Map map(w, p.z + first * d, p.x[i], p.g[i], d, p.groups, of_map);
     const RowResults<T> out{u, begin, p.residual + first, p.nfe + first, p.outcome + first, nullptr, 0};
-    const bool evaluated = solve_tile<T, NV>(p, map, begin, end, out, of_map + map_tiles * d * R);
+    const auto jacobian = [&](int64_t r, Arena<double>& doubles, int32_t* indices) {
+      return CellJacobian<double, T>(p.params + 10 * i, p.x[i] + r * d, p.skip, d, p.groups, doubles, indices);
+    };
+    const bool evaluated = solve_tile<T, NV>(p, map, begin, end, out, of_map + map_tiles * d * R, p.z + first * d,
+                                             p.g[i], jacobian);
     GradientParts<T, NV> parts;
     if (p.dparams) parts = shared.parts(i, t % shared.tiles);
     map.finish(u, evaluated, lane_rows<R>(begin, int(end - begin)), p.dx[i], p.dparams ? &parts : nullptr);
@@ -144,11 +155,17 @@ void adjoint_fuse(const FuseAdjointProblem<T>& p, const FuseRows<T>& from, int t
   const FuseLinearWeights<T, NV> w(shared.straight, shared.transposed, 0, p.params, p.modalities, p.relu_last);
   run_tasks(shared.tiles, threads, parallel, [&](int64_t t) {
     const int64_t begin = t * R, end = begin + R < p.rows ? begin + R : p.rows, map_tiles = Map::tiles(d, p.groups);
-    Scratch<T> memory((1 + map_tiles + RowSolver<T, NV, Map>::tiles(p.history)) * d * R);
-    T *u = memory.get(), *of_map = u + d * R;
+    const int64_t all = 1 + map_tiles + RowSolver<T, NV, Map>::tiles(p.history);
+    Scratch<T> memory(all * d * R + 2 * d);
+    T *u = memory.get(), *of_map = u + d * R, *made = u + all * d * R;
     Map map(w, p.z, from, p.mask, p.g, d, p.groups, of_map);
     const RowResults<T> out{u, begin, p.residual, p.nfe, p.outcome, nullptr, 0};
-    const bool evaluated = solve_tile<T, NV>(p, map, begin, end, out, of_map + map_tiles * d * R);
+    const auto jacobian = [&](int64_t r, Arena<double>& doubles, int32_t* indices) {
+      const FuseInputs<T> in{from.x_row(r, d, made), from.cell_sum_row(r, d, made + d), p.mask ? p.mask + r * d : nullptr,
+                             p.modalities, p.relu_last};
+      return FuseJacobian<double, T>(p.params, in, d, p.groups, doubles, indices);
+    };
+    const bool evaluated = solve_tile<T, NV>(p, map, begin, end, out, of_map + map_tiles * d * R, p.z, p.g, jacobian);
     GradientParts<T, NV> parts;
     if (p.dparams) parts = shared.parts(0, t);
     map.finish(u, evaluated, lane_rows<R>(begin, int(end - begin)), p.dx, p.dcell_sum, p.dparams ? &parts : nullptr);

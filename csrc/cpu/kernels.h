@@ -45,13 +45,16 @@ struct LayerProblem {
   const T *weights, *bias;  // x_fuse = sum_i weights_i x_i + bias; (N,), and (1,) or null
 };
 
+// Modes of an adjoint: iterate to tol; and then solve the rows that are left by LU factors.
+constexpr int kIterate = -1, kSolveLeft = -2;
+
 // The backward of either block: u = (I - J^T)^-1 g per row, then one VJP.
 template <class T>
 struct AdjointCommon {
   int64_t modalities, rows, d, groups;
   const T* z;
   const T* const* params;
-  int mode;  // -1: solve to tol; k >= 0: the Neumann series cut after k applications
+  int mode;  // k >= 0: the Neumann series cut after k applications; or one of the two above
   double tol, beta, lam;
   int max_iter, history;
   T* residual;
@@ -115,6 +118,36 @@ struct StepProblem {
   bool* active;                         // (R,)
 };
 
+// Some rows of a block, to be worked on one at a time: (N * B) rows of the cells, or the B of the fuse step.
+template <class T>
+struct SomeRows {
+  int64_t modalities, rows, d, groups;
+  const T* const* params;
+  const int64_t* which;
+  int64_t count;
+};
+template <class T>
+struct SomeCellRows : SomeRows<T> {
+  bool skip;
+  const T* const* x;  // N times (B, d)
+};
+template <class T>
+struct SomeFuseRows : SomeRows<T> {
+  bool relu_last;
+  const T *x, *cell_sum, *mask;  // (B, d); mask may be null
+};
+
+// What a solve found, for all rows of the block; updated in place where a row is mended.
+template <class T, class Rows>
+struct RescueProblem {
+  Rows rows;
+  double tol;
+  int most;  // Jacobians of a row
+  T *z, *residual;
+  int32_t* nfe;
+  int8_t* outcome;
+};
+
 // Runs body(i) for i in [0, count) on torch's threads.
 using ParallelFor = void (*)(int64_t count, void (*body)(int64_t i, void* context), void* context);
 
@@ -128,6 +161,8 @@ struct Kernels {
   void (*adjoint_layer)(const LayerAdjointProblem<T>&, int threads, ParallelFor);
   void (*penalty_layer)(const PenaltyProblem<T>&, int threads, ParallelFor);
   void (*anderson_step)(const StepProblem<T>&, int threads, ParallelFor);
+  void (*rescue_cells)(const RescueProblem<T, SomeCellRows<T>>&, int threads, ParallelFor);
+  void (*rescue_fuse)(const RescueProblem<T, SomeFuseRows<T>>&, int threads, ParallelFor);
 };
 
 // How a problem is cut: rows that iterate together, and the tiles (rows x d values) of their solver's state.

@@ -101,36 +101,51 @@ struct FuseRows {
   template <int NV>
   void x_to_lanes(const LaneRows<NV * kLanes<T>>& lanes, int64_t d, T* tile, T* memory) const {
     if (x != nullptr) return rows_to_lanes<T, NV>(x, lanes, tile, d);
-    const T offset = bias ? *bias : T(0);
-    made<NV>(lanes, d, tile, memory, [&](int64_t r, T* __restrict to) {
-      for (int64_t i = 0; i < modalities; ++i) {
-        const T *from = x_cells[i] + r * d, w = weights[i];
-        for (int64_t k = 0; k < d; ++k) to[k] += w * from[k];
-      }
-      for (int64_t k = 0; k < d; ++k) to[k] += offset;
-    });
+    made<NV>(lanes, d, tile, memory, [&](int64_t r, T* to) { make_x(r, d, to); });
   }
   template <int NV>
   void cell_sum_to_lanes(const LaneRows<NV * kLanes<T>>& lanes, int64_t d, T* tile, T* memory) const {
     if (cell_sum != nullptr) return rows_to_lanes<T, NV>(cell_sum, lanes, tile, d);
-    made<NV>(lanes, d, tile, memory, [&](int64_t r, T* __restrict to) {
-      for (int64_t i = 0; i < modalities; ++i) {
-        const T* from = z_cells + (i * rows + r) * d;
-        for (int64_t k = 0; k < d; ++k) to[k] += from[k];
-      }
-    });
+    made<NV>(lanes, d, tile, memory, [&](int64_t r, T* to) { make_cell_sum(r, d, to); });
+  }
+
+  // One row (d,): where it lies, or made in `memory`.
+  const T* x_row(int64_t r, int64_t d, T* memory) const {
+    if (x != nullptr) return x + r * d;
+    make_x(r, d, memory);
+    return memory;
+  }
+  const T* cell_sum_row(int64_t r, int64_t d, T* memory) const {
+    if (cell_sum != nullptr) return cell_sum + r * d;
+    make_cell_sum(r, d, memory);
+    return memory;
   }
 
  private:
-  // add(row, to): a row's terms onto zeros.
-  template <int NV, class Add>
-  static void made(const LaneRows<NV * kLanes<T>>& lanes, int64_t d, T* tile, T* memory, Add add) {
+  void make_x(int64_t r, int64_t d, T* __restrict to) const {
+    for (int64_t k = 0; k < d; ++k) to[k] = T(0);
+    for (int64_t i = 0; i < modalities; ++i) {
+      const T *from = x_cells[i] + r * d, w = weights[i];
+      for (int64_t k = 0; k < d; ++k) to[k] += w * from[k];
+    }
+    const T offset = bias ? *bias : T(0);
+    for (int64_t k = 0; k < d; ++k) to[k] += offset;
+  }
+  void make_cell_sum(int64_t r, int64_t d, T* __restrict to) const {
+    for (int64_t k = 0; k < d; ++k) to[k] = T(0);
+    for (int64_t i = 0; i < modalities; ++i) {
+      const T* from = z_cells + (i * rows + r) * d;
+      for (int64_t k = 0; k < d; ++k) to[k] += from[k];
+    }
+  }
+
+  // make(row, to)
+  template <int NV, class Make>
+  static void made(const LaneRows<NV * kLanes<T>>& lanes, int64_t d, T* tile, T* memory, Make make) {
     LaneRows<NV * kLanes<T>> own;
     for (int l = 0; l < NV * kLanes<T>; ++l) {
       own.row[l] = lanes.row[l] >= 0 ? l : -1;
-      if (own.row[l] < 0) continue;
-      for (int64_t k = 0; k < d; ++k) memory[l * d + k] = T(0);
-      add(lanes.row[l], memory + l * d);
+      if (own.row[l] >= 0) make(lanes.row[l], memory + l * d);
     }
     rows_to_lanes<T, NV>(memory, own, tile, d);
   }

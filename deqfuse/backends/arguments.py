@@ -30,10 +30,21 @@ def prepare_all(tensors: Sequence[Tensor], like: Tensor) -> list[Tensor]:
 
 
 def adjoint_numbers(adjoint: GradientOption) -> tuple[int, float, int, int, float, float]:
-    """mode (-1: to tolerance; k: the series cut there), tol, max_iter, history, beta, lam."""
+    """mode, tol, max_iter, history, beta, lam.
+
+    Mode -1: to tolerance; -2: and then those that are left by factors (``csrc/cpu/kernels.h``);
+    k >= 0: the series cut there.
+    """
     if isinstance(adjoint, Implicit):
         history = 0 if adjoint.solver == "neumann" else ADJOINT_HISTORY
-        return -1, adjoint.tol, adjoint.max_iter, history, 1.0, 1e-6
+        return (
+            -2 if adjoint.solver == "auto" else -1,
+            adjoint.tol,
+            adjoint.max_iter,
+            history,
+            1.0,
+            1e-6,
+        )
     k = adjoint.k if isinstance(adjoint, Neumann) else 0
     return k, 0.0, k, 0, 1.0, 0.0
 

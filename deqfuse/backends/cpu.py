@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from deqfuse.backends import cpu_native, layer, reference
-from deqfuse.backends.arguments import adjoint_numbers, prepare, prepare_all
+from deqfuse.backends import cpu_native, layer
+from deqfuse.backends.arguments import adjoint_numbers
 from deqfuse.backends.backend import Backend, Launchers
 from deqfuse.backends.maps import Variant
 from deqfuse.backends.problem import LayerStatistics, Problem, Solved, SolvedLayer, Statistics
-from deqfuse.outcome import Outcome
+from deqfuse.outcome import Outcome, left_behind
 from deqfuse.solvers.anderson import Anderson, Picard
 from deqfuse.solvers.derivatives import Map
 from deqfuse.solvers.options import GradientOption, Implicit, Neumann, OneStep, SolverOption
@@ -57,16 +57,12 @@ def solve_cells(
     solver: SolverOption,
 ) -> Solved:
     """Equilibria of all N residual cells."""
-    solved = Solved(
+    found = Solved(
         *cpu_native.solve_cells(
             x, flat_params, z0, num_groups, variant.skip, *_forward(solver), _steps(solver)
         )
     )
-    if not (isinstance(solver, Anderson) and solver.rescue):
-        return solved
-    x_, params, z0_ = prepare(x, x), prepare_all(flat_params, x), prepare(z0, x)
-    step, linearize = reference.cells_problem(x_, params, num_groups, variant)
-    return reference.rescued(solved, step, z0_, solver, linearize)
+    return _rescue_cells(found, x, flat_params, num_groups, variant, solver)
 
 
 def solve_fuse(
@@ -81,20 +77,14 @@ def solve_fuse(
     solver: SolverOption,
 ) -> Solved:
     """Equilibrium of the purify-then-combine step, the cells' equilibria held fixed."""
-    solved = Solved(
+    problem = x_fuse, cell_sum, flat_params, mask
+    found = Solved(
         *cpu_native.solve_fuse(
-            x_fuse, cell_sum, flat_params, mask, z0, num_modalities, num_groups,
+            *problem, z0, num_modalities, num_groups,
             variant.relu_last, *_forward(solver), _steps(solver),
         )
     )  # fmt: skip
-    if not (isinstance(solver, Anderson) and solver.rescue):
-        return solved
-    x_, params = prepare(x_fuse, x_fuse), prepare_all(flat_params, x_fuse)
-    sum_, mask_, z0_ = (prepare(t, x_fuse) for t in (cell_sum, mask, z0))
-    step, linearize = reference.fuse_problem(
-        x_, sum_, params, mask_, num_modalities, num_groups, variant
-    )
-    return reference.rescued(solved, step, z0_, solver, linearize)
+    return _rescue_fuse(found, *problem, num_modalities, num_groups, variant, solver)
 
 
 def solve_layer(
@@ -108,17 +98,68 @@ def solve_layer(
     solver: SolverOption,
 ) -> SolvedLayer:
     """Equilibria of all cells and of the fuse step, in one call."""
-    if isinstance(solver, Anderson) and solver.rescue:  # between the blocks
-        return layer.solve(
-            solve_cells, solve_fuse,
-            x, flat_params, mask, z0_fuse, z0_cells, num_groups, variant, solver,
-        )  # fmt: skip
-    return SolvedLayer(
+    found = SolvedLayer(
         *cpu_native.solve_layer(
             x, flat_params, mask, z0_fuse, z0_cells, num_groups,
             variant.skip, variant.relu_last, *_forward(solver), _steps(solver),
         )
     )  # fmt: skip
+    if found.all_converged or not (isinstance(solver, Anderson) and solver.rescues(found.z.device)):
+        return found
+    return layer.rescued(
+        found, _rescue_cells, solve_fuse, _rescue_fuse,
+        x, flat_params, mask, z0_fuse, num_groups, variant, solver,
+    )  # fmt: skip
+
+
+def _rescue_cells(
+    found: Solved,
+    x: Tensor,  # (N, B, d)
+    flat_params: list[Tensor],
+    num_groups: int,
+    variant: Variant,
+    solver: SolverOption,
+) -> Solved:
+    """``found`` with the rows that were left behind solved by continuation, where that succeeds."""
+    rows = _left(found, solver)
+    if rows.numel() == 0:
+        return found
+    assert isinstance(solver, Anderson)
+    z, residual, nfe, outcome = cpu_native.rescue_cells(
+        x, flat_params, *found[:4], rows, num_groups, variant.skip,
+        solver.tol, solver.max_jacobians,
+    )  # fmt: skip
+    return Solved(z, residual, nfe, outcome, found.trace)
+
+
+def _rescue_fuse(
+    found: Solved,
+    x_fuse: Tensor,  # (B, d)
+    cell_sum: Tensor,  # (B, d)
+    flat_params: list[Tensor],
+    mask: Tensor | None,  # (B, d)
+    num_modalities: int,
+    num_groups: int,
+    variant: Variant,
+    solver: SolverOption,
+) -> Solved:
+    """As :func:`_rescue_cells`."""
+    rows = _left(found, solver)
+    if rows.numel() == 0:
+        return found
+    assert isinstance(solver, Anderson)
+    z, residual, nfe, outcome = cpu_native.rescue_fuse(
+        x_fuse, cell_sum, flat_params, mask, *found[:4], rows, num_modalities, num_groups,
+        variant.relu_last, solver.tol, solver.max_jacobians,
+    )  # fmt: skip
+    return Solved(z, residual, nfe, outcome, found.trace)
+
+
+def _left(found: Solved, solver: SolverOption) -> Tensor:
+    """Numbers (int64) of the rows that are to be solved otherwise, all dimensions as one."""
+    if not solver.rescues(found.z.device):
+        return torch.empty(0, dtype=torch.int64)
+    return torch.nonzero(left_behind(found.outcome.flatten())).flatten()
 
 
 def anderson(f: Map, z0: Tensor, option: Anderson) -> Solution:
@@ -253,4 +294,4 @@ def _forward(solver: SolverOption) -> tuple[float, int, int, float, float]:
 
 
 def _steps(solver: SolverOption) -> int:
-    return solver.trace_length if solver.trace else 0
+    return solver.max_iter if solver.trace else 0

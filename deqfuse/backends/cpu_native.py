@@ -51,6 +51,17 @@ _SCHEMAS = {
         "(Tensor probes, Tensor states, Tensor[] x, Tensor[] params, bool want_params, "
         "Tensor? mask, int num_groups, bool skip, bool relu_last) -> (Tensor, Tensor[], Tensor[])"
     ),
+    "cpu_rescue_cells": (
+        "(Tensor x, Tensor[] params, Tensor z, Tensor residual, Tensor nfe, Tensor outcome, "
+        "Tensor which, int num_groups, bool skip, float tol, int max_jacobians) "
+        "-> (Tensor, Tensor, Tensor, Tensor)"
+    ),
+    "cpu_rescue_fuse": (
+        "(Tensor x_fuse, Tensor cell_sum, Tensor[] params, Tensor? mask, Tensor z, "
+        "Tensor residual, Tensor nfe, Tensor outcome, Tensor which, int num_modalities, "
+        "int num_groups, bool relu_last, float tol, int max_jacobians) "
+        "-> (Tensor, Tensor, Tensor, Tensor)"
+    ),
     "cpu_anderson_step": (
         "(Tensor fz, Tensor(a!) z, Tensor(b!) best, Tensor(c!) images, Tensor(d!) residuals, "
         "Tensor(e!) gram, Tensor(f!) best_residual, Tensor(g!) nfe, Tensor(h!) best_at, "
@@ -104,6 +115,14 @@ def _fake_penalty_layer(probes, states, x, params, want, *rest):  # type: ignore
     return states.new_empty(states.shape[:-1]), *grads
 
 
+def _fake_rescue(*args):  # type: ignore[no-untyped-def]
+    found = args[2:6] if isinstance(args[1], list) else args[4:8]
+    return tuple(t.new_empty(t.shape) for t in found)
+
+
+torch.library.register_fake("deqfuse::cpu_rescue_cells")(_fake_rescue)
+torch.library.register_fake("deqfuse::cpu_rescue_fuse")(_fake_rescue)
+
 module: ModuleType | None = None
 load_error = ""
 try:
@@ -118,4 +137,6 @@ adjoint_cells = torch.ops.deqfuse.cpu_adjoint_cells.default
 adjoint_fuse = torch.ops.deqfuse.cpu_adjoint_fuse.default
 adjoint_layer = torch.ops.deqfuse.cpu_adjoint_layer.default
 penalty_layer = torch.ops.deqfuse.cpu_penalty_layer.default
+rescue_cells = torch.ops.deqfuse.cpu_rescue_cells.default
+rescue_fuse = torch.ops.deqfuse.cpu_rescue_fuse.default
 anderson_step = torch.ops.deqfuse.cpu_anderson_step.default

@@ -20,11 +20,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from deqfuse.backends import cuda_adjoint, cuda_penalty, layer, reference
+from deqfuse.backends import cuda_adjoint, cuda_penalty, layer
 from deqfuse.backends.backend import Backend, Launchers
 from deqfuse.backends.layer import LayerParams
 from deqfuse.backends.maps import Variant
 from deqfuse.backends.problem import Problem, Solved, SolvedLayer, compute_dtype
+from deqfuse.backends.rescue import rescue_cells, rescue_fuse
 from deqfuse.solvers.anderson import Anderson, Picard
 from deqfuse.solvers.derivatives import Map
 from deqfuse.solvers.options import SolverOption, Unrolled
@@ -134,9 +135,7 @@ def solve_cells(
     solved = _solved(*found, solver)
     if not (isinstance(solver, Anderson) and solver.rescue):
         return solved
-    params = [p.to(dtype) for p in flat_params]
-    step, linearize = reference.cells_problem(x.to(dtype), params, num_groups, variant)
-    return reference.rescued(solved, step, z0, solver, linearize)
+    return rescue_cells(solved, x, flat_params, num_groups, variant, solver)
 
 
 def solve_fuse(
@@ -166,12 +165,9 @@ def solve_fuse(
     solved = _solved(*found, solver)
     if not (isinstance(solver, Anderson) and solver.rescue):
         return solved
-    x, cell_sum, *params = (t.to(dtype) for t in (x, cell_sum, *params))
-    mask = None if mask is None else mask.to(dtype)
-    step, linearize = reference.fuse_problem(
-        x, cell_sum, params, mask, num_modalities, num_groups, variant
+    return rescue_fuse(
+        solved, x, cell_sum, params, mask, num_modalities, num_groups, variant, solver
     )
-    return reference.rescued(solved, step, z0, solver, linearize)
 
 
 def solve_layer(
@@ -187,7 +183,8 @@ def solve_layer(
     """Equilibria of all cells and of the fuse step: two launches, and two that pack."""
     from deqfuse.triton_kernels import cell, solve
 
-    like, rescue = x[0], isinstance(solver, Anderson) and solver.rescue  # between the blocks
+    like = x[0]
+    rescue = isinstance(solver, Anderson) and solver.rescue  # between the blocks
     if rescue or not one_launch(like, num_groups, solver):
         return layer.solve(
             solve_cells, solve_fuse,
@@ -283,7 +280,4 @@ def _solved(
     z, residual, nfe, outcome = answer
     if trace is None:
         trace = residual.new_empty((0, *residual.shape))
-    elif len(trace) < solver.trace_length:  # the rescue writes behind the solve
-        missing = solver.trace_length - len(trace)
-        trace = torch.cat([trace, residual.new_full((missing, *residual.shape), torch.nan)])
     return Solved(z, residual, nfe, outcome, trace)

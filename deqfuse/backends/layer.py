@@ -6,6 +6,8 @@ The parameters of a layer travel as one list: ten for each of the N cells, the s
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,6 +16,7 @@ from torch import Tensor
 
 from deqfuse.backends.maps import CellParams, FuseParams, Variant
 from deqfuse.backends.problem import LayerStatistics, Solved, SolvedLayer, compute_dtype
+from deqfuse.solvers.anderson import Anderson
 from deqfuse.solvers.options import GradientOption, SolverOption
 
 
@@ -95,6 +98,62 @@ def solve(
     )
     trace = torch.cat([cells.trace, fuse.trace[:, None]], 1)
     return SolvedLayer(fuse.z, states, residual, nfe, outcome, trace)
+
+
+def rescued(
+    found: SolvedLayer,
+    rescue_cells: Callable[..., Solved],
+    solve_fuse: Callable[..., Solved],
+    rescue_fuse: Callable[..., Solved],
+    x: list[Tensor],  # N tensors (B, d)
+    flat_params: list[Tensor],
+    mask: Tensor | None,  # (B, d)
+    z0_fuse: Tensor | None,  # (B, d)
+    num_groups: int,
+    variant: Variant,
+    solver: Anderson,
+) -> SolvedLayer:
+    """The layer with its left rows solved by continuation: the cells', then the fuse step's.
+
+    The fuse step of a row one of whose cells has another answer now is solved anew.
+
+    Args:
+        found: what a solve of all blocks at once found.
+        rescue_cells, rescue_fuse: (found, arguments of the solve without its start) -> Solved.
+        solve_fuse: a backend's launcher, as ``reference.solve_fuse``.
+        x, flat_params, mask, z0_fuse, num_groups, variant, solver: as in :func:`solve`.
+
+    Returns:
+        Equilibria (N + 1, B, d) and statistics (N + 1, B).
+    """
+    stacked, params = torch.stack(list(x)), LayerParams.split(flat_params, len(x))
+    cells, fuse = (
+        Solved(*(t[at].clone() for t in found[1:5]), trace=found.trace)  # type: ignore[misc]
+        for at in (slice(None, -1), -1)
+    )
+    before = cells.z
+    cells = rescue_cells(cells, stacked, params.cells, num_groups, variant, solver)
+    x_fuse = fuse_injection(stacked, params.weights, params.bias)
+    # One after the other, as in the kernels: sum() adds in an order that depends on the shape.
+    cell_sum = functools.reduce(torch.add, cells.z.unbind())
+    again = torch.nonzero(((cells.z - before).abs() > 0).any(-1).any(0)).flatten()
+    if again.numel():
+        some = [None if t is None else t[again] for t in (x_fuse, cell_sum, mask, z0_fuse)]
+        plain = dataclasses.replace(solver, rescue=False)  # they have theirs with the others
+        once_more = solve_fuse(
+            *some[:2], params.fuse, *some[2:], len(x), num_groups, variant, plain
+        )
+        for t, new in zip(fuse[:4], once_more[:4], strict=True):
+            t[again] = new
+        fuse.nfe[again] += found.nfe[-1][again]
+        found.trace[:, -1, again] = once_more.trace
+    fuse = rescue_fuse(
+        fuse, x_fuse, cell_sum, params.fuse, mask, len(x), num_groups, variant, solver
+    )
+    states, residual, nfe, outcome = (
+        torch.cat([c, f[None]]) for c, f in zip(cells[:4], fuse[:4], strict=True)
+    )
+    return SolvedLayer(fuse.z, states, residual, nfe, outcome, found.trace)
 
 
 def adjoint(

@@ -39,7 +39,7 @@ class Solved(NamedTuple):
         residual: (...) relative residuals, compute dtype.
         nfe: (...) int32, evaluations of the map while the row was active.
         outcome: (...) int8, values of ``Outcome``.
-        trace: (trace_length, ...) residual at each step, NaN where a row had stopped; (0, ...) when
+        trace: (max_iter, ...) residual at each step, NaN where a row had stopped; (0, ...) when
             not asked for.
     """
 
@@ -47,7 +47,7 @@ class Solved(NamedTuple):
     residual: Tensor  # (...), as the others
     nfe: Tensor
     outcome: Tensor
-    trace: Tensor  # (trace_length or 0, ...)
+    trace: Tensor  # (max_iter or 0, ...)
 
 
 class SolvedLayer(NamedTuple):
@@ -59,7 +59,7 @@ class SolvedLayer(NamedTuple):
         residual: (N + 1, B) relative residuals, compute dtype.
         nfe: (N + 1, B) int32, evaluations of the map while the row was active.
         outcome: (N + 1, B) int8, values of ``Outcome``.
-        trace: (trace_length, N + 1, B) residual at each step; (0, N + 1, B) when not asked for.
+        trace: (max_iter, N + 1, B) residual at each step; (0, N + 1, B) when not asked for.
         all_converged: True only where the backend has looked, and no row failed.
     """
 
@@ -68,7 +68,7 @@ class SolvedLayer(NamedTuple):
     residual: Tensor  # (N + 1, B), as the others
     nfe: Tensor
     outcome: Tensor
-    trace: Tensor  # (trace_length or 0, N + 1, B)
+    trace: Tensor  # (max_iter or 0, N + 1, B)
     all_converged: bool = False
 
 

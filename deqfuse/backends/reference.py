@@ -10,14 +10,7 @@ from torch import Tensor
 from deqfuse.backends import layer
 from deqfuse.backends.backend import Backend, Launchers
 from deqfuse.backends.linearization import CellLinearization, FuseLinearization
-from deqfuse.backends.maps import (
-    CellParams,
-    FuseParams,
-    Variant,
-    gate_constant,
-    purify_combine,
-    residual_cell,
-)
+from deqfuse.backends.maps import CellParams, FuseParams, Variant
 from deqfuse.backends.penalty import penalty_layer
 from deqfuse.backends.problem import (
     LayerStatistics,
@@ -27,12 +20,14 @@ from deqfuse.backends.problem import (
     Statistics,
     compute_dtype,
 )
+from deqfuse.backends.rescue import rescue_cells, rescue_fuse
+from deqfuse.backends.row_maps import cells_on_rows, fuse_on_rows
 from deqfuse.solvers.adjoint import solve_adjoint
 from deqfuse.solvers.anderson import Anderson, anderson
 from deqfuse.solvers.derivatives import Linearize, Map
 from deqfuse.solvers.options import GradientOption, SolverOption
 from deqfuse.solvers.rows import Solution
-from deqfuse.solvers.solve import rescue, solve
+from deqfuse.solvers.solve import registered
 
 
 def unavailable() -> tuple[str, str] | None:
@@ -75,8 +70,11 @@ def solve_cells(
         Equilibria (N, B, d) in the compute dtype and statistics (N, B).
     """
     x, flat_params = _to_compute(x, x), _to_compute(flat_params, x)
-    step, linearize = cells_problem(x, flat_params, num_groups, variant)
-    return _solve(step, x, z0, solver, linearize)
+    step, linearize = cells_on_rows(x, flat_params, num_groups, variant)
+    found = _solve(step, x, z0, solver, linearize)
+    if not (isinstance(solver, Anderson) and solver.rescues(x.device)):
+        return found
+    return rescue_cells(found, x, flat_params, num_groups, variant, solver)
 
 
 def solve_fuse(
@@ -109,10 +107,12 @@ def solve_fuse(
     """
     flat_params = _to_compute(flat_params, x_fuse)
     x_fuse, cell_sum, mask = (_to_compute(t, x_fuse) for t in (x_fuse, cell_sum, mask))
-    step, linearize = fuse_problem(
-        x_fuse, cell_sum, flat_params, mask, num_modalities, num_groups, variant
-    )
-    return _solve(step, x_fuse, z0, solver, linearize)
+    problem = x_fuse, cell_sum, flat_params, mask, num_modalities, num_groups, variant
+    step, linearize = fuse_on_rows(*problem)
+    found = _solve(step, x_fuse, z0, solver, linearize)
+    if not (isinstance(solver, Anderson) and solver.rescues(x_fuse.device)):
+        return found
+    return rescue_fuse(found, *problem, solver)
 
 
 def solve_layer(*problem: Any) -> SolvedLayer:
@@ -125,45 +125,6 @@ def solve_layer(*problem: Any) -> SolvedLayer:
         Equilibria (N + 1, B, d) and statistics (N + 1, B).
     """
     return layer.solve(solve_cells, solve_fuse, *problem)
-
-
-def cells_problem(
-    x: Tensor, flat_params: list[Tensor], num_groups: int, variant: Variant
-) -> tuple[Map, Linearize]:
-    """The cells' map on rows (N * B, d) and its JVPs, everything in the compute dtype."""
-    params, shape = CellParams.stack(flat_params), x.shape
-
-    def step(z: Tensor) -> Tensor:
-        return residual_cell(z.view(shape), x, params, num_groups, variant).flatten(0, 1)
-
-    def linearize(z: Tensor) -> Map:
-        at = CellLinearization(z.view(shape), x, params, num_groups, variant)
-        return lambda v: at.jvp(v.view(shape)).flatten(0, 1)
-
-    return step, linearize
-
-
-def fuse_problem(
-    x_fuse: Tensor,
-    cell_sum: Tensor,
-    flat_params: list[Tensor],
-    mask: Tensor | None,
-    num_modalities: int,
-    num_groups: int,
-    variant: Variant,
-) -> tuple[Map, Linearize]:
-    """The fuse map on rows (B, d) and its JVPs, everything in the compute dtype."""
-    params = FuseParams(*flat_params)
-    constant = gate_constant(cell_sum, num_modalities, params)
-    rest = (num_modalities, params, num_groups, variant)
-
-    def step(z: Tensor) -> Tensor:
-        return purify_combine(z, x_fuse, constant, mask, *rest)
-
-    def linearize(z: Tensor) -> Map:
-        return FuseLinearization(z, x_fuse, cell_sum, mask, *rest).jvp
-
-    return step, linearize
 
 
 def takes_rows(z0: Tensor, solver: SolverOption) -> bool:
@@ -317,29 +278,11 @@ def _solve(
     step: Map, like: Tensor, z0: Tensor | None, solver: SolverOption, linearize: Linearize
 ) -> Solved:
     start = torch.zeros_like(like) if z0 is None else z0.to(like.dtype)
-    found = solve(step, start.reshape(-1, like.shape[-1]), solver, linearize)
-    return solved(found, like.shape, solver)
-
-
-def rescued(
-    left: Solved, step: Map, z0: Tensor | None, solver: Anderson, linearize: Linearize
-) -> Solved:
-    """Newton-Krylov for the rows that another backend's solve left behind."""
-    trace = None
-    if solver.trace and left.nfe.numel():
-        trace = left.trace[: int(left.nfe.max())].flatten(1)
-    statistics = (left.residual.flatten(), left.nfe.flatten(), left.outcome.flatten())
-    start = torch.zeros_like(left.z) if z0 is None else z0.to(left.z.dtype)
-    flat = Solution(left.z.flatten(0, -2), *statistics, trace)
-    found = rescue(step, start.flatten(0, -2), solver, flat, linearize)
-    return solved(found, left.z.shape, solver)
-
-
-def solved(found: Solution, shape: torch.Size, solver: SolverOption) -> Solved:
-    """A solution over flat rows as an operator's output, whose trace has a fixed length."""
-    stats = _statistics(found, shape[:-1])
-    steps = solver.trace_length if solver.trace else 0
-    trace = stats.residual.new_full((steps, *shape[:-1]), torch.nan)
+    found = registered(solver)(step, start.reshape(-1, like.shape[-1]), solver, linearize)
+    shape = like.shape
+    statistics = _statistics(found, shape[:-1])
+    steps = solver.max_iter if solver.trace else 0
+    trace = statistics.residual.new_full((steps, *shape[:-1]), torch.nan)
     if found.trace is not None:
         trace[: len(found.trace)] = found.trace.view(len(found.trace), *shape[:-1])
-    return Solved(found.z.view(shape), *stats, trace)
+    return Solved(found.z.view(shape), *statistics, trace)

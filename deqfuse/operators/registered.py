@@ -31,7 +31,7 @@ def _adjoint(block: Block, *inputs: Any) -> tuple[Any, ...]:
 def _fake_solve(block: Block, *inputs: Any) -> tuple[Any, ...]:
     rows, _, _, (_, _, solver, *_) = block.split(inputs)
     option = from_code(solver)
-    steps, like = option.trace_length if option.trace else 0, rows[0]
+    steps, like = option.max_iter if option.trace else 0, rows[0]
     states = like if block.num_rows is not None else empty_states(rows)
     solved = empty_solved(states, steps, compute_dtype(like.dtype))
     fused = (solved[0].new_empty(like.shape),) if block.num_equilibria == 2 else ()

@@ -6,6 +6,7 @@ thing that ``Unrolled`` backpropagates through.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -18,7 +19,6 @@ from deqfuse.solvers.rows import Rows, Solution, row_dot, select
 
 PIVOT_FLOOR = 2.4e-7  # relative to the largest diagonal; without it float32 Cholesky gives NaN
 TINY = 1e-30
-RESCUE_STEPS = 8
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,13 @@ class Anderson(SolverOption):
         lam: ridge *relative* to the largest diagonal entry of the Gram matrix. An absolute ridge
             swamps the Gram matrix as soon as residuals are small and turns the method into
             averaging.
-        rescue: whether rows that did not converge get up to 8 Newton-Krylov steps from their best
-            iterate, with a budget of their own.
+        rescue: whether rows that the method gives up are solved by continuation
+            (:mod:`deqfuse.solvers.continuation`), at 10 to 1000 dense Jacobians for most rows.
+            None: for the layer's own maps yes on the CPU, and no on a GPU, where a look at the
+            outcomes waits for the device; for ``DEQ(f)`` no, as nobody knows whether f is bounded.
+            With True a row of ``DEQ(f)`` may have up to 1024 numbers. ``Unrolled()`` has none.
+        max_jacobians: bound on the work of the rescue, per row. There is none for a whole solve: a
+            row's answer would depend on its neighbours.
 
     Raises:
         TypeError: a value of a wrong type.
@@ -52,11 +57,14 @@ class Anderson(SolverOption):
     m: int = knob(5, scalars.positive_int)
     beta: float = knob(1.0, scalars.mixing)
     lam: float = knob(1e-6, scalars.non_negative_float)
-    rescue: bool = knob(False, scalars.flag)
+    rescue: bool | None = knob(None, scalars.flag_or_none)
+    max_jacobians: int = knob(10_000, scalars.positive_int)
 
-    @property
-    def trace_length(self) -> int:
-        return self.max_iter + (RESCUE_STEPS + 1 if self.rescue else 0)
+    def rescues(self, device: torch.device) -> bool:
+        return device.type == "cpu" if self.rescue is None else self.rescue
+
+    def settled(self, rescue: bool) -> Anderson:
+        return self if self.rescue is not None else dataclasses.replace(self, rescue=rescue)
 
     @property
     def unrolls(self) -> bool:

@@ -18,7 +18,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 Map = Callable[[Tensor], Tensor]
 Linearize = Callable[[Tensor], Map]  # z -> (v -> J(z) v)
+Jacobian = Callable[[Tensor, list[int]], Tensor]  # z (R, n), rows -> their Jacobians (rows, n, n)
 
+MAX_FEATURES = 1024  # of a row whose dense Jacobian is made of as many products
+NUMBERS_AT_ONCE = 2**24  # of dense Jacobians, kept at a time
 
 _lock = threading.Lock()
 _inside: list[contextlib.ExitStack] = []  # one for each block that is in; the first holds switches
@@ -74,3 +77,24 @@ def jvp_of(f: Map) -> Linearize:
         return jvp
 
     return linearize
+
+
+def columns_of(linearize: Linearize) -> Jacobian:
+    """Dense Jacobians of some rows, from products of all rows: one for each number of a row.
+
+    Args:
+        linearize: ``z -> (v -> J(z) v)``; with ``J^T`` instead, the result is that, too.
+    """
+
+    def jacobian(z: Tensor, rows: list[int]) -> Tensor:
+        product = linearize(z)
+        unit = torch.eye(z.shape[1], dtype=z.dtype, device=z.device)
+        return torch.stack([product(e.expand_as(z))[rows] for e in unit], dim=2)
+
+    return jacobian
+
+
+def rows_at_once(rows: list[int], n: int) -> Iterator[list[int]]:
+    """The rows in parts whose dense Jacobians, n x n each, fit into some memory."""
+    size = max(1, NUMBERS_AT_ONCE // max(1, n * n))
+    return (rows[first : first + size] for first in range(0, len(rows), size))

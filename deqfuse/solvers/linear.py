@@ -13,13 +13,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from deqfuse.outcome import Outcome
+from deqfuse.outcome import Outcome, failed
 from deqfuse.solvers.anderson import Anderson, Picard, anderson, picard
+from deqfuse.solvers.derivatives import MAX_FEATURES, columns_of, rows_at_once
 from deqfuse.solvers.rows import Solution, rejudged, row_dot, row_norm, select
 
 Operator = Callable[[Tensor], Tensor]
 TINY = 1e-30
-_LEAST = {"auto": 2, "gmres": 2, "bicgstab": 3}  # applications of A below which nothing is done
+_LEAST = {"gmres": 2, "bicgstab": 3}  # applications of A below which nothing is done
 
 
 def solve_linear(
@@ -69,9 +70,12 @@ def _power_of_two(a: Tensor) -> Tensor:
 
 
 def _solve_scaled(apply: Operator, b: Tensor, method: str, tol: float, max_iter: int) -> Solution:
+    if method == "auto":
+        found = _solve_scaled(apply, b, "gmres", tol, max_iter)
+        return found if b.shape[1] > MAX_FEATURES else factorised(apply, b, tol, found)
     if max_iter < _LEAST.get(method, 1):  # too few for one cycle and its true residual
         method = "neumann"
-    if method in ("auto", "gmres"):  # the fewest applications of all (docs/explanation/numerics.md)
+    if method == "gmres":  # the fewest applications of all (docs/explanation/numerics.md)
         return gmres(apply, b, tol, max_iter)
     if method == "bicgstab":
         return bicgstab(apply, b, tol, max_iter)
@@ -142,7 +146,7 @@ def gmres(
     while budget.active.any():
         x = select(budget.active, x + _gmres_cycle(apply, r, budget, restart), x)
         budget.spend(budget.active)
-        true = b - x + apply(x)
+        true = b - (x - apply(x))  # in this order: a huge x must not swallow b
         r = select(budget.active, true, r)
         budget.judge(true)
     return budget.solution(x)
@@ -212,7 +216,7 @@ def bicgstab(apply: Operator, b: Tensor, tol: float, max_iter: int) -> Solution:
     x, r = torch.zeros_like(b), b
     while budget.active.any():
         x_new = _bicgstab_run(apply, x, r, budget)
-        r_new = b - x_new + apply(x_new)
+        r_new = b - (x_new - apply(x_new))
         # The residual of BiCGStab is not monotone: a run that ends worse than it began is undone.
         undone = budget.active & (row_norm(r_new) >= row_norm(r))
         taken = budget.active & ~undone
@@ -254,24 +258,38 @@ def _divide(a: Tensor, b: Tensor) -> Tensor:
 
 
 def dense(apply: Operator, b: Tensor, tol: float) -> Solution:
-    """Exact: builds A row by row from its action on the unit vectors, then factorises each row.
+    """Every row by LU factors of its I - A."""
+    return factorised(apply, b, tol, _Budget(b, tol, 0, 1).solution(torch.zeros_like(b)))
 
-    Rows are factorised one at a time: batched ``torch.linalg.solve`` is wrong for n > 128 on some
-    MKL builds once the thread count was set.
+
+def factorised(apply: Operator, b: Tensor, tol: float, found: Solution) -> Solution:
+    """The solution with the rows that did not converge solved by LU factors of their I - A.
+
+    A is made of its products with the unit vectors. Rows are factorised one at a time: batched
+    ``torch.linalg.solve`` is wrong for n > 128 on some MKL builds once the thread count was set. A
+    row that even so misses the tolerance is singular, and its residual the condition number.
     """
-    count, n = b.shape
-    eye = torch.eye(n, dtype=b.dtype, device=b.device)
-    columns = [apply(eye[k].expand(count, n)) for k in range(n)]
-    matrix = eye - (torch.stack(columns, dim=2) if columns else b.new_zeros(count, 0, 0))
-    finite = torch.isfinite(matrix).all(2).all(1) & torch.isfinite(b).all(1)
-    x = torch.full_like(b, torch.nan)
-    for row in range(count):
-        if finite[row]:
-            x[row] = torch.linalg.solve_ex(matrix[row], b[row]).result
-    # Of what was factorised; if rows are separate problems, A itself says the same.
-    residual = row_norm(b - (matrix @ x[:, :, None])[:, :, 0]) / _safe_norm(b)
-    outcome = torch.where(residual <= tol, int(Outcome.CONVERGED), int(Outcome.STALLED))
-    outcome = torch.where(finite, outcome, int(Outcome.NON_FINITE))
-    nfe = torch.full((count,), n + 1, dtype=torch.int32, device=b.device)
-    found = Solution(x, residual, nfe, outcome.to(torch.int8))
-    return rejudged(found, row_norm(b - x + apply(x)) / _safe_norm(b), tol)
+    n = b.shape[1]
+    # An iteration that overflowed says nothing about its row.
+    left = failed(found.outcome) & (found.outcome != int(Outcome.COUPLED)) & b.isfinite().all(1)
+    if n == 0 or not left.any():
+        return found
+    x, residual, outcome = found.z.clone(), found.residual.clone(), found.outcome.clone()
+    unit = torch.eye(n, dtype=b.dtype, device=b.device)
+    for rows in rows_at_once(torch.nonzero(left).flatten().tolist(), n):
+        matrices = unit - columns_of(lambda _: apply)(b, rows)
+        for row, matrix in zip(rows, matrices, strict=True):
+            if not matrix.isfinite().all():
+                x[row], residual[row] = torch.nan, torch.nan
+                outcome[row] = int(Outcome.NON_FINITE)
+                continue
+            answer = torch.linalg.solve_ex(matrix, b[row]).result
+            error = (matrix @ answer - b[row]).norm() / _safe_norm(b[row : row + 1])[0]
+            solved = bool(error <= tol)
+            x[row] = answer if solved else x[row]
+            residual[row] = error if solved else torch.linalg.cond(matrix)
+            outcome[row] = int(Outcome.CONVERGED if solved else Outcome.SINGULAR)
+    nfe = torch.where(left, found.nfe + n + 1, found.nfe).to(torch.int32)
+    # What was factorised is A itself if rows are separate problems.
+    judged = row_norm(b - (x - apply(x))) / _safe_norm(b)
+    return rejudged(Solution(x, residual, nfe, outcome), judged, tol)

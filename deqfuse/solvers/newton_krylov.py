@@ -51,9 +51,6 @@ def newton_krylov(
     z0: Tensor,  # (R, n)
     option: NewtonKrylov,
     linearize: Linearize | None = None,
-    *,
-    active: Tensor | None = None,  # (R,) rows to work on
-    max_steps: int | None = None,
 ) -> Solution:
     """Solve ``z = f(z)``: each step solves ``(I - J) s = f(z) - z`` and moves along ``s``.
 
@@ -61,13 +58,13 @@ def newton_krylov(
     and the last ones converge fast. A row whose line search fails takes a plain step ``z <- f(z)``.
     """
     linearize = linearize or jvp_of(f)
-    rows = Rows(z0, option.tol, option.max_iter, active=active, trace=option.trace)
-    z, fz, steps = z0, f(z0), 0
+    rows = Rows(z0, option.tol, option.max_iter, trace=option.trace)
+    z, fz, first = z0, f(z0), True
     cost = torch.ones_like(rows.nfe)  # of the step that led to z
-    while rows.observe(z, fz, cost) and steps != max_steps:
-        if steps == 0 and active is None:  # a cold start says nothing about J at the solution
+    while rows.observe(z, fz, cost):
+        if first:  # a cold start says nothing about J at the solution
             z, cost = select(rows.active, fz, z), torch.ones_like(rows.nfe)
-            fz, steps = f(z), 1
+            fz, first = f(z), False
             continue
         g = fz - z
         size = row_norm(g)
@@ -78,7 +75,6 @@ def newton_krylov(
         z_new, fz_new, cost = _line_search(f, z, fz, inner.z, size, rows.active, left - inner.nfe)
         cost = cost + inner.nfe
         z, fz = select(rows.active, z_new, z), fz_new
-        steps += 1
     return rows.solution()
 
 

@@ -14,6 +14,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
 
+import torch
+
 from deqfuse import scalars
 
 __all__ = [
@@ -120,14 +122,31 @@ class SolverOption(_Option):
     trace: bool = knob(False, scalars.flag)
 
     @property
-    def trace_length(self) -> int:
-        """Upper bound on the number of steps that a trace can hold."""
-        return self.max_iter
-
-    @property
     def unrolls(self) -> bool:
         """Whether autograd can follow the solver's steps, as ``Unrolled()`` asks."""
         return True
+
+    def rescues(self, device: torch.device) -> bool:
+        """Whether rows of the layer's own maps that the solver gives up are solved otherwise.
+
+        Args:
+            device: of the features.
+
+        Returns:
+            False unless the solver has such a rescue.
+        """
+        return False
+
+    def settled(self, rescue: bool) -> SolverOption:
+        """The option with what it leaves open decided.
+
+        Args:
+            rescue: whether rows that the solver gives up are solved otherwise.
+
+        Returns:
+            An option that leaves nothing open; the same one where it did not.
+        """
+        return self
 
     def remedies(self) -> list[str]:
         """What to try where rows did not converge, as code."""

@@ -128,7 +128,6 @@ class Rows:
         tol: residual at which a row is converged.
         max_iter: evaluations after which a row stops.
         scale: (R,) denominator of the residual; ``|f(z)| + 1e-5`` when not given.
-        active: (R,) bool, rows to work on at all; the others keep ``z0``.
         trace: whether to keep the residual of every observation.
 
     Attributes:
@@ -143,14 +142,11 @@ class Rows:
         max_iter: int,
         *,
         scale: Tensor | None = None,
-        active: Tensor | None = None,
         trace: bool = False,
     ) -> None:
         count, device = z0.shape[0], z0.device
         self.tol, self.max_iter, self.scale = tol, max_iter, scale
-        self.active = (
-            torch.ones(count, dtype=torch.bool, device=device) if active is None else active
-        )
+        self.active = torch.ones(count, dtype=torch.bool, device=device)
         self.best = z0
         self.best_residual = torch.full((count,), float("inf"), dtype=z0.dtype, device=device)
         self._last = self.best_residual  # of every row, active or not

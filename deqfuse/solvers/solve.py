@@ -1,17 +1,26 @@
-"""One entry for all forward solvers, and Anderson's rescue of the rows that it left behind."""
+"""One entry for all forward solvers, and the rescue of the rows that one left behind."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from deqfuse.outcome import Outcome
-from deqfuse.solvers.anderson import RESCUE_STEPS, Anderson, Picard, anderson, picard
+from deqfuse.outcome import Outcome, left_behind
+from deqfuse.solvers.anderson import Anderson, Picard, anderson, picard
 from deqfuse.solvers.broyden import Broyden, broyden
-from deqfuse.solvers.derivatives import Linearize, Map, jvp_of
+from deqfuse.solvers.continuation import find_zeros
+from deqfuse.solvers.derivatives import (
+    MAX_FEATURES,
+    Jacobian,
+    Linearize,
+    Map,
+    columns_of,
+    jvp_of,
+)
 from deqfuse.solvers.newton_krylov import NewtonKrylov, newton_krylov
 from deqfuse.solvers.options import SolverOption
 from deqfuse.solvers.rows import Solution, rejudged, residual_of, select
@@ -50,7 +59,6 @@ def solve(
     f: Map,
     z0: Tensor,  # (R, n)
     option: SolverOption,
-    linearize: Linearize | None = None,
     run: Solver | None = None,
 ) -> Solution:
     """Solve ``z = f(z)`` for every row.
@@ -59,7 +67,6 @@ def solve(
         f: row-wise map (R, n) -> (R, n).
         z0: (R, n) start.
         option: the solver and its knobs.
-        linearize: ``z -> (v -> J(z) v)`` where a cheaper JVP than forward-mode autograd is known.
         run: another implementation of the option's solver than the registered one.
 
     Returns:
@@ -67,46 +74,49 @@ def solve(
 
     Raises:
         TypeError: no solver is registered for options of this class.
+        ValueError: rows of more than 1024 numbers with ``Anderson(rescue=True)``.
     """
-    found = (run or registered(option))(f, z0, option, linearize)
-    if isinstance(option, Anderson) and option.rescue:
-        return rescue(f, z0, option, found, linearize)
-    return found
-
-
-def rescue(
-    f: Map,
-    z0: Tensor,
-    option: Anderson,
-    found: Solution,
-    linearize: Linearize | None,
-) -> Solution:
-    """Up to 8 Newton-Krylov steps for the rows that did not converge, from their best iterate."""
-    left = found.outcome != int(Outcome.CONVERGED)
-    if not left.any():
+    found = (run or registered(option))(f, z0, option, None)
+    if not (isinstance(option, Anderson) and option.rescue):
         return found
-    start = select(torch.isfinite(found.z).all(1), found.z, z0)
-    newton = NewtonKrylov(tol=option.tol, max_iter=10_000, trace=option.trace)
-    images: list[Tensor] = []  # the first and the last f(z), of all rows
+    if z0.shape[1] > MAX_FEATURES:
+        raise ValueError(
+            f"Anderson(rescue=True): expected rows of at most {MAX_FEATURES} numbers, got "
+            f"{z0.shape[1]}: a dense Jacobian takes as many products. Remedy: NewtonKrylov()"
+        )
+    given = lambda z: f(z.to(z0.dtype)).to(z.dtype)  # noqa: E731
+    return rescue(given, option, found, columns_of(jvp_of(given)))
 
-    def observed(z: Tensor) -> Tensor:
-        fz = f(z)
-        images[1:] = [fz.detach()]
-        return fz
 
-    rescued = newton_krylov(
-        observed, start, newton, linearize or jvp_of(f), active=left, max_steps=RESCUE_STEPS
-    )
+def rescue(f: Map, option: Anderson, found: Solution, jacobian: Jacobian) -> Solution:
+    """Continuation for the rows that were left behind, from their best iterate.
+
+    Args:
+        f: row-wise map (R, n) -> (R, n), in the dtype of what it is given.
+        option: tolerance and bound on the work.
+        found: what the solver found.
+        jacobian: dense Jacobians of f in float64.
+
+    Returns:
+        The solution in which such rows have a better answer, or their old one.
+    """
+    left = left_behind(found.outcome)
+    rows = torch.nonzero(left).flatten().tolist()
+    if not rows:
+        return found
+    first = f(found.z)
+    zeros = find_zeros(f, jacobian, found.z, rows, option.tol, option.max_jacobians)
+    z = zeros.z.to(found.z.dtype)
+    last = f(z)
+    residual = residual_of(z, last)
     # The rows that had converged stood still meanwhile: if f moved there, it couples rows.
-    found = rejudged(found, residual_of(images[0], images[-1]), option.tol)
-    better = left & (rescued.residual < found.residual)
-    trace = found.trace
-    if trace is not None and rescued.trace is not None:
-        trace = torch.cat([trace, rescued.trace])
-    return Solution(
-        select(better, rescued.z, found.z),
-        torch.where(better, rescued.residual, found.residual),
-        torch.where(left, found.nfe + rescued.nfe, found.nfe),
-        torch.where(better, rescued.outcome, found.outcome),
-        trace,
+    found = rejudged(found, residual_of(first, last), option.tol)
+    solved = left & zeros.found & (residual <= option.tol)
+    better = left & zeros.found & ((residual < found.residual) | solved)
+    return dataclasses.replace(
+        found,
+        z=select(better, z, found.z),
+        residual=torch.where(better, residual, found.residual),
+        nfe=found.nfe + zeros.work,
+        outcome=torch.where(solved, int(Outcome.RESCUED), found.outcome).to(torch.int8),
     )

@@ -125,7 +125,8 @@ def test_each_way_to_fail_is_told_apart() -> None:
 
 def test_layer_names_its_blocks() -> None:
     torch.manual_seed(0)
-    layer = DEQFusion(8, 2, num_groups=2, solver=Anderson(tol=1e-7, max_iter=1))
+    solver = Anderson(tol=1e-7, max_iter=1, rescue=False)
+    layer = DEQFusion(8, 2, num_groups=2, solver=solver)
     xs = [torch.randn(5, 8) for _ in range(2)]
     with pytest.warns(ConvergenceWarning) as caught:
         layer(xs)
@@ -218,7 +219,8 @@ def test_backward_tolerance_is_never_looser_than_the_forward() -> None:
 
 def test_layer_reports_its_backward_blocks() -> None:
     torch.manual_seed(0)
-    layer = DEQFusion(8, 2, num_groups=2, solver=Anderson(tol=1e-5), adjoint=Implicit(max_iter=2))
+    adjoint = Implicit(solver="anderson", max_iter=2)
+    layer = DEQFusion(8, 2, num_groups=2, solver=Anderson(tol=1e-5), adjoint=adjoint)
     z = layer([torch.randn(5, 8) for _ in range(2)])
     with pytest.warns(ConvergenceWarning) as caught:
         z.backward(torch.randn(5, 8))
@@ -235,7 +237,7 @@ def test_layer_raises_in_backward() -> None:
         2,
         num_groups=2,
         solver=Anderson(tol=1e-5),
-        adjoint=Implicit(max_iter=2),
+        adjoint=Implicit(solver="anderson", max_iter=2),
         on_failure="raise",
     )
     z = layer([torch.randn(5, 8) for _ in range(2)])
@@ -270,8 +272,11 @@ class Event:
 
 
 def enqueue(event: Event, failed: int, what: str = "the fuse block") -> None:
-    summary = torch.tensor([8.0, float(failed), 0.0, 0.0, 0.0, 0.25], dtype=torch.float64)
-    reporting._late.append(reporting._Late(summary, event, what, Anderson(tol=1e-4, max_iter=50)))
+    outcome = torch.zeros(8, dtype=torch.int8)
+    outcome[:failed] = int(Outcome.MAX_ITER)
+    statistics = reporting._Statistics(outcome, torch.full((8,), 0.25))
+    option = Anderson(tol=1e-4, max_iter=50)
+    reporting._late.append(reporting._Late(statistics, event, what, option))
 
 
 def messages_of(action: Any) -> list[str]:

@@ -74,7 +74,7 @@ class TestCommonOptions:
         (lambda: Anderson(lam=-1e-6), ValueError, ("Anderson(lam=...)", "-1e-06")),
         (lambda: Anderson(lam=float("nan")), ValueError, ("Anderson(lam=...)", "nan")),
         (lambda: Anderson(lam=False), TypeError, ("Anderson(lam=...)", "a number", "False")),
-        (lambda: Anderson(rescue=1), TypeError, ("Anderson(rescue=...)", "True or False", "1")),
+        (lambda: Anderson(rescue=1), TypeError, ("Anderson(rescue=...)", "False or None", "1")),
         (lambda: Picard(trace="yes"), TypeError, ("Picard(trace=...)", "True or False", "'yes'")),
         (lambda: NewtonKrylov(restart=0), ValueError, ("NewtonKrylov(restart=...)", ">= 1", "0")),
         (lambda: Neumann(k=0), ValueError, ("Neumann(k=...)", "an int >= 1", "0")),

@@ -19,19 +19,25 @@ def block(residual: list, outcome: list) -> BlockInfo:  # type: ignore[type-arg]
 
 def test_rows_are_summed_up_over_blocks() -> None:
     nan = float("nan")
-    fuse = block([1e-6, 0.5, 1e-6, nan], [0, Outcome.MAX_ITER, 0, Outcome.NON_FINITE])
+    done, limit, stalled, rescued = 0, Outcome.MAX_ITER, Outcome.STALLED, Outcome.RESCUED
+    fuse = block(
+        [1e-6, 0.5, 1e-6, nan, 1e-6, 1e-6, 0.5],
+        [done, limit, rescued, Outcome.NON_FINITE, done, rescued, limit],
+    )
     cells = block(
-        [[1e-5, 0.1, 1e-7, 0.2], [1e-7, 1e-7, 0.3, 1e-7]],
-        [[0, Outcome.STALLED, 0, 0], [0, 0, Outcome.MAX_ITER, Outcome.STALLED]],
-    )
+        [[1e-5, 0.1, 1e-7, 0.2, 1e-7, 1e-7, 1e-7], [1e-7, 1e-7, 0.3, 1e-7, 1e-7, 1e-7, 1e-7]],
+        [[done, stalled, done, done, done, done, rescued],
+         [done, done, limit, stalled, rescued, done, done]],
+    )  # fmt: skip
     info = SolveInfo(fuse, cells, "reference")
-    expected = [Outcome.CONVERGED, Outcome.STALLED, Outcome.MAX_ITER, Outcome.STALLED]
-    assert info.outcome.tolist() == expected
+    assert info.outcome.tolist() == [done, stalled, limit, stalled, rescued, rescued, limit]
     assert info.outcome.dtype == torch.int8
-    assert torch.equal(info.converged, info.outcome == int(Outcome.CONVERGED))
+    assert info.converged.tolist() == [True, False, False, False, True, True, False]
+    assert info.rescued.tolist() == [False, False, True, False, True, True, True]
     torch.testing.assert_close(
-        info.residual, torch.tensor([1e-5, 0.5, 0.3, nan]), rtol=0, atol=0, equal_nan=True
-    )
+        info.residual, torch.tensor([1e-5, 0.5, 0.3, nan, 1e-6, 1e-6, 0.5]),
+        rtol=0, atol=0, equal_nan=True,
+    )  # fmt: skip
 
 
 def test_records_of_a_layer_and_of_a_map() -> None:

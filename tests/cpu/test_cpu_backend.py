@@ -115,6 +115,7 @@ def test_masks_and_starts_agree(variant, dtype, start):
 def test_statistics_and_traces_are_those_of_the_reference(solver, start):
     """At torch's init rows end in every way: what is counted and recorded is the same."""
     case, solver = Case(rows=70, dim=20, init="torch"), dataclasses.replace(solver, trace=True)
+    solver = solver.settled(rescue=False)
     seen = set()
     for solve in case.blocks(start=start).values():
         z, info, _ = solve(solver=solver, backend="cpu")
@@ -147,7 +148,7 @@ def test_a_row_that_finds_nothing_better_has_stalled():
 
 def test_the_answer_is_the_image_of_the_best_iterate():
     """Also where the best is older than the history: its residual is the smallest of the trace."""
-    solver = Anderson(m=2, max_iter=45, trace=True)
+    solver = Anderson(m=2, max_iter=45, trace=True, rescue=False)
     for solve in Case(rows=70, dim=20, init="torch").blocks(start=True).values():
         z, info, _ = solve(solver=solver, backend="cpu")
         trace = info.trace.nan_to_num(torch.inf)
@@ -158,23 +159,6 @@ def test_the_answer_is_the_image_of_the_best_iterate():
             short = dataclasses.replace(solver, max_iter=count)
             there = rows & (best_at == count)
             assert torch.equal(solve(solver=short, backend="cpu")[0][there], z[there])
-
-
-@pytest.mark.parametrize("start", [False, True], ids=["zero", "warm"])
-def test_rescue_takes_over_what_is_left(start):
-    """The compiled solve leaves rows to the same Newton-Krylov steps as the reference does."""
-    plain, rescue = Anderson(max_iter=10, tol=1e-8), Anderson(max_iter=10, tol=1e-8, rescue=True)
-    for solve in Case(rows=40, init="torch").blocks(start=start).values():
-        _, before, _ = solve(solver=plain, backend="cpu")
-        z, info, _ = solve(solver=dataclasses.replace(rescue, trace=True), backend="cpu")
-        expected, reference, _ = solve(solver=rescue, backend="reference")
-        assert (before.outcome != Outcome.CONVERGED).sum() > (info.outcome != 0).sum()
-        agree = (info.outcome == 0) & (reference.outcome == 0)
-        assert agree.double().mean() > 0.8
-        near = (z - expected).norm(dim=-1) <= 1e-5 * expected.norm(dim=-1)
-        assert near[agree].double().mean() > 0.95, "other equilibria are rare"
-        assert (info.nfe >= before.nfe).all()
-        assert info.trace.shape[0] == dataclasses.replace(rescue, trace=True).trace_length
 
 
 @pytest.mark.parametrize("dtype", ["f64", "f32", "bf16"])

@@ -20,8 +20,8 @@ DIM, N, ROWS = 12, 2, 4
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_failure_is_reported_both_ways(direction):
     torch.manual_seed(0)
-    solver = Anderson(tol=1e-8, max_iter=2 if direction == "forward" else 100)
-    adjoint = Implicit(tol=1e-8, max_iter=2 if direction == "backward" else 100)
+    solver = Anderson(tol=1e-8, max_iter=2 if direction == "forward" else 100, rescue=False)
+    adjoint = Implicit(solver="anderson", tol=1e-8, max_iter=2 if direction == "backward" else 100)
     fusion = DEQFusion(DIM, N, num_groups=2, solver=solver, adjoint=adjoint).double()
     xs = [torch.randn(ROWS, DIM, dtype=torch.float64) for _ in range(N)]
     g = torch.randn(ROWS, DIM, dtype=torch.float64)

@@ -228,15 +228,6 @@ def test_rows_stall_after_twenty_observations_without_progress() -> None:
     assert rows.solution().outcome.tolist() == [Outcome.STALLED]
 
 
-def test_rows_ignore_what_they_are_told_to() -> None:
-    start = torch.full((2, 1), 7.0)
-    rows = Rows(start, tol=1e-6, max_iter=5, active=torch.tensor([True, False]))
-    assert not rows.observe(start, start)
-    found = rows.solution()
-    assert found.nfe.tolist() == [1, 0]
-    assert float(found.z[1]) == 7.0
-
-
 def test_warm_start_at_the_answer_costs_one_evaluation() -> None:
     fusion, xs = layer(solver=Anderson(tol=1e-9)), features()
     z, zs = fusion(xs, return_cells=True)

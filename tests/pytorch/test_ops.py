@@ -164,7 +164,7 @@ def test_fake_trace_has_the_real_length(operator, solver):
     with FakeTensorMode() as mode:
         fake = getattr(ops, operator)(*(to_fake(mode, a) for a in call))
     assert described(fake) == described(real)
-    assert real[-1].shape[0] == solver.trace_length
+    assert real[-1].shape[0] == solver.max_iter
 
 
 @pytest.mark.parametrize("operator", OPERATORS)

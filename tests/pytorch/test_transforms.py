@@ -130,7 +130,10 @@ def test_an_ensemble_of_layers(backend, block, features):
 
 
 def test_a_mapped_solve_reports_its_failures():
-    layer, x = make("reference", solver=Anderson(tol=1e-11, max_iter=2)), draw(CALLS, N, ROWS)
+    layer, x = (
+        make("reference", solver=Anderson(tol=1e-11, max_iter=2, rescue=False)),
+        draw(CALLS, N, ROWS),
+    )
     rows = CALLS * ROWS
     with (
         pytest.warns(ConvergenceWarning, match=f"of {rows} rows of the fuse block"),
@@ -140,7 +143,7 @@ def test_a_mapped_solve_reports_its_failures():
     layer.on_failure = "raise"
     with pytest.raises(ConvergenceError, match="the modality cells"):
         vmap(lambda x: layer(list(x)))(x)
-    layer.solver, layer.adjoint = TIGHT["solver"], Implicit(tol=1e-11, max_iter=2)
+    layer.solver, layer.adjoint = TIGHT["solver"], Implicit("gmres", tol=1e-11, max_iter=2)
     with pytest.raises(ConvergenceError, match=f"of {rows} rows of the backward solve"):
         vmap(grad(lambda x: layer(list(x)).pow(3).sum()))(x)
 

@@ -56,7 +56,7 @@ Solution<T> solve(const KernelTable& table, const Inputs& in, double tol, int th
 
 template <class T>
 Gradients<T> adjoint(const KernelTable& table, const Inputs& in, const Array<double>& at, int mode, double tol, int threads,
-                     bool want_params = true) {
+                     bool want_params = true, int max_iter = 60) {
   const Shape& s = in.s;
   const int64_t count = in.blocks() * s.rows;
   const T nan = std::numeric_limits<T>::quiet_NaN();
@@ -74,7 +74,7 @@ Gradients<T> adjoint(const KernelTable& table, const Inputs& in, const Array<dou
     problem.modalities = s.modalities, problem.rows = s.rows, problem.d = s.d, problem.groups = s.groups;
     problem.z = z.data(), problem.params = p.data();
     problem.mode = mode, problem.tol = tol, problem.beta = 1, problem.lam = 1e-6;
-    problem.max_iter = mode < 0 ? 60 : mode, problem.history = mode < 0 ? std::min(s.history, 6) : 0;
+    problem.max_iter = mode < 0 ? max_iter : mode, problem.history = mode < 0 ? std::min(s.history, 6) : 0;
     problem.residual = out.residual.data();
     problem.nfe = out.nfe.data(), problem.outcome = out.outcome.data();
     problem.dparams = want_params ? dparams.data() : nullptr;

@@ -29,4 +29,5 @@ def test_kernels_are_clean(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stdout + result.stderr
     assert "base: " in result.stdout
     assert "base: penalty, " in result.stdout
+    assert "base: rescue, " in result.stdout
     assert "bodies of the CUDA kernels: " in result.stdout

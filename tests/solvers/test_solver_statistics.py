@@ -12,7 +12,6 @@ from solver_cases import FLOOR, STALL_STEPS, Affine, affine, ids, rotation
 from torch import Tensor
 
 from deqfuse import Anderson, Broyden, NewtonKrylov, Outcome, Picard
-from deqfuse.solvers.anderson import RESCUE_STEPS
 from deqfuse.solvers.options import SolverOption
 from deqfuse.solvers.rows import row_norm
 from deqfuse.solvers.solve import solve
@@ -99,7 +98,7 @@ def _expected_end(seen: list[float], option: SolverOption) -> tuple[int, int]:
 
 @pytest.mark.parametrize(
     "option",
-    [*REPLAYED, Anderson(m=2, rescue=True), NewtonKrylov(max_iter=50), NewtonKrylov(restart=3)],
+    [*REPLAYED, NewtonKrylov(max_iter=50), NewtonKrylov(restart=3)],
     ids=ids,
 )
 @pytest.mark.parametrize("radius", [0.0, 0.5, 0.99, 2.0])
@@ -191,7 +190,7 @@ def test_rescue_touches_only_rows_left_behind() -> None:
     assert 0 < int(done.sum()) < len(MIXED)
     assert torch.equal(plain.z[done], rescued.z[done])
     assert torch.equal(plain.nfe[done], rescued.nfe[done])
-    assert (rescued.outcome == Outcome.CONVERGED).all()
+    assert (rescued.outcome[~done] == Outcome.RESCUED).all()
     assert (rescued.nfe[~done] > plain.nfe[~done]).all()
     assert ((rescued.z - problem.solution).norm(dim=1) <= problem.error_bound(rescued)).all()
 
@@ -220,30 +219,29 @@ def test_a_useless_rescue_leaves_the_answer_as_it_was() -> None:
 
 
 def test_rescue_has_a_bounded_cost() -> None:
-    """Eight Newton steps of one or two Krylov cycles and a line search, not thousands of JVPs.
-
-    The map has no fixed point and its Newton systems are ill-conditioned: a rescue whose inner
-    solves may go on until they converge would go on for ever.
-    """
-    gen = torch.Generator().manual_seed(0)
-    matrix = torch.linalg.qr(torch.randn(100, 100, generator=gen, dtype=torch.float64)).Q
-    per_step = 2 * (NewtonKrylov().restart + 1) + 6
-    limit, calls = 20 + 1 + RESCUE_STEPS * per_step, 0
+    """Of Jacobians, each of which is one product per number of a row, and of evaluations beside."""
+    calls = 0
 
     def f(z: Tensor) -> Tensor:
         nonlocal calls
         calls += 1
-        assert calls <= limit, "the rescue has no end"
-        return z.abs() @ matrix + z + 1
+        return (z < 0.5).to(z) + 0 * z  # no fixed point, and a Jacobian that says nothing
 
-    found = solve(f, torch.zeros(1, 100, dtype=torch.float64), Anderson(max_iter=20, rescue=True))
-    assert int(found.nfe) == calls
+    z0 = torch.zeros(1, 7, dtype=torch.float64)
+    found = solve(f, z0, Anderson(max_iter=20, rescue=True, max_jacobians=5))
+    assert found.outcome.tolist() == [Outcome.MAX_ITER]
+    assert calls <= 21 + 5 * 7 + 5 * 30, "a Jacobian, and at most some tens of evaluations for it"
 
 
-def test_rescue_extends_the_trace() -> None:
+def test_the_rescue_is_not_traced() -> None:
     problem = rotation()
     option = Anderson(m=1, tol=1e-8, max_iter=10, rescue=True, trace=True)
     found = solve(problem, torch.zeros_like(problem.constant), option)
+    assert (found.outcome == Outcome.RESCUED).all()
     assert found.trace is not None
-    assert 10 < len(found.trace) <= option.trace_length
-    assert (found.trace.nan_to_num(nan=torch.inf).amin(0) == found.residual).all()
+    assert len(found.trace) == 10
+
+
+def test_long_rows_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"rows of at most 1024 numbers, got 1025.*NewtonKrylov"):
+        solve(torch.cos, torch.zeros(2, 1025), Anderson(max_iter=2, rescue=True))

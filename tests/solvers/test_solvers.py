@@ -11,6 +11,7 @@ from solver_cases import FLOOR, affine, cell_at_torch_init, ids, rotation
 from torch import Tensor
 
 from deqfuse import Anderson, Broyden, NewtonKrylov, Outcome, Picard, ResidualCell
+from deqfuse.outcome import failed
 from deqfuse.solvers import anderson as anderson_module
 from deqfuse.solvers.anderson import mixing_weights
 from deqfuse.solvers.options import SolverOption
@@ -79,7 +80,7 @@ EXACT_SOLVERS: list[SolverOption] = [
 def test_beyond_the_unit_circle(option: SolverOption, radius: float) -> None:
     problem = affine(radius)
     found = solve(problem, torch.zeros_like(problem.constant), replace(option, tol=1e-7))
-    assert (found.outcome == Outcome.CONVERGED).all()
+    assert not failed(found.outcome).any()
     assert ((found.z - problem.solution).norm(dim=1) <= problem.error_bound(found)).all()
 
 
@@ -87,7 +88,7 @@ def test_beyond_the_unit_circle(option: SolverOption, radius: float) -> None:
 def test_rotation_near_the_unit_circle(option: SolverOption) -> None:
     problem = rotation()
     found = solve(problem, torch.zeros_like(problem.constant), replace(option, tol=1e-7))
-    assert (found.outcome == Outcome.CONVERGED).all()
+    assert not failed(found.outcome).any()
     assert ((found.z - problem.solution).norm(dim=1) <= problem.error_bound(found)).all()
 
 
@@ -110,7 +111,7 @@ def test_cell_at_torch_init(option: SolverOption) -> None:
     """As close to an equilibrium, polished by dense Newton steps, as the residual says."""
     f, z0 = cell_at_torch_init()
     found = solve(f, z0, replace(option, tol=1e-8, max_iter=200))
-    assert (found.outcome == Outcome.CONVERGED).all()
+    assert not failed(found.outcome).any()
     polished, eye = found.z, torch.eye(z0.shape[1], dtype=z0.dtype)
     for _ in range(3):
         inverse = torch.stack([torch.inverse(eye - j) for j in jacobian(f, polished)])

@@ -200,7 +200,7 @@ def test_traces_hold_every_evaluation_and_nothing_else(dim, groups):
     for solve in solves(dim, groups):
         for _ in range(1 if REHEARSAL else 3):  # steps, capture, replay
             given = solve(solver)
-            assert len(given.trace) == solver.trace_length
+            assert len(given.trace) == solver.max_iter
             assert torch.equal(given.trace.isfinite().sum(0), given.nfe)
             last = given.trace.gather(0, (given.nfe - 1).long()[None])[0]
             assert torch.equal(last, given.residual), "a converged row ends with its best"
