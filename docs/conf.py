@@ -41,7 +41,7 @@ myst_enable_extensions = ["deflist", "dollarmath"]
 myst_heading_anchors = 4  # page.md#heading, as code hosts have it
 nb_execution_mode = "cache"  # a notebook runs again when it has changed
 nb_execution_cache_path = str(ROOT / "build" / "docs-cache")
-nb_execution_timeout = 120
+nb_execution_timeout = 600  # a cell; on a machine that is busy with other things, too
 nb_execution_raise_on_error = True
 nb_merge_streams = True
 
