@@ -12,6 +12,7 @@ ROOT = DOCS.parent
 sys.path[:0] = [str(ROOT), str(DOCS / "_ext")]
 # The notebooks' own processes: they find the checkout, and take as many threads as a reader's.
 os.environ["PYTHONPATH"] = str(ROOT)
+os.environ["COLUMNS"] = "80"  # help texts as on a terminal of this width, whoever builds
 
 project = "deqfuse"
 author = "the deqfuse authors"
