@@ -5,6 +5,7 @@
 #   VENV=none               no environment: use PYTHON and the torch that it has; downloads nothing
 #                           (what `make gpu` does unless told otherwise)
 #   TORCH='torch==2.12.*'   install another torch than the pinned one (any pip requirement)
+#   TORCH_PIP='...'         options of pip where it installs torch, such as another index
 #   DEQFUSE_BUILD=python    do without the C++ (cpu: stop where it cannot be built; default: say so)
 #   ARGS='...'              passed on to `deqfuse demo` or to pytest
 
@@ -13,6 +14,7 @@ VENV ?= $(if $(filter gpu gpu-test gpu-bench,$(MAKECMDGOALS)),none,.venv)
 CONSTRAINTS := constraints-dev.txt
 PINNED := $(shell grep -o '^torch==[^ ]*' $(CONSTRAINTS))
 TORCH ?= $(PINNED)
+TORCH_PIP ?=
 ARGS ?=
 
 ifeq ($(VENV),none)
@@ -24,7 +26,7 @@ SETUP := $(VENV)/.installed
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo docs quick test test-ci test-full test-integrations lint bench bench-full gpu gpu-test gpu-bench has-gpu sanitize clean check-python use-python module
+.PHONY: help demo docs quick test test-ci test-full test-integrations test-versions wheel lint bench bench-full gpu gpu-test gpu-bench has-gpu sanitize clean check-python use-python module
 
 help:
 	@echo "make demo       train on real data, write deqfuse-report/    ARGS='--help' lists its options"
@@ -33,6 +35,11 @@ help:
 	@echo "make test-ci    the tests that compile for long: shipped kernels, sanitizers (minutes)"
 	@echo "make test-full  all tests, the slow grids too"
 	@echo "make test-integrations  the examples under Lightning, Hugging Face, skorch and ONNX; installs those"
+	@echo "make test-versions  the same as make test without lint, for every supported Python and torch (hours,"
+	@echo "                10 GB): PAIRS='3.12-2.11 3.13-*' picks, PYTHONS='paths' names interpreters that are"
+	@echo "                not on PATH, KEEP=1 keeps environments, AGAIN=1 repeats; tables in build/versions"
+	@echo "make wheel      dist/: a source distribution and the wheel for this kind of machine, all supported"
+	@echo "                versions of Python and torch (DEQFUSE_BUILD=python: for any machine, without the C++)"
 	@echo "make lint       ruff and mypy only"
 	@echo "make docs       the documentation, strictly, into build/docs (minutes; Python 3.11 or later)"
 	@echo "make bench      speed, memory and convergence against others (5 minutes); writes README.md's table"
@@ -82,6 +89,23 @@ docs: module $(if $(filter none,$(VENV)),,$(VENV)/.docs)
 tool = if $(PY) -c 'import $(1)' 2>/dev/null; then $(PY) -m $(2); \
 	else echo "   skipped: $(PY) has no $(1)"; test $(VENV) = none; fi
 
+# tools/versions.py. A pair that has passed is not run again.
+PAIRS ?=
+PYTHONS ?=
+test-versions: check-python
+	@$(BASE) -m tools.versions $(foreach pair,$(PAIRS),'$(pair)') $(foreach path,$(PYTHONS),--python $(path)) \
+	  $(if $(TORCH_PIP),--torch-pip='$(TORCH_PIP)') $(if $(ARGS),--tests="$(ARGS)") $(if $(LIMIT),--limit $(LIMIT)) \
+	  $(if $(KEEP),--keep) $(if $(AGAIN),--again)
+
+# What an earlier build left in build/ would go into the wheel.
+wheel: $(SETUP)
+	@echo "== Source distribution and wheel (log: build/wheel.log)"
+	@rm -rf build/lib* build/bdist*; mkdir -p build dist
+	@{ $(PY) -c 'from setuptools import build_meta; build_meta.build_sdist("dist")' && \
+	  DEQFUSE_BUILD=$${DEQFUSE_BUILD:-cpu} $(PY) -m pip wheel --disable-pip-version-check --no-build-isolation --no-deps \
+	  --wheel-dir dist .; } > build/wheel.log 2>&1 || { tail -n 40 build/wheel.log; exit 1; }
+	@ls -1 dist
+
 lint: $(SETUP)
 	@echo "== Lint: ruff check, ruff format --check, mypy"
 	@$(call tool,ruff,ruff check . && $(PY) -m ruff format --check .)
@@ -130,7 +154,7 @@ sanitize:
 	@tests/sanitize/run
 
 clean:
-	rm -rf build dist deqfuse/_C*.so deqfuse/_cuda.so *.egg-info .pytest_cache .ruff_cache .mypy_cache .benchmarks
+	rm -rf build dist deqfuse/_cpu.so deqfuse/_cuda.so *.egg-info .pytest_cache .ruff_cache .mypy_cache .benchmarks
 	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
 
 # The Python that counts is the environment's own once it exists.
@@ -145,13 +169,14 @@ ifneq ($(origin PYTHON),file)
 endif
 
 # The module is built in place, by the target above, hence DEQFUSE_BUILD=python in the installs below.
+# setuptools and triton are pinned for the pinned torch; another asks for others.
 # An interrupted set-up leaves no .installed and is taken up again where it stopped.
 $(VENV)/.installed: pyproject.toml setup.py $(CONSTRAINTS) | check-python
 	@echo "== Setting up $(VENV) with $$($(BASE) -V); later runs reuse it"
 	@$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
-	@{ grep -Ev '^torch==$(if $(filter $(PINNED),$(TORCH)),,|^triton==)' $(CONSTRAINTS); echo '$(TORCH)'; } > $(VENV)/constraints.txt
+	@{ grep -Ev '^torch==$(if $(filter $(PINNED),$(TORCH)),,|^(triton|setuptools)==)' $(CONSTRAINTS); echo '$(TORCH)'; } > $(VENV)/constraints.txt
 	@echo "== Installing $(TORCH): 0.2 GB, or several GB where pip picks a CUDA build (TORCH=... chooses)"
-	@$(PY) -m pip install --disable-pip-version-check -c $(VENV)/constraints.txt torch
+	@$(PY) -m pip install --disable-pip-version-check -c $(VENV)/constraints.txt $(TORCH_PIP) torch
 	@echo "== Installing what deqfuse builds and tests with"
 	@$(PY) -m pip install --disable-pip-version-check -q -c $(VENV)/constraints.txt setuptools
 	@DEQFUSE_BUILD=python $(PY) -m pip install --disable-pip-version-check -q -c $(VENV)/constraints.txt \

@@ -111,10 +111,8 @@ def extension() -> dict[str, object]:
             except Exception as error:
                 without_extension(f"{error}; the compiler's messages are above")
                 # No module of an earlier build may be taken for this one's.
-                stale = [*Path(self.build_lib).glob("deqfuse/_C*")]
-                stale += Path("deqfuse").glob("_C*") if in_place else []
-                for path in stale:
-                    path.unlink()
+                for folder in (Path(self.build_lib), *([Path(".")] if in_place else [])):
+                    (folder / "deqfuse" / "_cpu.so").unlink(missing_ok=True)
                 self.extensions: list[setuptools.Extension] = []
                 return
             build_cuda(
@@ -122,10 +120,13 @@ def extension() -> dict[str, object]:
             )
 
     compiler = "".join(c for c in version.partition("\n")[0] if c.isalnum() or c in " .-_+")
-    module = cpp_extension.CppExtension(  # torch's headers bring pybind11
-        "deqfuse._C",
+    # No API of Python's, and torch's stable one only: a wheel serves all versions of both. The name
+    # that setuptools has for that is Python's limited API.
+    module = cpp_extension.CppExtension(
+        "deqfuse._cpu",
         sorted(map(str, Path("csrc/cpu").glob("*.cpp"))),
         depends=sorted(str(p) for p in Path("csrc").rglob("*") if p.suffix in (".h", ".inc")),
+        py_limited_api=True,
         define_macros=[
             ("TORCH_TARGET_VERSION", "0x020b000000000000"),  # the stable ABI as of torch 2.11
             ("DEQFUSE_COMPILER", f'"{compiler}"'),
@@ -142,7 +143,11 @@ def extension() -> dict[str, object]:
             *(("-Werror",) if STRICT else ()),
         ],
     )
-    return {"ext_modules": [module], "cmdclass": {"build_ext": Build}}
+    return {
+        "ext_modules": [module],
+        "cmdclass": {"build_ext": Build.with_options(no_python_abi_suffix=True)},
+        "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
+    }
 
 
 # The kernels sit at the top level, beside csrc/, but install below deqfuse: a top-level

@@ -16,14 +16,20 @@ import torch
 from torch import Tensor, nn
 from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor, unwrap_if_dead
 from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
 
 BATCH_NORMS: type[nn.Module] = nn.modules.batchnorm._BatchNorm  # base of all batch norms
 
 
 def traced(t: Tensor) -> bool:
-    """Whether a call is recorded rather than run: ``t`` has a shape and no values to look at."""
-    return torch.compiler.is_compiling() or t.is_meta or isinstance(t, FakeTensor)
+    """Whether a call is recorded rather than run: ``t`` has a shape and no values to look at.
+
+    torch 2.11 and 2.12 do not say that they compile while they record a backward pass for
+    ``backend="aot_eager"``; their tensors do.
+    """
+    recorded = (FakeTensor, FunctionalTensor)
+    return torch.compiler.is_compiling() or t.is_meta or isinstance(t, recorded)
 
 
 def in_transform() -> bool:

@@ -96,7 +96,7 @@ def all_parts(out: Path, gpu: dict[str, str]) -> list[Part]:
             programs=["nvcc"],
             modules=["setuptools"],
             environment={"DEQFUSE_BUILD": "cuda", "TORCH_CUDA_ARCH_LIST": gpu["capability"]},
-            leaves=["deqfuse/_cuda.so", "deqfuse/_C*.so"],
+            leaves=["deqfuse/_cuda.so", "deqfuse/_cpu.so"],
         ),
         # Also what the sanitizers need compiled before they start.
         Part("kernels", [kernels], says=r"every kernel ran"),

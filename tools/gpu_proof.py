@@ -13,26 +13,19 @@ there is no GPU.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
-import os
 import re
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from tools.gpu_parts import Part, all_parts, find_gpu, missing
+from tools.running import ROOT, key_of, last_line, run_command, save
 
-ROOT = Path(__file__).resolve().parents[1]
 START = time.monotonic()  # of this process: what it does before the first part counts, too
-FOLDERS = ("benchmarks", "csrc", "deqfuse", "tests", "tools", "triton_kernels")
-SOURCES = (*FOLDERS, "setup.py", "pyproject.toml")
-LANGUAGES = (".py", ".cpp", ".h", ".inc", ".cu", ".cuh", ".toml")
 LIMIT = 570  # seconds for one part
 
 
@@ -44,17 +37,6 @@ class Result:
     note: str
     seconds: float = 0.0
     key: str = ""  # sources and GPU that it speaks of
-
-
-def key_of(gpu: dict[str, str], root: Path = ROOT) -> str:
-    """Changes with sources, GPU and compilers: what was proved before proves nothing then."""
-    digest = hashlib.sha256(json.dumps(gpu, sort_keys=True).encode())
-    for entry in (root / name for name in SOURCES):
-        for path in sorted(entry.rglob("*")) if entry.is_dir() else [entry]:
-            if path.suffix in LANGUAGES:
-                digest.update(f"{path.relative_to(root)} {path.stat().st_size}\n".encode())
-                digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
 
 
 def stopped(limit: float) -> str:
@@ -69,13 +51,11 @@ def run(part: Part, log: Path, limit: float) -> Result:
     start, codes = time.monotonic(), []
     with log.open("w", encoding="utf-8") as output:
         for command in part.commands:
-            output.write(f"$ {' '.join(command)}\n")
-            output.flush()
             left = limit - (time.monotonic() - start)
-            codes.append(_run(command, output, part.environment, left))
+            codes.append(run_command(command, output, part.environment, left))
     text = log.read_text(encoding="utf-8", errors="replace")
     seconds = time.monotonic() - start
-    note = ([line.strip("= \n") for line in text.splitlines() if line.strip("= ")] or [""])[-1]
+    note = last_line(text)
     if None in codes:
         return Result("failed", stopped(limit), seconds)
     if any(codes):
@@ -83,28 +63,6 @@ def run(part: Part, log: Path, limit: float) -> Result:
     if part.says and not re.search(part.says, text):
         return Result("failed", f"exit status 0, but the log lacks {part.says!r}", seconds)
     return Result("passed", note, seconds)
-
-
-def _run(command: Sequence[str], output: Any, environment: dict[str, str], limit: float) -> Any:
-    """The exit status; None if it was stopped, with all that it had started."""
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1", **environment}
-    streams: Any = {"stdout": output, "stderr": subprocess.STDOUT}
-    try:
-        process = subprocess.Popen(
-            command, cwd=ROOT, env=environment, start_new_session=True, **streams
-        )
-    except OSError as error:
-        output.write(f"{error}\n")
-        output.flush()
-        return 127
-    try:
-        return process.wait(max(limit, 0.1))
-    except subprocess.TimeoutExpired:
-        return None
-    finally:
-        if process.poll() is None:  # an interrupt, too, leaves nothing behind
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
 
 
 def prove(
@@ -134,9 +92,7 @@ def prove(
             result = replace(result, seconds=round(result.seconds, 1), key=key)
             found.append(result)
             saved[part.name] = asdict(result)
-            new = state.with_suffix(".new")  # whoever stops this leaves a whole file
-            new.write_text(json.dumps(saved, indent=1) + "\n", encoding="utf-8")
-            os.replace(new, state)
+            save(state, saved)
             print(f"   {result.status} in {result.seconds:.0f} s: {result.note}", flush=True)
     return found
 

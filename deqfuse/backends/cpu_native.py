@@ -1,18 +1,17 @@
-"""The CPU's compiled module and the schemas of its kernels. If it does not load, it says why.
+"""The schemas of the CPU's kernels, and the compiled module that holds them, or why there is none.
 
 The kernels are called inside the public operators only, below autograd; those own the gradient.
 """
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from deqfuse.backends.cpu_module import Module
 from deqfuse.backends.empty import empty_grads, empty_solved, empty_states, empty_statistics
 from deqfuse.backends.problem import compute_dtype
 
@@ -123,10 +122,10 @@ def _fake_rescue(*args):  # type: ignore[no-untyped-def]
 torch.library.register_fake("deqfuse::cpu_rescue_cells")(_fake_rescue)
 torch.library.register_fake("deqfuse::cpu_rescue_fuse")(_fake_rescue)
 
-module: ModuleType | None = None
+module: Module | None = None
 load_error = ""
 try:
-    module = importlib.import_module("deqfuse._C")
+    module = Module()
 except ImportError as error:
     load_error = str(error)
 

@@ -39,17 +39,15 @@ MIN_CAPABILITY = (8, 0)
 
 def unavailable() -> tuple[str, str] | None:
     """Why this backend cannot run here, and what would change that."""
-    # Dynamo traces through a cache, and warns.
-    missing = _missing() if torch.compiler.is_compiling() else _missing_once()
-    if missing is not None:
-        return missing
+    if _MISSING is not None:
+        return _MISSING
     if not torch.cuda.is_available():
         return f"torch {torch.__version__} sees no GPU", "an NVIDIA GPU and its driver"
     return None
 
 
 def _missing() -> tuple[str, str] | None:
-    """What is missing whatever the machine: nothing of it changes while the process lives."""
+    """What is missing whatever the machine."""
     if torch.version.hip:
         return "its launches have been written for NVIDIA GPUs only", "none in this version"
     if importlib.util.find_spec("deqfuse.triton_kernels") is None:
@@ -67,7 +65,9 @@ def _missing() -> tuple[str, str] | None:
     return None
 
 
-_missing_once = functools.cache(_missing)  # "auto" asks at every call
+# Nothing of it changes while the process lives, and "auto" asks at every call. Found out at import,
+# since not every Dynamo can trace a search for modules, and none traces a cache without a warning.
+_MISSING = _missing()
 
 
 def refuses(problem: Problem) -> str | None:

@@ -43,8 +43,8 @@ def flat_parameters(modules: Mapping[str, Any], prefix: str = "") -> list[Tensor
     for name, module in modules.items():
         try:
             flat += module.flat()
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"{prefix}{name}.{error}") from None
+        except (TypeError, ValueError) as error:  # of its text Dynamo knows the arguments only
+            raise type(error)(f"{prefix}{name}.{error.args[0]}") from None
     return flat
 
 

@@ -41,7 +41,7 @@ from deqfuse import (
     Unrolled,
     functional,
 )
-from deqfuse.backends import cpu, cpu_native
+from deqfuse.backends import cpu, cpu_module, cpu_native
 from deqfuse.backends.maps import VARIANTS
 from deqfuse.backends.reference import compute_dtype
 
@@ -311,6 +311,17 @@ def test_a_missing_module_says_why_and_the_reference_steps_in(monkeypatch: pytes
         case.layer(backend="cpu")(list(case.draw(2)))
     _, info = case.layer()(list(case.draw(2)), return_info=True)
     assert info.backend == "reference"
+
+
+def test_a_file_that_is_missing_or_no_module_is_an_import_error(tmp_path: Path):
+    library = tmp_path / "_cpu.so"
+    with pytest.raises(ImportError, match=r"not built: there is no _cpu\.so"):
+        cpu_module.Module(library)
+    library.write_bytes(b"not a library")
+    with pytest.raises(
+        ImportError, match=r"_cpu\.so does not load: .*invalid ELF header|too short"
+    ):
+        cpu_module.Module(library)
 
 
 def test_answers_come_in_the_compute_dtype():

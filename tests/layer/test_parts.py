@@ -203,5 +203,5 @@ def test_blocks_of_their_own_refuse_too() -> None:
 def test_compiled_layers_refuse_when_they_are_traced() -> None:
     layer = make()
     layer.cells[0].norm1.num_groups = 4  # not eps: comparing it would cost a second dynamic graph
-    with pytest.raises(Exception, match=r"norm1: expected GroupNorm with num_groups=2"):
+    with pytest.raises(Exception, match=r"cells\.0\.norm1: expected GroupNorm with num_groups=2"):
         torch.compile(layer, backend="eager", fullgraph=True)(draw())

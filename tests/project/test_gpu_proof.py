@@ -17,10 +17,10 @@ import torch
 
 from benchmarks import gpu_profile
 from deqfuse.backends import cpu_native, cuda_native
-from tools import gpu_kernels, gpu_parts, gpu_proof
+from tools import gpu_kernels, gpu_parts, gpu_proof, running
 from tools.gpu_parts import Part
 
-ROOT = Path(gpu_proof.__file__).parents[1]
+ROOT = running.ROOT
 GPU = {"name": "some GPU", "capability": "9.0", "torch": "2.11.0"}
 KEY, ENDLESS = "key", float("inf")
 
@@ -227,18 +227,18 @@ def test_without_a_gpu_nothing_is_run(tmp_path: Path) -> None:
 def test_another_source_or_gpu_is_another_proof(tmp_path: Path) -> None:
     for file in ("setup.py", "pyproject.toml"):
         shutil.copy(ROOT / file, tmp_path)
-    for folder in gpu_proof.FOLDERS:
+    for folder in running.FOLDERS:
         (tmp_path / folder).mkdir()
-    key = gpu_proof.key_of(GPU, tmp_path)
-    assert key == gpu_proof.key_of(dict(GPU), tmp_path)
-    assert key != gpu_proof.key_of(GPU | {"torch": "2.12.0"}, tmp_path)
+    key = running.key_of(GPU, tmp_path)
+    assert key == running.key_of(dict(GPU), tmp_path)
+    assert key != running.key_of(GPU | {"torch": "2.12.0"}, tmp_path)
     (tmp_path / "csrc" / "some.log").write_text("no source")
-    assert key == gpu_proof.key_of(GPU, tmp_path)
+    assert key == running.key_of(GPU, tmp_path)
     (tmp_path / "csrc" / "new.cuh").write_text("// new")
-    assert key != gpu_proof.key_of(GPU, tmp_path)
-    key = gpu_proof.key_of(GPU, tmp_path)
+    assert key != running.key_of(GPU, tmp_path)
+    key = running.key_of(GPU, tmp_path)
     (tmp_path / "csrc" / "new.cuh").rename(tmp_path / "csrc" / "newer.cuh")
-    assert key != gpu_proof.key_of(GPU, tmp_path), "the same text elsewhere"
+    assert key != running.key_of(GPU, tmp_path), "the same text elsewhere"
 
 
 def test_parts_name_what_there_is(tmp_path: Path) -> None:

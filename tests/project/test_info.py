@@ -10,6 +10,11 @@ import pytest
 import torch
 
 from deqfuse import backends, info
+from deqfuse.backends import cpu_native
+
+needs_module = pytest.mark.skipif(
+    cpu_native.module is None, reason="the C++ extension was not built"
+)
 
 
 def test_report_names_versions_devices_and_switches(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -44,9 +49,10 @@ def test_real_backends_say_why_they_are_unavailable() -> None:
         assert backend.available or backend.remedy
 
 
+@needs_module
 def test_compiled_module_says_how_it_was_built() -> None:
-    module = pytest.importorskip("deqfuse._C", reason="the C++ extension was not built")
-    build = module.build_info()
+    assert cpu_native.module is not None
+    build = cpu_native.module.build_info()
     assert build["torch_target"] == "2.11"
     assert build["instruction_set"] in ("base", "avx2", "avx512", "vnni", "amx")
     words = " ".join(info.system_report().split())
@@ -54,8 +60,10 @@ def test_compiled_module_says_how_it_was_built() -> None:
     assert f"built with {build['compiler']} for torch >= 2.11" in words
 
 
+@needs_module
 def test_plan_counts_tiles_and_refuses_nonsense() -> None:
-    module = pytest.importorskip("deqfuse._C", reason="the C++ extension was not built")
+    module = cpu_native.module
+    assert module is not None
     for rows in (0, 1, 33, 4096):
         plan = module.plan(rows, 64, itemsize=8, history=5)
         tile = plan["rows_per_tile"]
@@ -64,11 +72,15 @@ def test_plan_counts_tiles_and_refuses_nonsense() -> None:
         assert plan["tile_bytes"] % (64 * tile * 8) == 0
     with pytest.raises(ValueError, match="itemsize 4 or 8"):
         module.plan(10, 64, itemsize=2)
+    with pytest.raises(ValueError, match="num_groups >= 1"):
+        module.host_plan(64, 0)
+    with pytest.raises(ValueError, match="shared_limit: expected 0 or more, got -1"):
+        module.host_device(-1)
 
 
+@needs_module
 @pytest.mark.parametrize("asked", ["base", "avx"])
 def test_instruction_set_can_be_limited(asked: str) -> None:
-    pytest.importorskip("deqfuse._C", reason="the C++ extension was not built")
     command = [sys.executable, "-m", "deqfuse.info"]
     environment = os.environ | {"DEQFUSE_ISA": asked}
     result = subprocess.run(command, capture_output=True, text=True, env=environment)
