@@ -26,7 +26,7 @@ SETUP := $(VENV)/.installed
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo quick test test-ci test-full test-versions wheel lint bench bench-full gpu gpu-test gpu-bench has-gpu ptx sanitize clean check-python use-python module
+.PHONY: help demo docs quick test test-ci test-full test-integrations test-versions wheel lint bench bench-full gpu gpu-test gpu-bench has-gpu ptx sanitize clean check-python use-python module
 
 help:
 	@echo "make demo       train on real data, write deqfuse-report/    ARGS='--help' lists its options"
@@ -34,12 +34,14 @@ help:
 	@echo "make test       the same with all tests that take seconds (minutes)    ARGS='-k name' picks tests"
 	@echo "make test-ci    the tests that compile for long: shipped kernels, sanitizers (minutes)"
 	@echo "make test-full  all tests, the slow grids too"
+	@echo "make test-integrations  the examples under Lightning, Hugging Face, skorch and ONNX; installs those"
 	@echo "make test-versions  the same as make test without lint, for every supported Python and torch (hours,"
 	@echo "                10 GB): PAIRS='3.12-2.11 3.13-*' picks, PYTHONS='paths' names interpreters that are"
 	@echo "                not on PATH, KEEP=1 keeps environments, AGAIN=1 repeats; tables in build/versions"
 	@echo "make wheel      dist/: a source distribution and the wheel for this kind of machine, all supported"
 	@echo "                versions of Python and torch (DEQFUSE_BUILD=python: for any machine, without the C++)"
 	@echo "make lint       ruff and mypy only"
+	@echo "make docs       the documentation, strictly, into build/docs (minutes; Python 3.11 or later)"
 	@echo "make bench      speed, memory and convergence against others (5 minutes); writes README.md's table"
 	@echo "make bench-full the same for every case, regime and sweep; takes long"
 	@echo "make gpu        on an NVIDIA GPU: build, tests, compute-sanitizer, profile, benchmarks, in parts"
@@ -52,7 +54,7 @@ help:
 	@echo "Options: PYTHON=..., VENV=..., TORCH=..., explained at the top of Makefile"
 
 demo: module
-	@echo "== Demo: deqfuse demo $(ARGS)"
+	@echo "== Demo: deqfuse demo $(ARGS); trains five fusions, about 2 minutes (ARGS=--quick: seconds)"
 	@$(PY) -m deqfuse.cli.main demo $(ARGS)
 
 # $(call tests,what,options) on all cores: with worksteal a worker that is done takes tests from
@@ -73,6 +75,17 @@ test-ci: module
 
 test-full: lint module
 	@$(call tests,all)
+
+test-integrations: module $(if $(filter none,$(VENV)),,$(VENV)/.integrations)
+	@$(call tests,the integrations,tests/integrations)
+
+# Warnings are errors, no network is asked, and what links to what is checked in the pages themselves.
+# DEQFUSE_DOCS_LINK_TORCH=1 adds links into torch's pages, for which its inventory is downloaded.
+DOCS := build/docs
+docs: module $(if $(filter none,$(VENV)),,$(VENV)/.docs)
+	@echo "== Documentation: $(DOCS)/index.html (log: build/docs.log)"
+	@rm -rf $(DOCS); $(PY) -m sphinx -q -W --keep-going -j auto docs $(DOCS) >build/docs.log 2>&1 || { cat build/docs.log; exit 1; }
+	@$(PY) -m tools.check_site $(DOCS)
 
 # $(call tool,module,command...) runs a lint tool; only a borrowed Python may lack it.
 tool = if $(PY) -c 'import $(1)' 2>/dev/null; then $(PY) -m $(2); \
@@ -124,7 +137,7 @@ bench: module
 bench-full: BENCH_MODE := --full
 bench-full: bench
 
-# docs/gpu-proof.md. Parts that have passed are not run again; logs and tables are in GPU_OUT.
+# docs/how-to/gpu-proof.md. Parts that have passed are not run again; logs and tables are in GPU_OUT.
 PART ?=
 GPU_OUT ?= build/gpu
 gpu: has-gpu $(SETUP)
@@ -174,6 +187,13 @@ $(VENV)/.installed: pyproject.toml setup.py $(CONSTRAINTS) | check-python
 	@$(PY) -m pip install --disable-pip-version-check -q -c $(VENV)/constraints.txt setuptools
 	@DEQFUSE_BUILD=python $(PY) -m pip install --disable-pip-version-check -q -c $(VENV)/constraints.txt \
 	  --no-build-isolation -e '.[dev]'
+	@touch $@
+
+# What only some goals need, on top: .docs and .integrations are extras of pyproject.toml.
+$(VENV)/.docs $(VENV)/.integrations: $(VENV)/.%: $(VENV)/.installed
+	@echo "== Installing what '$*' needs"
+	@DEQFUSE_BUILD=python $(PY) -m pip install --disable-pip-version-check -q -c $(VENV)/constraints.txt \
+	  --no-build-isolation -e '.[$*]'
 	@touch $@
 
 # Kernels and binaries are found only when installed, hence the editable install here too.

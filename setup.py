@@ -4,7 +4,7 @@ DEQFUSE_BUILD decides about those: "auto" (default) builds the C++ extension whe
 C++ compiler are there, the CUDA library where torch has CUDA and there is a toolkit, and
 installs without what cannot be built, saying why; "cpu" makes a missing extension an error and
 builds no CUDA; "cuda" builds both, with or without a GPU or a torch with CUDA, or fails; "python"
-leaves both out. csrc/README.md lists all switches.
+leaves both out. docs/reference/environment.md lists all switches.
 """
 
 import importlib.util

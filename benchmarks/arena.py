@@ -21,7 +21,7 @@ from benchmarks.variants import BUILDERS, OURS, Contender, available, fastest_ba
 
 # "tolerance": every row at the case's tol. "equal-error": each variant at the loosest tolerance at
 # which its answer is within 1e-5 of the float64 equilibrium. "torch-init": torch's default
-# initialisation, where rows may have no equilibrium and everybody has the same budget; forward
+# initialisation, where rows may have none within reach and everybody has the same budget; forward
 # only, since without an equilibrium there is no gradient to check.
 REGIMES = ("tolerance", "equal-error", "torch-init")
 # Measured in the same turns, since the share of the penalty compares them.

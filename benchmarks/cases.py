@@ -39,7 +39,7 @@ class Case:
         return f"({self.rows}, {self.modalities}, {self.dim})"
 
     def at_torch_init(self) -> Case:
-        """The same sizes where the map is not contractive and some rows have no equilibrium."""
+        """The same sizes where the map is not contractive: some rows are out of reach."""
         return dataclasses.replace(self, init="torch")
 
 

@@ -1,6 +1,6 @@
 """Deep-equilibrium multimodal fusion for PyTorch: solved per row, differentiated implicitly.
 
-See the README for a start and docs/design.md for the mathematics and the architecture.
+The README is the start; docs/explanation has the mathematics and the architecture.
 """
 
 from __future__ import annotations

@@ -90,7 +90,7 @@ def not_symbolic(name: str, *values: Any) -> None:
     if any(type(value).__module__ == "torch.fx.proxy" for value in values):
         raise TypeError(
             f"{name}: expected a torch.Tensor, got a Proxy of torch.fx. Remedy: a Tracer whose "
-            "is_leaf_module() is true for deqfuse's modules; docs/compile.md has one"
+            "is_leaf_module() is true for deqfuse's modules; docs/how-to/compile.md has one"
         )
 
 
@@ -100,7 +100,7 @@ def not_traced() -> None:
         raise NotImplementedError(
             "deqfuse: torch.jit.trace (and the ONNX exporter on top of it) is not supported: it "
             "records the steps of one solve, and other data need others. Remedy: "
-            "torch.export.export, which keeps the solve as one operator (docs/compile.md)"
+            "torch.export.export, which keeps the solve as one operator (docs/how-to/compile.md)"
         )
 
 

@@ -1,4 +1,6 @@
-"""The proof on a GPU, in parts: build, tests, sanitizers, profile, benchmarks. docs/gpu-proof.md.
+"""The proof on a GPU, in parts: build, tests, sanitizers, profile, benchmarks.
+
+What they prove: docs/how-to/gpu-proof.md.
 
     python -m tools.gpu_proof [PART ...] [--again] [--limit SECONDS] [--out FOLDER] [--state FILE]
                               [--check]

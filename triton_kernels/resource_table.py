@@ -1,4 +1,7 @@
-"""What compiled kernels take, as the table of docs/kernels-gpu-resources.md; needs no Triton."""
+"""What compiled kernels take, as the table of kernels-gpu-resources.md in docs/explanation.
+
+Needs no Triton.
+"""
 
 from __future__ import annotations
 

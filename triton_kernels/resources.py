@@ -1,8 +1,9 @@
 """Registers, shared memory and spills of every kernel, compiled for GPUs that need not be here.
 
 The launchers themselves are run, but each launch is compiled instead, for the named target. So what
-is measured is what a solve would launch. docs/kernels-gpu-resources.md is what ``python -m
-deqfuse.triton_kernels.resources --set full --markdown`` prints; not under TRITON_INTERPRET.
+is measured is what a solve would launch. docs/explanation/kernels-gpu-resources.md is what
+``python -m deqfuse.triton_kernels.resources --set full --markdown`` prints. Not under
+TRITON_INTERPRET.
 """
 
 from __future__ import annotations

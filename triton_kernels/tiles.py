@@ -21,7 +21,7 @@ MAX_STEPS = 4096  # evaluations of a solve by steps: up to three launches each, 
 MAX_STEP_HISTORY = 8  # and that the Anderson step combines
 SHARED_BYTES = 166_912  # shared memory of a block on sm_80
 REGISTERS = 65_536  # of a block on NVIDIA GPUs
-TF32_TOL = 1e-4  # what solves with TF32 products reach; docs/kernels-gpu.md
+TF32_TOL = 1e-4  # what solves with TF32 products reach; docs/explanation/kernels-gpu.md
 
 
 class Knobs(NamedTuple):

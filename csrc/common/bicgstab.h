@@ -3,7 +3,7 @@
 // BiCGStab (van der Vorst 1992) needs an application of A for the direction p and one for the residual r. When the
 // recurrence says that it is done, one more gives the true residual b - x + A x, by which alone a row is judged; a row
 // that is not there yet starts anew from x. Rows take these steps independently of each other: what the next
-// application is for is the row's phase. See docs/kernels-gpu-adjoint.md.
+// application is for is the row's phase. See docs/explanation/kernels-gpu-adjoint.md.
 #pragma once
 
 #include "outcome.h"

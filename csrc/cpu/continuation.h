@@ -1,7 +1,7 @@
 // Zeros of z - f(z) of one row where no iteration finds them: along the curve of the zeros of
 //   H(z, t) = z - t f(z) - (1 - t) a,   from (a, 0) to (z*, 1),
 // by arc length, since the curve may turn back in t (Chow, Mallet-Paret and Yorke 1978; Allgower and Georg, "Numerical
-// Continuation Methods", 1990). docs/design.md, section 4, says why there is such a curve.
+// Continuation Methods", 1990). docs/explanation/numerics.md says why there is such a curve.
 //
 // What decides whether it is found:
 //   - the direction along the curve is that in which det [DH; tangent] is positive, as it is at (a, 0): an invariant

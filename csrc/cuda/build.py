@@ -1,6 +1,6 @@
 """Compiles the CUDA kernels: for setup.py, for tests, and for the table of what each kernel needs.
 
-    python csrc/cuda/build.py --table     # rewrites it in docs/kernels-gpu-adjoint.md (two minutes)
+    python csrc/cuda/build.py --table   # rewrites docs/explanation/kernels-gpu-adjoint.md; minutes
 
 No GPU is needed, nor a torch with CUDA: the operators use torch's stable ABI only.
 """
@@ -22,7 +22,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 LOCAL = Path("/usr/local")
 KERNELS = sorted(HERE.glob("kernels_*.cu"))
-DOCUMENT = HERE.parents[1] / "docs" / "kernels-gpu-adjoint.md"
+DOCUMENT = HERE.parents[1] / "docs" / "explanation" / "kernels-gpu-adjoint.md"
 DEFAULT_ARCHS = ("8.0", "9.0", "10.0", "12.0")  # those that the compiler knows
 OLDEST = (8, 0)
 # What torch calls architectures in TORCH_CUDA_ARCH_LIST.

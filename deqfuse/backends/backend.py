@@ -50,7 +50,8 @@ def _never(*what: Any) -> bool:
 class Backend:
     """A way to run the layer's solves and adjoints, and Anderson's step for any other map.
 
-    ``BACKENDS`` in ``backends/__init__.py`` lists the records; CONTRIBUTING.md says how to add one.
+    ``BACKENDS`` in ``backends/__init__.py`` lists the records; docs/how-to/extend.md says how to
+    add one.
 
     Args:
         summary: one line for ``python -m deqfuse.info``.

@@ -1,7 +1,8 @@
 """Adjoints on NVIDIA GPUs: the CUDA library, or, without it, Triton's VJPs under the Krylov loop.
 
-The library solves each block in one launch (docs/kernels-gpu-adjoint.md). Where it is missing, and
-for solvers that it does not know, the reference's linear solvers apply the step kernels' VJP.
+The library solves each block in one launch (docs/explanation/kernels-gpu-adjoint.md). Where it is
+missing, and for solvers that it does not know, the reference's linear solvers apply the step
+kernels' VJP.
 """
 
 from __future__ import annotations

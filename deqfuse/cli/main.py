@@ -11,6 +11,13 @@ from deqfuse.reports.errors import UserError
 
 __all__ = ["main"]
 
+# Said before anything is loaded: what comes takes a while.
+ANNOUNCED = {
+    "demo": "Trains five fusions on handwritten numerals, three times each unless --seeds says "
+    "otherwise, and writes a report. Takes about 2 minutes (--quick: seconds); Ctrl-C stops it.",
+    "train": "Trains five fusions on your data, three times each unless --seeds says otherwise, "
+    "and writes a report. Takes minutes (--quick: seconds); Ctrl-C stops it.",
+}
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130  # what shells expect after Ctrl-C
 
@@ -43,7 +50,14 @@ def _dispatch(options: argparse.Namespace, arguments: Sequence[str]) -> int:
 
         info()
         return 0
+    if options.command in ANNOUNCED:
+        print(ANNOUNCED[options.command] + "\n", flush=True)
     try:
+        if options.command == "completion":
+            import shtab
+
+            print(shtab.complete(parser(), shell=options.shell))
+            return 0
         from deqfuse.cli import commands, studies  # pulls in matplotlib, numpy and rich
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("deqfuse"):

@@ -15,13 +15,22 @@ Deep-equilibrium multimodal fusion for PyTorch.
   deqfuse train --data DIR   the same on your own multi-view data
   deqfuse experiment NAME    the papers' experiments; minutes to hours
   deqfuse info               versions, devices, backends: what works here, what not and why
+  deqfuse completion SHELL   completion of commands and options for bash, zsh or tcsh
+
+`deqfuse COMMAND --help` explains a command and gives an example. The first to try:
+
+  deqfuse demo --quick       everything once on a few rows, in seconds
 """
 
 _DEMO = """\
-Train the same encoders and head with four fusions (concatenation, weighted sum, weight-tied steps
-and DEQ Fusion) on handwritten numerals seen through six feature sets (UCI Multiple Features,
-shipped with deqfuse), print a table, check the trained layer's gradients, and write a report that
-opens in a browser.
+Train the same encoders and head with five fusions (concatenation, weighted sum, progressive fusion,
+weight-tied steps and DEQ Fusion) on handwritten numerals seen through six feature sets (UCI
+Multiple Features, shipped with deqfuse), print a table, check the trained layer's gradients, and
+write a report that opens in a browser. Takes about 2 minutes.
+
+Example, a shorter run:
+
+  deqfuse demo --seeds 1 --epochs 20 --out first-look
 """
 
 _TRAIN = """\
@@ -33,6 +42,10 @@ views i = 1, 2, ...:
   {i}_featname.csv               optional, one feature name per line
 
 Validation rows are taken out of the training rows; the test rows serve for the final numbers only.
+
+Example:
+
+  deqfuse train --data two_views --out two-views-report
 """
 
 _EXPERIMENT = """\
@@ -40,17 +53,44 @@ The experiments of the papers, on data that is at hand. Every finished trial is 
 folder; after an interruption the same command goes on where it stopped. The epoch of a model is
 chosen on validation rows, never on the test rows.
 
+Examples:
+
   deqfuse experiment synthetic              progressive fusion's Appendix B.1
   deqfuse experiment numerals               fusions, ablations, robustness, probes (shipped data)
   deqfuse experiment omics --data DIR       MM-Dynamics with and without DEQ Fusion (MOGONET layout)
   deqfuse experiment audiovisual --images DIR --audio DIR     digits seen and spoken
 """
 
+_INFO = """\
+Versions, processor, devices, environment variables, and for every backend whether it runs here, or
+why not and what would change that. Same as `python -m deqfuse.info`; belongs into a bug report.
+
+Example:
+
+  deqfuse info
+"""
+
+_COMPLETION = """\
+Print a script with which a shell completes commands and options at the Tab key.
+
+Examples:
+
+  eval "$(deqfuse completion bash)"                     for this shell; in ~/.bashrc for all of them
+  deqfuse completion zsh > "${fpath[1]}/_deqfuse"       zsh, where that folder is yours
+"""
+SHELLS = ("bash", "zsh", "tcsh")
+
 _HELP = {
     "synthetic": "progressive fusion and DEQ Fusion on two dependent views (Appendix B.1)",
     "numerals": "all fusions and ablations on the handwritten numerals",
     "omics": "MM-Dynamics with concatenation against DEQ Fusion",
     "audiovisual": "digits seen (MNIST format) and spoken (free-spoken-digit format)",
+}
+_EXAMPLES = {
+    "synthetic": "deqfuse experiment synthetic --jobs 2",
+    "numerals": "deqfuse experiment numerals --seeds 5",
+    "omics": "deqfuse experiment omics --data ROSMAP",
+    "audiovisual": "deqfuse experiment audiovisual --images mnist --audio recordings",
 }
 _SEEDS = {"synthetic": 30, "numerals": 5, "omics": 10, "audiovisual": 3}
 _SEEDS_HELP = {"synthetic": "trials per setting"}
@@ -101,8 +141,15 @@ def parser() -> argparse.ArgumentParser:
     _add_experiment(commands)
 
     commands.add_parser(
-        "info", help="versions, devices, backends", description="Same as `python -m deqfuse.info`."
+        "info", help="versions, devices, backends", description=_INFO, formatter_class=raw
     )
+    completion = commands.add_parser(
+        "completion",
+        help="completion for a shell",
+        description=_COMPLETION,
+        formatter_class=raw,
+    )
+    completion.add_argument("shell", choices=SHELLS, help="for which shell")
     return whole
 
 
@@ -155,7 +202,13 @@ def _add_experiment(commands: argparse._SubParsersAction[argparse.ArgumentParser
     )
     names = experiment.add_subparsers(dest="experiment", required=True, metavar="NAME")
     for name, text in _HELP.items():
-        one = names.add_parser(name, help=text, description=text, allow_abbrev=False)
+        one = names.add_parser(
+            name,
+            help=text,
+            description=f"{text[0].upper()}{text[1:]}.\n\nExample:\n\n  {_EXAMPLES[name]}",
+            formatter_class=raw,
+            allow_abbrev=False,
+        )
         if name == "omics":
             one.add_argument(
                 "--data", required=True, metavar="DIR", help="folder in MOGONET layout"

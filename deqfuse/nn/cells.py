@@ -37,7 +37,7 @@ class ResidualCell(nn.Module):
         variant: "paper"; "released" and "released-mmimdb" add the skip ``+ z`` before the last
             relu.
         init: "contractive" draws W2 with standard deviation ``0.1 / sqrt(d)``; "torch" leaves
-            torch's default, with which some equilibria do not exist or cannot be found.
+            torch's default, with which many equilibria are reached by no iteration.
         device: of the parameters; torch's default when not given.
         dtype: of the parameters, a floating one; torch's default when not given.
 

@@ -54,7 +54,8 @@ class DEQFusion(nn.Module):
             norm).
         in_dims: widths of the N inputs; adds one Linear per modality onto ``dim``.
         dropout: probability on W_f's output, in training mode; one draw per solve.
-        init: "contractive" (from d = 64 up every row converges; see docs/design.md) or "torch".
+        init: "contractive" (from d = 64 up every row converges before training) or "torch", torch's
+            own and the papers' draw.
         injection_norm: normalises each injection x_i over its features (no parameters), which makes
             the layer insensitive to the scale of its inputs.
         solver: how to solve forward: a solver's options, with its tolerance.

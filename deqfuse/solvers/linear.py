@@ -75,7 +75,7 @@ def _solve_scaled(apply: Operator, b: Tensor, method: str, tol: float, max_iter:
         return found if b.shape[1] > MAX_FEATURES else factorised(apply, b, tol, found)
     if max_iter < _LEAST.get(method, 1):  # too few for one cycle and its true residual
         method = "neumann"
-    if method == "gmres":  # the fewest applications of all (docs/design.md, "Gradient")
+    if method == "gmres":  # the fewest applications of all (docs/explanation/numerics.md)
         return gmres(apply, b, tol, max_iter)
     if method == "bicgstab":
         return bicgstab(apply, b, tol, max_iter)

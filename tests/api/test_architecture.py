@@ -1,4 +1,4 @@
-"""Imports go one way: the drawing in docs/design.md, section 2, as a test."""
+"""Imports go one way: the list in docs/explanation/architecture.md, as a test."""
 
 from __future__ import annotations
 

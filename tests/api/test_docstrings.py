@@ -1,7 +1,7 @@
 """Docstrings say all that a reader of ``help()`` needs: every argument, field, shape and error.
 
 Names are those that users import, and those that a new solver or a new backend is written with
-(CONTRIBUTING.md, "Recipes").
+(docs/how-to/extend.md).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The recipes of CONTRIBUTING.md, followed by the letter: a new solver, a new backend."""
+"""The recipes of docs/how-to/extend.md, followed by the letter: a new solver, a new backend."""
 
 from __future__ import annotations
 
@@ -210,7 +210,7 @@ def test_maps_of_ones_own_pass_it_by(toy: Toy) -> None:
 
 
 def test_a_cell_of_ones_own_is_a_map_for_deq() -> None:
-    """CONTRIBUTING.md's example: any module in the place of the residual cell."""
+    """The example of docs/how-to/extend.md: any module in the place of the residual cell."""
     torch.manual_seed(0)
     cell = torch.nn.GRUCell(8, 8).double()
     x, g = randn(5, 8, seed=3).requires_grad_(), randn(5, 8, seed=4)

@@ -314,12 +314,8 @@ def test_report_prints_the_cost_only(
 def test_readme_has_the_penalty_as_a_third_column(tmp_path: Path) -> None:
     run = run_of(tmp_path / "run.json", ["forward", "step", "penalty"], {"medium": 256})
     header, _, row = report.readme_block(run).splitlines()[1:4]
-    assert header == (
-        "| case (B, N, d) | forward ms | x torchdeq | of peak | step ms | x torchdeq | of peak "
-        "| step with penalty ms | x torchdeq | of peak |"
-    )
-    # 8e8 flops at 1e11 per second are 8 ms of 44.
-    assert row.endswith("| 33 | 4 | 12% | 44 | 3.8 | 18% |")
+    assert header == "| samples, modalities, features | forward | step | step with penalty |"
+    assert row.endswith("| x 4 (33 ms) | x 3.8 (44 ms) |")
 
 
 def test_page_shows_the_penalty_where_it_was_measured(tmp_path: Path) -> None:

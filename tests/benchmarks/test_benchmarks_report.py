@@ -244,7 +244,7 @@ def test_readme_block_is_replaced(tmp_path: Path) -> None:
     text = readme.read_text()
     assert text == f"a\n{report.readme_block(run)}\nb\n"
     assert "old" not in text
-    assert "small (32, 3, 64) | 10.2 | 5 / 4 | 4.9% |" in text
+    assert "| (32, 3, 64) | x 5 (10.2 ms) | x 5 (10.2 ms) | - |" in text
     readme.write_text("no markers")
     with pytest.raises(ValueError, match="found none"):
         report.update_readme(run, readme)

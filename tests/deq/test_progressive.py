@@ -330,6 +330,6 @@ def test_jacobian_penalty() -> None:
 
 
 def test_the_documentations_example_runs() -> None:
-    page = Path(__file__).parents[2].joinpath("docs", "progressive.md").read_text()
+    page = Path(__file__).parents[2].joinpath("docs", "how-to", "progressive.md").read_text()
     (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     exec(code, {"__name__": "example"})

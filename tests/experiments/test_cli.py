@@ -19,6 +19,7 @@ from data_cases import write_mogonet
 
 from deqfuse import ConvergenceWarning
 from deqfuse.cli.main import main
+from deqfuse.cli.options import SHELLS
 from deqfuse.experiments import metrics, training
 from deqfuse.experiments.comparison import KINDS, Run
 from deqfuse.experiments.comparison_report import PICTURES
@@ -195,7 +196,14 @@ def test_options_are_checked(
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", [[], ["demo"], ["train"]])
+@pytest.mark.parametrize(
+    "command",
+    [
+        [], ["demo"], ["train"], ["info"], ["completion"], ["experiment"],
+        ["experiment", "synthetic"], ["experiment", "numerals"], ["experiment", "omics"],
+        ["experiment", "audiovisual"],
+    ],
+)  # fmt: skip
 def test_help_reads(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_info:
         main([*command, "--help"])
@@ -203,6 +211,36 @@ def test_help_reads(command: list[str], capsys: pytest.CaptureFixture[str]) -> N
     out = capsys.readouterr().out
     assert "usage: deqfuse" in out
     assert max(map(len, out.splitlines())) <= 100
+    assert re.search(rf"^  (eval \"\$\()?{' '.join(['deqfuse', *command])} ?", out, re.MULTILINE)
+
+
+def test_what_is_to_come_is_said_before_anything_is_loaded(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "deqfuse.cli.commands", None)  # what loads the rest
+    monkeypatch.delattr("deqfuse.cli.commands", raising=False)
+    with pytest.raises(ModuleNotFoundError):
+        main(["demo"])
+    assert "about 2 minutes" in capsys.readouterr().out.splitlines()[0]
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_shells_complete_commands_and_options(
+    shell: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("shtab", reason="needs shtab: pip install 'deqfuse[cli]'")
+    assert main(["completion", shell]) == 0
+    script = capsys.readouterr().out
+    assert "experiment" in script
+    assert "split-seed" in script
+
+
+def test_without_shtab_completion_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    assert main(["completion", "bash"]) == 2
+    assert "needs the Python package shtab" in capsys.readouterr().err
 
 
 def test_version_and_info(capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,8 +20,8 @@ NAMED = re.compile(
     r"(?<![\w/])(?:deqfuse|csrc|triton_kernels|tests|tools|docs|benchmarks|examples|backends|operators|nn|"
     r"solvers|diagnostics|common|cpu|cuda)/[\w/.-]*\w\.(?:py|md|h|cpp|cuh|inc|cu)\b"
 )
-PLACES = ("", "deqfuse", "csrc", "docs")  # that such a path may start from
-BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+PLACES = ("", "deqfuse", "csrc")  # that such a path may start from
+BLOCK = re.compile(r"^```(?:python|\{code-cell\} ipython3)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 
 def pages() -> list[pytest.ParameterSet]:
@@ -65,7 +65,7 @@ def test_examples_of_docstrings(source: str) -> None:
 
 def texts() -> list[Path]:
     """Pages, and the sources with their comments."""
-    pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("csrc/**/*.*")]
+    pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("csrc/**/*.*")]
     code = [p for d in ("deqfuse", "triton_kernels", "tools") for p in (ROOT / d).rglob("*.py")]
     return sorted(p for p in [*pages, *code] if p.suffix in (".md", ".py", ".h", ".cpp", ".cuh"))
 
@@ -82,6 +82,7 @@ def test_every_file_that_is_named_is_there() -> None:
 
 def test_nothing_is_left_out() -> None:
     """The search above finds what is there to be found."""
-    assert {p.id for p in pages()} >= {"README.md", "docs/compile.md", "docs/progressive.md"}
+    found = {p.id for p in pages()}
+    assert found >= {"README.md", "docs/how-to/compile.md", "docs/tutorials/first-layer.md"}
     documented = [inspect.getdoc(getattr(deqfuse, name)) or "" for name in deqfuse.__all__]
     assert len(examples()) >= sum("Example:" in text for text in documented) >= 3

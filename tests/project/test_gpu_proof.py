@@ -307,7 +307,7 @@ def test_parts_name_what_there_is(tmp_path: Path) -> None:
     assert all((ROOT / file).exists() for file in files)
     build = next(part for part in parts if part.name == "build")
     assert build.environment["TORCH_CUDA_ARCH_LIST"] == "9.0"
-    table = (ROOT / "docs" / "gpu-proof.md").read_text()
+    table = (ROOT / "docs" / "how-to" / "gpu-proof.md").read_text()
     kinds = {part.name.partition("-")[0] for part in parts}
     assert kinds == set(re.findall(r"^\| `(\w+)", table, re.MULTILINE))
 

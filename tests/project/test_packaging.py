@@ -138,10 +138,12 @@ def source_copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
             shutil.copy2(entry, copy)
         elif entry.name in (
             ".ci",
+            ".github",
             "benchmarks",
             "csrc",
             "deqfuse",
             "docs",
+            "examples",
             "tests",
             "tools",
             "triton_kernels",

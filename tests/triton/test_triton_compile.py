@@ -29,7 +29,7 @@ from deqfuse.triton_kernels.resource_table import (
 
 pytestmark = pytest.mark.triton
 
-TABLE = Path(__file__).parents[2] / "docs/kernels-gpu-resources.md"
+TABLE = Path(__file__).parents[2] / "docs/explanation/kernels-gpu-resources.md"
 SMALL_DEVICES = SMALL_BYTES  # which get no whole solve of 128 columns
 KERNELS = {
     "step": {

@@ -63,7 +63,7 @@ def test_answers_are_the_equilibria(dim, groups, dtype):
 @pytest.mark.usefixtures("tf32")
 @pytest.mark.parametrize(("dim", "groups"), WIDTHS)
 def test_answers_with_tf32_products(dim, groups):
-    """They converge to the default tolerance; docs/kernels-gpu.md emulates how far they get."""
+    """They converge to the default tolerance; docs/explanation/kernels-gpu.md emulates how far."""
     exacts = solves(dim, groups, backend=reference)
     assert_at_the_equilibria(solves(dim, groups), exacts, tol=1e-4, error=1e-3)
 

@@ -19,7 +19,7 @@ from deqfuse.backends import maps, reference
 from deqfuse.backends.maps import PAPER
 from deqfuse.triton_kernels import tiles
 
-DOCS = Path(__file__).parents[2] / "docs/kernels-gpu.md"
+DOCS = Path(__file__).parents[2] / "docs/explanation/kernels-gpu.md"
 
 
 def solve_rounded(
