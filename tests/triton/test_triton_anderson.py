@@ -80,9 +80,13 @@ def test_the_step_is_that_of_the_reference(option: Anderson) -> None:
 
 @pytest.mark.parametrize("n", [1, 5, 300])
 def test_float32(n: int) -> None:
+    """Residuals of one number are collinear: the ridge alone decides about some weights, which
+    rounding moves by eps / lam, a tenth of what the images differ by.
+    """
     option = Anderson(tol=1e-4, max_iter=6, trace=True)
     f, z0 = rows_map(n, torch.float32)
-    assert_same(solve(f, z0, option), reference.anderson(f, z0, option), rtol=1e-4)
+    rtol = 1e-3 if n == 1 else 1e-4
+    assert_same(solve(f, z0, option), reference.anderson(f, z0, option), rtol)
 
 
 @each_dtype
@@ -153,8 +157,10 @@ def test_a_frozen_row_keeps_its_iterate() -> None:
 def test_one_launch_a_step_and_none_without_rows() -> None:
     f, z0 = rows_map(9, torch.float64)
     knobs = {"tol": 1e-6, "max_iter": 5, "beta": 1.0, "lam": 1e-6}
+    state = AndersonState(z0, 3, 0)
+    state.z.copy_(z0)
     with counted() as names:
-        anderson_step(f(z0), AndersonState(z0, 3, 0), 0, **knobs)
+        anderson_step(f(z0), state, 0, **knobs)
         anderson_step(z0[:0], AndersonState(z0[:0], 3, 0), 0, **knobs)
     assert names == ["_anderson_step_kernel"]
 
