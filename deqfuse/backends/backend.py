@@ -38,7 +38,7 @@ def _never(*what: Any) -> bool:
     """False.
 
     Args:
-        what: whatever is asked about.
+        *what: whatever is asked about.
 
     Returns:
         False.

@@ -90,7 +90,8 @@ def _documented(owner: type, name: str, member: object) -> bool:
 @pytest.mark.parametrize("name", PUBLIC)
 def test_docstrings(name: str) -> None:
     symbol = getattr(deqfuse, name)
-    text = vars(symbol).get("__doc__") or ""
+    text = symbol.__doc__ if inspect.isfunction(symbol) else vars(symbol).get("__doc__")
+    assert text is not None
     assert len(text.split()) > 3, "a docstring of its own"
     assert not text.startswith(f"{name}("), "and not the signature that dataclasses makes up"
     silent = [
