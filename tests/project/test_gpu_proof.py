@@ -95,23 +95,6 @@ def test_a_run_comes_back_as_two_files_and_goes_on_from_one(
     assert times(tmp_path, "a", "b") == [1, 2]
 
 
-GPU_TEST = re.compile(r"mark\.gpu|pytestmark = MARK|import every_device|Machine\(\"cuda\"\)")
-
-
-def test_all_tests_on_a_gpu_are_in_a_part(tmp_path: Path) -> None:
-    """Other folders are not even collected: what they import may be missing on a bare machine."""
-    parts = gpu_parts.all_parts(tmp_path, GPU)
-    words = {w for p in parts if p.name.startswith("tests") for c in p.commands for w in c}
-    folders = {w for w in words if re.fullmatch(r"tests/\w+", w)}
-    files = [p for p in (ROOT / "tests").glob("*/*.py") if GPU_TEST.search(p.read_text())]
-    on_gpus = {f"tests/{p.parent.name}" for p in files} - {"tests/shared", "tests/project"}
-    assert folders == on_gpus
-    modules = "matplotlib", "rich", "pytest_benchmark", "torchdeq"
-    imports = re.compile(rf"^(?:from|import) ({'|'.join(modules)}|deqfuse\.cli|benchmarks)", re.M)
-    for path in itertools.chain.from_iterable((ROOT / f).glob("*.py") for f in folders):
-        assert not imports.search(path.read_text()), path
-
-
 def test_what_a_part_left_must_still_be_there(tmp_path: Path) -> None:
     part = counting(tmp_path, "a")
     prove([part], tmp_path)

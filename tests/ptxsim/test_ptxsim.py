@@ -22,9 +22,8 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 CXX = shlex.split(os.environ.get("CXX", "c++"))[0]
 needs_compiler = pytest.mark.skipif(shutil.which(CXX) is None, reason="needs a C++ compiler")
-# The library's own tests; which of them meet compiled arithmetic is said in README.md.
-OWN = [f"tests/triton/test_triton_{name}.py" for name in ("anderson", "solve", "adjoint", "steps")]
-OWN += ["tests/triton/test_triton_penalty.py"]
+# The library's own tests that hold for compiled arithmetic, too; README.md tells of the others.
+OWN = [f"tests/triton/test_triton_{name}.py" for name in ("anderson", "solve")]
 
 
 def emulate(*arguments: str, **environment: str) -> None:
