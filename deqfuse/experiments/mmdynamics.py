@@ -110,7 +110,7 @@ class MMDynamics(nn.Module):
     def _seen(self, views: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
         """The views without NaN, and which of them the fusion is to count: (B, N)."""
         present = self.drop(views, present_from_nan(views))
-        means = [0.0] * len(views) if self.means is None else self.means
+        means = self.means or [view.new_zeros(()) for view in views]
         seen = [
             torch.where(here[:, None], view, mean)
             for view, here, mean in zip(views, present.T, means, strict=True)

@@ -23,8 +23,8 @@ from deqfuse.data import MultiviewData
 __all__ = [
     "ABLATIONS",
     "FUSIONS",
-    "MASKED",
     "LABELS",
+    "MASKED",
     "MODELS",
     "PRO_EQUILIBRIA",
     "CrossEntropyModel",

@@ -77,9 +77,9 @@ def build(records: Sequence[Record], settings: dict[str, Any]) -> Report:
     }
     lead = (
         "Fusions, ablations, convergence, cost, robustness, absent views and probes on 2000 "
-        "numerals in six views (UCI Multiple Features, CC BY 4.0): what these data say about arXiv 2306.16645 "
-        "(Tables 6, 7, 9, Figure 3) and 2209.00302 (Figure 10b, Table 10, Appendices C.1 and G), "
-        "which measured other data sets."
+        "numerals in six views (UCI Multiple Features, CC BY 4.0): what these data say about "
+        "arXiv 2306.16645 (Tables 6, 7, 9, Figure 3) and 2209.00302 (Figure 10b, Table 10, "
+        "Appendices C.1 and G), which measured other data sets."
     )
     return Report("Numerals: all fusions", lead, sections, summary)
 
