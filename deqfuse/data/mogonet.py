@@ -202,12 +202,14 @@ def _read_labels(path: Path, ids: bool) -> Labels:
             if value != int(value) or abs(value) >= _EXACT:
                 raise ValueError
         except (ValueError, OverflowError):
-            only = f" and nothing else ({PANDAS})" if "," in line.text else ""
+            cells = "," in line.text
+            only = f" and nothing else ({PANDAS})" if cells else ""
             behind = " behind the id" if ids else ""
+            option = "; --ids, if lines start with the sample's id" if cells and not ids else ""
             raise ValueError(
                 f"{path}, line {line.number}: expected one integer label{behind}{only}, got "
                 f"{line.text.strip()[:40]!r}. Remedy: number the classes 0, 1, 2, ...; no header "
-                "row."
+                f"row{option}."
             ) from None
         labels.append(int(value))
         lines.append(line)
