@@ -60,7 +60,7 @@ def train(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     """Compare the fusions on a folder in MOGONET layout."""
     try:
         with collect_warnings(DataWarning) as doubts:
-            learning, test = load_mogonet(options.data)
+            learning, test = load_mogonet(options.data, options.ids)
     except (ValueError, OSError) as error:
         raise UserError(str(error)) from error
     if learning.num_rows < 4:

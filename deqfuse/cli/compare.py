@@ -30,6 +30,7 @@ from deqfuse.experiments.comparison_tables import (
     comparison_text,
     convergence_text,
     non_finite_text,
+    pattern_table,
 )
 from deqfuse.experiments.measurements import Curve, noise_curve, residual_curves
 from deqfuse.experiments.training import collect_warnings, predict
@@ -84,10 +85,12 @@ def _run(
     splits = comparison.splits.to(device)
     runs = _train_all(comparison, splits, console)
     table = comparison_table(runs, comparison.metrics)
-    console.print()
-    console.print(_rich_table(table))
-    for note in table.notes:
-        console.print(note, style="dim")
+    patterns = pattern_table(runs)
+    for shown in filter(None, (table, patterns)):
+        console.print()
+        console.print(_rich_table(shown))
+        for note in shown.notes:
+            console.print(note, style="dim")
     sentences = comparison_text(runs), non_finite_text(runs), convergence_text(runs)
     console.print("\n" + "\n".join(filter(None, sentences)))
 
@@ -96,7 +99,9 @@ def _run(
 
     curves, noise = _measure(runs, splits, console)
     console.print("Drawing the report ...")
-    report = comparison_report.build(comparison, runs, table, sentences, check, curves, noise)
+    report = comparison_report.build(
+        comparison, runs, table, patterns, sentences, check, curves, noise
+    )
     facts = machine_facts(command, device, _backend(runs, splits))
     page = write_report(out, report, facts, HTML)
     seconds = time.monotonic() - started

@@ -41,6 +41,11 @@ views i = 1, 2, ...:
   labels_tr.csv  labels_te.csv   one integer per line, in the order of the rows
   {i}_featname.csv               optional, one feature name per line
 
+A sample that lacks a view has an empty line, or empty cells only, in the view's table; fusions that
+take a mask leave the view out, the others get the training mean in its place. With --ids every line
+of the tables and of the labels starts with the id of its sample: views may then have other samples
+in another order, and lack those that they do not list.
+
 Validation rows are taken out of the training rows; the test rows serve for the final numbers only.
 
 Example:
@@ -122,6 +127,11 @@ def parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     train.add_argument("--data", required=True, metavar="DIR", help="folder with the CSV files")
+    train.add_argument(
+        "--ids",
+        action="store_true",
+        help="the first cell of every line is the sample's id, by which views are joined",
+    )
     _add_common(train, out="deqfuse-train-report")
     train.add_argument(
         "--validation",

@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from deqfuse.nn.presence import present_from_nan
+
 __all__ = ["MultiviewData", "Splits", "checked", "split_stratified"]
 
 
@@ -16,7 +18,8 @@ __all__ = ["MultiviewData", "Splits", "checked", "split_stratified"]
 class MultiviewData:
     """The same rows seen through several feature sets.
 
-    Row ``r`` of every view and of ``labels`` is the same sample.
+    Row ``r`` of every view and of ``labels`` is the same sample. A sample that lacks a view has NaN
+    for all of its features.
     """
 
     views: list[Tensor]  # per view (rows, features of that view), float32
@@ -52,6 +55,11 @@ class MultiviewData:
         """Number of features of each view."""
         return tuple(view.shape[1] for view in self.views)
 
+    @property
+    def present(self) -> Tensor:
+        """Which views the samples have: (rows, views) bool."""
+        return present_from_nan([view.flatten(1) for view in self.views])
+
     def rows(self, index: Tensor) -> MultiviewData:
         """The samples at ``index`` (int64 positions), in that order."""
         return replace(self, views=[view[index] for view in self.views], labels=self.labels[index])
@@ -75,15 +83,23 @@ class Splits:
 
         Validation and test rows get the training rows' shift and scale: statistics of their own
         would tell the model about data that it is not supposed to have seen. A feature that is
-        constant in the training rows is only shifted.
+        constant in the training rows is only shifted. Samples that lack a view have no part in its
+        statistics, and lack it afterwards.
 
         Raises:
-            ValueError: a standardised value is not finite in float32.
+            ValueError: a standardised value is not finite in float32, or no training row has a
+                view.
         """
         moments = []
-        for view in self.train.views:
-            mean = view.double().mean(0)
-            std = view.double().std(0, correction=0)
+        train = self.train
+        for name, view, here in zip(train.view_names, train.views, train.present.T, strict=True):
+            if not here.any():
+                raise ValueError(
+                    f"view {name}: expected training rows that have it, got none of {len(here)}. "
+                    "Remedy: leave the view out, or hold out fewer rows for validation."
+                )
+            mean = view[here].double().mean(0)
+            std = view[here].double().std(0, correction=0)
             constant = std <= 1e-6 * mean.abs().clamp(min=1e-6)  # float32 rounding of a constant
             moments.append((mean, torch.where(constant, torch.ones_like(std), std)))
 
@@ -105,8 +121,9 @@ def checked(scaled: MultiviewData) -> MultiviewData:
     Raises:
         ValueError: it has not; the message names the view and the feature.
     """
-    for name, view in zip(scaled.view_names, scaled.views, strict=True):
-        broken = torch.nonzero(~view.isfinite().all(0)).flatten()
+    named = zip(scaled.view_names, scaled.views, scaled.present.T, strict=True)
+    for name, view, here in named:
+        broken = torch.nonzero(~view[here].isfinite().all(0)).flatten()
         if len(broken):
             raise ValueError(
                 f"view {name}, column {int(broken[0]) + 1}: expected values that stay within the "

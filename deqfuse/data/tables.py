@@ -6,7 +6,8 @@ import re
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
+
+from deqfuse.data.lines import Line, TableRows, split_lines
 
 __all__ = ["PANDAS", "DataWarning", "read_table", "read_text"]
 
@@ -57,62 +58,84 @@ def _not_text(path: Path, kind: str) -> str:
     )
 
 
-def read_table(path: Path, doubts: list[str]) -> npt.NDArray[np.float32]:
-    """The numbers of a CSV file without header row and row names: (rows, columns).
+def read_table(
+    path: Path, doubts: list[str], rows: int | None = None, ids: bool = False
+) -> TableRows:
+    """The numbers of a CSV file without header row; an empty line is a sample without the view.
 
     Args:
         path: of the file.
         doubts: gets a text for whatever can be read, but is hardly meant as it is read.
+        rows: how many to expect: empty lines at the end of the file that would be more are none.
+        ids: whether the first cell of every line is the id of its sample.
 
     Raises:
         ValueError: the table is empty, ragged, not numeric, or not finite in float32; cells are
-            separated by something else than commas; numbers have decimal commas. The message names
-            the file, the line and the remedy.
+            separated by something else than commas; numbers have decimal commas; an id is missing
+            or occurs twice. The message names the file, the line and the remedy.
     """
     text = read_text(path)
-    lines = text.splitlines()
     if not text.strip():
         raise ValueError(f"{path}: expected rows of numbers, got an empty file.")
+    lines = split_lines(path, text, ids)
+    while rows is not None and len(lines) > rows and not lines[-1].text.strip():
+        lines.pop()
+    full = [line for line in lines if not line.empty]
+    if not full:
+        raise ValueError(
+            f"{path}: expected a sample that has the view, got empty cells only. Remedy: remove "
+            "the view's tables."
+        )
     try:
         # NumPy's parser is fast but words its errors for programmers; on failure look for the line.
-        table = np.loadtxt(lines, delimiter=",", dtype=np.float64, ndmin=2, comments=None)
+        table = np.loadtxt(
+            [line.text for line in full], delimiter=",", dtype=np.float64, ndmin=2, comments=None
+        )
     except ValueError:
-        raise ValueError(_first_fault(path, lines)) from None
+        raise ValueError(_first_fault(path, full)) from None
     with np.errstate(over="ignore"):
         narrow = table.astype(np.float32)
     if not np.isfinite(narrow).all():
-        raise ValueError(_first_fault(path, lines))
-    if "." not in text:
-        _check_decimal_commas(path, lines, doubts)
-    first, count = table[0].tolist(), table.shape[1]
-    if count > 2 and first in ([*range(count)], [*range(1, count + 1)]):
+        raise ValueError(_first_fault(path, full))
+    count = table.shape[1]
+    for line in lines:
+        if line.empty and line.text.strip() and line.text.count(",") + 1 != count:
+            raise ValueError(_ragged(path, line, count))
+    if "." not in "".join(line.text for line in full):
+        _check_decimal_commas(path, [line.text for line in full], doubts)
+    first = table[0].tolist()
+    if full[0].number == 1 and count > 2 and first in ([*range(count)], [*range(1, count + 1)]):
         doubts.append(
             f"{path}, line 1 is {first[0]:g}, {first[1]:g}, {first[2]:g}, ...: column numbers? It "
             f"counts as a sample. Remedy: no header row ({PANDAS})."
         )
-    return narrow
+    values = np.full((len(lines), count), np.nan, dtype=np.float32)
+    values[[not line.empty for line in lines]] = narrow
+    return TableRows(lines, values)
 
 
-def _first_fault(path: Path, lines: list[str]) -> str:
+def _first_fault(path: Path, lines: list[Line]) -> str:
     """The message for the first line that keeps the file from being a table of finite numbers."""
     width = None
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        cells = line.split(",")
-        for column, cell in enumerate(cells, start=1):
-            where = f"{path}, line {number}, column {column}"
+    for line in lines:
+        cells = line.text.split(",")
+        # As the file counts: the id, where there is one, is column 1.
+        for column, cell in enumerate(cells, start=2 if line.sample else 1):
+            where = f"{path}, line {line.number}, column {column}"
             value = _number(cell)
             if value is None:
-                other = _other_format(line)
+                other = _other_format(line.text)
                 if other:
-                    return f"{path}, line {number}: expected cells separated by commas, got {other}"
+                    return (
+                        f"{path}, line {line.number}: expected cells separated by commas, got "
+                        f"{other}"
+                    )
                 found = cell.strip()[:40]
-                return f"{where}: expected a number, got {found!r}. {_hint(number, column, cells)}"
+                return f"{where}: expected a number, got {found!r}. {_hint(line, column, cells)}"
             if not np.isfinite(value):
                 return (
-                    f"{where}: expected a finite number, got {cell.strip()!r}. Remedy: impute "
-                    "missing values, or leave the feature out."
+                    f"{where}: expected a finite number, got {cell.strip()!r}. "
+                    f"{_missing_hint(cells)}"
                 )
             if abs(value) > float(np.finfo(np.float32).max):
                 return (
@@ -121,13 +144,17 @@ def _first_fault(path: Path, lines: list[str]) -> str:
                 )
         width = len(cells) if width is None else width
         if len(cells) != width:
-            point = not any("." in line for line in lines)
-            return (
-                f"{path}, line {number}: expected {width} cells as in the lines above, got "
-                f"{len(cells)}. Remedy: every row needs one cell per feature"
-                + (f"; if the commas are decimal signs, {_POINTS}." if point else ".")
-            )
+            return _ragged(path, line, width, any("." in other.text for other in lines))
     return f"{path}: expected comma-separated numbers; the file cannot be read as such."
+
+
+def _ragged(path: Path, line: Line, width: int, point: bool = True) -> str:
+    behind = " behind the id" if line.sample else ""
+    return (
+        f"{path}, line {line.number}: expected {width} cells{behind} as in the lines above, got "
+        f"{line.text.count(',') + 1}. Remedy: every row needs one cell per feature"
+        + ("." if point else f"; if the commas are decimal signs, {_POINTS}.")
+    )
 
 
 def _number(cell: str) -> float | None:
@@ -163,32 +190,39 @@ def _other_format(line: str) -> str:
     return f"{name} between them. Remedy: separate the cells by commas."
 
 
-def _hint(line: int, column: int, cells: list[str]) -> str:
+def _hint(line: Line, column: int, cells: list[str]) -> str:
     """The remedy for a cell that is not a number."""
     found = [cell.strip().strip('"') for cell in cells]
     names = [cell for cell in found if _number(cell) is None and cell.lower() not in _MISSING]
-    if line == 1 and column == 1 and not found[0] and len(found) > 1:
+    place = column - (2 if line.sample else 1)
+    if line.number == 1 and place == 0 and not found[0] and len(found) > 1:
         # An empty corner, with column names or numbers to the right and row names below.
         return (
             "The empty corner of a header row over row names? Remedy: write the numbers only "
             f"({PANDAS}); names go to {{i}}_featname.csv."
         )
-    if found[column - 1].lower() in _MISSING:
-        return "Remedy: impute missing values, or leave the feature out."
-    if line == 1 and (len(names) > 1 or len(found) == 1):
+    if found[place].lower() in _MISSING:
+        return _missing_hint(cells)
+    if line.number == 1 and (len(names) > 1 or len(found) == 1):
         return "Remedy: remove the header row; names go to {i}_featname.csv."
-    if column == 1 and len(found) > 1:
-        return f"Remedy: row names have no place here ({PANDAS})."
+    if place == 0 and len(found) > 1 and not line.sample:
+        return f"Remedy: row names have no place here ({PANDAS}); with --ids they have."
     return "Remedy: numbers only, with a decimal point."
 
 
-def _check_decimal_commas(path: Path, lines: list[str], doubts: list[str]) -> None:
+def _missing_hint(cells: list[str]) -> str:
+    """The remedy for a missing value, alone or with all the others of its line."""
+    if all(cell.strip().strip('"').lower() in {*_MISSING, "nan"} for cell in cells):
+        return "Remedy: leave the cells of a sample that lacks the view empty."
+    return "Remedy: impute missing values, or leave the feature out."
+
+
+def _check_decimal_commas(path: Path, rows: list[str], doubts: list[str]) -> None:
     """Refuse numbers whose decimal commas were read as separators: every feature became two.
 
     Whole numbers look the same, so it takes a sign of it: a minus, an exponent or zeros in front in
     every other cell only. Without one it is a doubt where decimals are likely.
     """
-    rows = [line for line in lines if line.strip()]
     if not all(_PAIRS.fullmatch(line) for line in rows):
         return
     cells = [[cell.strip() for cell in line.split(",")] for line in rows]

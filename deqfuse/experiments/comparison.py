@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from statistics import median
 from typing import Any, cast
 
@@ -12,7 +12,8 @@ import torch
 
 from deqfuse import ConvergenceError, DEQFusion
 from deqfuse.data import Splits
-from deqfuse.experiments.models import PROGRESSIVE_STEPS, TIED_STEPS, FusionClassifier
+from deqfuse.experiments.absence import pattern_accuracy
+from deqfuse.experiments.models import MASKED, PROGRESSIVE_STEPS, TIED_STEPS, FusionClassifier
 from deqfuse.experiments.training import History, Recipe, evaluate, fit
 from deqfuse.testing import gradient_errors
 
@@ -98,6 +99,23 @@ class Comparison:
             "the validation rows; test rows are used for the final numbers only. DEQ Fusion alone "
             f"adds a Jacobian penalty (weight {recipe.jacobian_weight:g}) that keeps its solves "
             "convergent. Differences smaller than the spread over seeds mean nothing."
+            + self._absence
+        )
+
+    @property
+    def _absence(self) -> str:
+        """What the fusions make of absent views; "" if there are none."""
+        parts = {"training": self.splits.train, "test": self.splits.test}
+        shares = {name: (~part.present).double().mean().item() for name, part in parts.items()}
+        if not any(shares.values()):
+            return ""
+        masked = [kind.label for kind in KINDS if kind.key in MASKED]
+        others = [kind.label for kind in KINDS if kind.key not in MASKED]
+        named = " and ".join(f"{100 * share:.1f}% of the {name}" for name, share in shares.items())
+        return (
+            f" Absent are {named} rows' views. With a mask, which leaves them out: "
+            f"{', '.join(masked)}. Without one, and the training rows' mean of the view's features "
+            f"in its place: {', '.join(others)}."
         )
 
 
@@ -110,6 +128,8 @@ class Run:
     model: FusionClassifier  # holding the parameters of the chosen epoch
     history: History
     test: dict[str, Any]  # as ``evaluate`` gives it
+    # Per set of views that test rows have, as ``pattern_accuracy`` gives it.
+    patterns: Mapping[str, tuple[int, float]] = field(default_factory=dict)
 
     @property
     def seconds_per_epoch(self) -> float:
@@ -140,7 +160,10 @@ def train_one(
         torch.manual_seed(seed)
         model = FusionClassifier(kind.key, train.widths, train.num_classes).to(device)
         history = fit(model, train, splits.validation, recipe, seed, on_epoch)
-    return Run(kind, seed, model, history, evaluate(model, splits.test))
+    test, patterns = splits.test, {}
+    if not test.present.all():
+        patterns = pattern_accuracy(model, test)
+    return Run(kind, seed, model, history, evaluate(model, test), patterns)
 
 
 def by_fusion(runs: Sequence[Run]) -> list[tuple[FusionKind, list[Run]]]:

@@ -35,6 +35,7 @@ def build(
     comparison: Comparison,
     runs: Sequence[Run],
     table: Table,
+    patterns: Table | None,
     sentences: tuple[str, str, str],
     check: GradientCheck,
     curves: Sequence[Sequence[Curve]],
@@ -46,6 +47,7 @@ def build(
         comparison: what was compared.
         runs: all of them.
         table: of their scores.
+        patterns: of their accuracies per set of views, where rows lack some.
         sentences: whether the table ranks the fusions, whose answers are not finite, and how
             training converged.
         check: of the gradients.
@@ -56,6 +58,7 @@ def build(
     kinds = "; ".join(f"{kind.label}: {kind.what}" for kind in KINDS)
     sections = [
         Section("Comparison", sentences[:2], table),
+        *([Section("Accuracy per set of views", (), patterns)] if patterns else []),
         Section(
             "What is compared",
             (

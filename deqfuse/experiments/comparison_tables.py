@@ -16,8 +16,11 @@ __all__ = [
     "comparison_text",
     "convergence_text",
     "non_finite_text",
+    "pattern_table",
     "runs_as_json",
 ]
+
+MAX_PATTERNS = 12  # sets of views in the table
 
 
 def comparison_table(runs: Sequence[Run], metrics: Sequence[str] | None) -> Table:
@@ -60,6 +63,22 @@ def comparison_table(runs: Sequence[Run], metrics: Sequence[str] | None) -> Tabl
         "ms/epoch: median wall time of a training epoch, without validation.",
     )
     return Table(headers, tuple(rows), notes)
+
+
+def pattern_table(runs: Sequence[Run]) -> Table | None:
+    """Accuracy per set of views that test rows have, a column per fusion; None if all have all."""
+    patterns = runs[0].patterns
+    if not patterns:
+        return None
+    groups = by_fusion(runs)
+    rows = tuple(
+        (name, str(count), *(percent([run.patterns[name][1] for run in g]) for _, g in groups))
+        for name, (count, _) in list(patterns.items())[:MAX_PATTERNS]
+    )
+    notes = ["Test accuracy, %, of the rows that have these views and no other."]
+    if len(patterns) > len(rows):
+        notes.append(f"The most frequent of {len(patterns)} sets; results.json has all of them.")
+    return Table(("views", "rows", *(kind.label for kind, _ in groups)), rows, tuple(notes))
 
 
 def comparison_text(runs: Sequence[Run]) -> str:
@@ -132,6 +151,10 @@ def runs_as_json(runs: Sequence[Run]) -> list[dict[str, Any]]:
             "fusion": run.kind.label,
             "seed": run.seed,
             "test": {name: run.test[name] for name in _metrics(run)},
+            "test_per_set_of_views": {
+                name: {"rows": count, "accuracy": score}
+                for name, (count, score) in run.patterns.items()
+            },
             "chosen_epoch": run.history.chosen_epoch,
             "validation_accuracy": run.history.validation,
             "train_loss": run.history.train_loss,

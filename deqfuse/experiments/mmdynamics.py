@@ -15,7 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deqfuse import Anderson, DEQFusion, Implicit, SolveInfo
+from deqfuse import (
+    Anderson,
+    DEQFusion,
+    Implicit,
+    ModalityDropout,
+    SolveInfo,
+    present_from_nan,
+)
 from deqfuse.data import MultiviewData
 
 __all__ = ["MMDynamics"]
@@ -27,6 +34,9 @@ SOLVER, ADJOINT = Anderson(tol=1e-4, max_iter=50), Implicit(tol=1e-4)  # the lib
 class MMDynamics(nn.Module):
     """The model; ``fusion`` is what the comparison is about.
 
+    A row lacks a view where all of its features are NaN. DEQ Fusion is told so; concatenation gets
+    something in its place.
+
     Args:
         widths: features of each view.
         num_classes: C.
@@ -34,6 +44,9 @@ class MMDynamics(nn.Module):
         dim: width d of the encodings.
         fuse_dropout: of W_f's output; DEQ Fusion only.
         fused_gain: see :meth:`loss`.
+        means: per view the training rows' mean (features,), which concatenation gets in place of
+            an absent view; zeros in place of its encoding when not given.
+        modality_dropout: probability of a view to be absent in training.
     """
 
     def __init__(
@@ -44,9 +57,12 @@ class MMDynamics(nn.Module):
         dim: int = 300,
         fuse_dropout: float = 0.0,
         fused_gain: float = 1.0,
+        means: Sequence[Tensor] | None = None,
+        modality_dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        self.fused_gain = fused_gain
+        self.fused_gain, self.means = fused_gain, means
+        self.drop = ModalityDropout(modality_dropout)
         # Everything that the fusions share first: under one seed it starts from the same values.
         self.gates = nn.ModuleList(_linear(width, width) for width in widths)
         self.encoders = nn.ModuleList(_linear(width, dim) for width in widths)
@@ -61,30 +77,45 @@ class MMDynamics(nn.Module):
 
     def logits(self, views: Sequence[Tensor]) -> tuple[Tensor, SolveInfo | None]:
         """Per view (B, features) -> (B, C), and how the solve went."""
-        gates = self._gates(views)
-        encodings = self._encodings(views, gates)
-        return self._fuse(encodings, self._confidences(encodings))
+        views, present = self._seen(views)
+        encodings = self._encodings(views, self._gates(views))
+        return self._fuse(encodings, self._confidences(encodings), present)
 
     def loss(self, batch: MultiviewData) -> tuple[Tensor, SolveInfo | None]:
         """Cross-entropy of the fusion and of every view, mean gates, errors of the confidences.
 
         Han et al. (MM-Dynamics) add them up: ``fused_gain`` 1. The code of DEQ Fusion for BRCA adds
         them view after view and multiplies what is there by 1.5 before each, so that the fused
-        loss counts 1.5^N and the first view 1.5^(N-1): ``fused_gain`` 1.5.
+        loss counts 1.5^N and the first view 1.5^(N-1): ``fused_gain`` 1.5. The terms of a view are
+        those of the rows that have it.
         """
-        gates = self._gates(batch.views)
-        encodings = self._encodings(batch.views, gates)
+        views, present = self._seen(batch.views)
+        gates = self._gates(views)
+        encodings = self._encodings(views, gates)
         confidences = self._confidences(encodings)
-        logits, info = self._fuse(encodings, confidences)
+        logits, info = self._fuse(encodings, confidences, present)
         total = F.cross_entropy(logits, batch.labels)
-        for gate, encoding, confidence, classifier in zip(
-            gates, encodings, confidences, self.classifiers, strict=True
+        for gate, encoding, confidence, classifier, here in zip(
+            gates, encodings, confidences, self.classifiers, present.T, strict=True
         ):
-            own = classifier(encoding)
-            of_truth = own.softmax(1).gather(1, batch.labels[:, None])
-            total = self.fused_gain * total + gate.mean()  # a small mean gate: few features
-            total = total + F.mse_loss(confidence, of_truth) + F.cross_entropy(own, batch.labels)
+            total = self.fused_gain * total
+            if not here.any():
+                continue
+            labels, own = batch.labels[here], classifier(encoding[here])
+            of_truth = own.softmax(1).gather(1, labels[:, None])
+            total = total + gate[here].mean()  # a small mean gate: few features
+            total = total + F.mse_loss(confidence[here], of_truth) + F.cross_entropy(own, labels)
         return total, info
+
+    def _seen(self, views: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
+        """The views without NaN, and which of them the fusion is to count: (B, N)."""
+        present = self.drop(views, present_from_nan(views))
+        means = self.means or [view.new_zeros(()) for view in views]
+        seen = [
+            torch.where(here[:, None], view, mean)
+            for view, here, mean in zip(views, present.T, means, strict=True)
+        ]
+        return seen, present if self.means is None else torch.ones_like(present)
 
     def _gates(self, views: Sequence[Tensor]) -> list[Tensor]:
         return [torch.sigmoid(gate(x)) for gate, x in zip(self.gates, views, strict=True)]
@@ -99,12 +130,13 @@ class MMDynamics(nn.Module):
         return [layer(x) for layer, x in zip(self.confidences, encodings, strict=True)]
 
     def _fuse(
-        self, encodings: Sequence[Tensor], confidences: Sequence[Tensor]
+        self, encodings: Sequence[Tensor], confidences: Sequence[Tensor], present: Tensor
     ) -> tuple[Tensor, SolveInfo | None]:
         weighted = [x * c for x, c in zip(encodings, confidences, strict=True)]
         if self.fusion is None:
+            weighted = [x * here[:, None] for x, here in zip(weighted, present.T, strict=True)]
             return self.head(torch.cat(weighted, dim=1)), None
-        fused, info = self.fusion(weighted, return_info=True)
+        fused, info = self.fusion(weighted, present=present, return_info=True)
         return self.head(fused), info
 
 

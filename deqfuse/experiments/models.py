@@ -4,21 +4,31 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deqfuse import Anderson, DEQFusion, ProFusion, SolveInfo
+from deqfuse import (
+    Anderson,
+    DEQFusion,
+    ModalityDropout,
+    ProFusion,
+    SolveInfo,
+    present_from_nan,
+)
 from deqfuse.data import MultiviewData
 
 __all__ = [
     "ABLATIONS",
     "FUSIONS",
     "LABELS",
+    "MASKED",
     "MODELS",
     "PRO_EQUILIBRIA",
     "CrossEntropyModel",
+    "Fill",
     "FusionClassifier",
     "Joined",
 ]
@@ -48,6 +58,20 @@ FUSIONS = ("concat", "weighted", "tied", "deq", "base", "pro 2", "pro 3", *PRO_E
 # Tables 6 and 7 of arXiv 2306.16645; "tied" has no equilibrium, "weighted" nothing but x_f.
 ABLATIONS = ("weighted", "tied", "no cell", "no combine", "no gate", "deq")
 MODELS = tuple(LABELS)
+# Those that are told which views a row has; the others get something in place of an absent one.
+MASKED = ("weighted", "tied", "deq", "no cell", "no combine", "no gate")
+Fill = Literal["mean", "zeros"]
+
+
+class Encoder(nn.Sequential):
+    """(B, features) -> (B, d): linear, ReLU, dropout; zeros for rows whose features are all NaN."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(nn.Linear(width, DIM), nn.ReLU(), nn.Dropout(DROPOUT))
+
+    def forward(self, x: Tensor) -> Tensor:
+        absent = x.isnan().all(-1, keepdim=True)  # also where Pro-Fusion has added a context
+        return super().forward(torch.where(absent, 0.0, x)).masked_fill(absent, 0.0)
 
 
 class Joined(nn.Module):
@@ -81,19 +105,31 @@ class CrossEntropyModel(nn.Module):
 class FusionClassifier(CrossEntropyModel):
     """One encoder per view, a fusion, a linear head.
 
+    A row lacks a view where all of its features are NaN. Fusions of ``MASKED`` are told so; for the
+    others something has to stand in its place.
+
     Args:
         key: one of ``MODELS``, or "progressive".
-        widths: features of each view.
+        widths: features of each view, standardised on the training rows.
         num_classes: C.
+        fill: in place of an absent view, "mean": the training rows' mean of its features, which is
+            0; "zeros": zeros for its encoding.
+        modality_dropout: probability of a view to be absent in training.
     """
 
-    def __init__(self, key: str, widths: Sequence[int], num_classes: int) -> None:
+    def __init__(
+        self,
+        key: str,
+        widths: Sequence[int],
+        num_classes: int,
+        fill: Fill = "mean",
+        modality_dropout: float = 0.0,
+    ) -> None:
         super().__init__()
-        self.key = key
+        self.key, self.fill = key, fill
+        self.drop = ModalityDropout(modality_dropout)
         # Encoders first: under one seed they start from the same values whatever joins them.
-        encoders = [
-            nn.Sequential(nn.Linear(width, DIM), nn.ReLU(), nn.Dropout(DROPOUT)) for width in widths
-        ]
+        encoders = [Encoder(width) for width in widths]
         count = len(widths)
         self.pro: ProFusion | None = None
         if key == "base" or key.startswith("pro"):
@@ -112,11 +148,20 @@ class FusionClassifier(CrossEntropyModel):
         return total
 
     def encode(self, views: Sequence[Tensor]) -> list[Tensor]:
-        """Per view (B, features) -> (B, d)."""
+        """Per view (B, features), with ``fill`` in place of absent ones, -> (B, d)."""
+        if self.fill == "mean":
+            views = [torch.where(view.isnan(), 0.0, view) for view in views]
         return [encoder(view) for encoder, view in zip(self.encoders, views, strict=True)]
 
     def logits(self, views: Sequence[Tensor]) -> tuple[Tensor, SolveInfo | None]:
         """Per view (B, features) -> (B, C); the solve of an equilibrium."""
+        present = self.drop(views, present_from_nan(views))
+        if self.key not in MASKED:
+            filler = 0.0 if self.fill == "mean" else torch.nan
+            views = [
+                torch.where(here[:, None], view, filler)
+                for view, here in zip(views, present.T, strict=True)
+            ]
         if self.pro is not None:
             if self.pro.solver is None:
                 return self.pro(views), None
@@ -124,7 +169,7 @@ class FusionClassifier(CrossEntropyModel):
         encodings = self.encode(views)
         if self.fusion is None:
             return self.head(torch.cat(encodings, dim=-1)), None
-        fused, info = self.fusion(encodings, return_info=True)
+        fused, info = self.fusion(encodings, present=present, return_info=True)
         return self.head(fused), None if self.key in ("weighted", "tied") else info
 
 
@@ -138,7 +183,7 @@ _FUSION: dict[str, Callable[[int], DEQFusion]] = {
 }
 
 
-def _progressive(key: str, encoders: list[nn.Sequential], num_classes: int) -> ProFusion:
+def _progressive(key: str, encoders: list[Encoder], num_classes: int) -> ProFusion:
     count = len(encoders)
     if key == "progressive":
         # Into the ReLU: the Linear, which is most of the work, sees the views only.

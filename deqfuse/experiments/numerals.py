@@ -1,7 +1,7 @@
 """``deqfuse experiment numerals``: fusions and ablations on the handwritten numerals.
 
 What the shipped data can say about arXiv 2306.16645 (Tables 6, 7 and 9, Figure 3) and 2209.00302
-(Figure 10b, Appendices C.1 and G).
+(Figure 10b, Appendices C.1 and G), and what becomes of every fusion when views are absent.
 """
 
 from __future__ import annotations
@@ -16,16 +16,18 @@ from torch import Tensor
 
 from deqfuse import Anderson, ConvergenceWarning, Implicit, ProFusion
 from deqfuse.data import MultiviewData, Splits, load_numerals, split_numerals, split_stratified
-from deqfuse.experiments import measurements, numerals_measured, numerals_report
+from deqfuse.experiments import absence, measurements, numerals_measured, numerals_report
 from deqfuse.experiments.comparison import RECIPE
 from deqfuse.experiments.models import (
     DIM,
     DROPOUT,
     FUSIONS,
     LABELS,
+    MASKED,
     MODELS,
     PRO_EQUILIBRIA,
     TIED_STEPS,
+    Fill,
     FusionClassifier,
 )
 from deqfuse.experiments.study import Record, Study, Trial
@@ -51,6 +53,8 @@ TRACE_STEPS = 20  # of the residual curves
 @dataclass(frozen=True)
 class NumeralsStudy(Study):
     """All fusions and ablations, two sizes of the training set, ``seeds`` seeds each.
+
+    Absent views are measured with the first of these sizes, on models of trials of their own.
 
     Args:
         seeds: how many; a seed decides initial values, batches, dropout, noise, and which rows a
@@ -93,18 +97,18 @@ class NumeralsStudy(Study):
             for rows in self.train_rows
             for model in self.models
         ]
-        return [*runs, Trial("cost against R", {"cost": True}, alone=True)]
+        fusions = [model for model in FUSIONS if model in self.models]
+        absent = absence.absence_trials(fusions, LABELS, self.seeds)
+        return [*runs, *absent, Trial("cost against R", {"cost": True}, alone=True)]
 
     def run(self, trial: Trial) -> dict[str, Any]:
         if trial.params.get("cost"):
             return self._cost()
+        if "absent" in trial.params:
+            return self._absent(*(trial.params[name] for name in ("absent", "dropout", "seed")))
         rows, key, seed = (trial.params[name] for name in ("rows", "model", "seed"))
         splits = self._splits(rows, seed)
-        torch.manual_seed(seed)
-        model = FusionClassifier(key, splits.train.widths, splits.train.num_classes)
-        batch_size = min(self.recipe.batch_size or rows, max(rows // 5, 1))
-        recipe = replace(self.recipe, batch_size=batch_size)
-        history = fit(model, splits.train, splits.validation, recipe, seed)
+        model, history = self._trained(key, splits, seed)
         # The test rows are read from here on, when the epoch has been chosen.
         values = {
             "test": evaluate(model, splits.test),
@@ -125,7 +129,32 @@ class NumeralsStudy(Study):
         return numerals_report.build(records, self.settings())
 
     def files(self) -> list[str]:
-        return list(numerals_measured.FILES)
+        return [*numerals_measured.FILES, absence.FILE]
+
+    def _trained(
+        self, key: str, splits: Splits, seed: int, **how: Any
+    ) -> tuple[FusionClassifier, History]:
+        """A model by the recipe, and how training went."""
+        torch.manual_seed(seed)
+        model = FusionClassifier(key, splits.train.widths, splits.train.num_classes, **how)
+        rows = splits.train.num_rows
+        batch_size = min(self.recipe.batch_size or rows, max(rows // 5, 1))
+        recipe = replace(self.recipe, batch_size=batch_size)
+        return model, fit(model, splits.train, splits.validation, recipe, seed)
+
+    def _absent(self, key: str, dropout: bool, seed: int) -> dict[str, Any]:
+        """Accuracy against the number of absent views, for everything that may replace them."""
+        splits = self._splits(self.train_rows[0], seed)
+        fills: tuple[Fill, ...] = ("mean",) if key in MASKED else ("zeros", "mean")
+        p = absence.MODALITY_DROPOUT if dropout else 0.0
+        curves, model = {}, None
+        for fill in fills:
+            if model is None or dropout:  # complete rows: trained alike
+                model, _ = self._trained(key, splits, seed, fill=fill, modality_dropout=p)
+            model.fill = fill
+            name = "mask" if key in MASKED else fill
+            curves[name] = absence.absence_curve(model, splits.test, seed)
+        return {"curves": curves}
 
     def _splits(self, rows: int, seed: int) -> Splits:
         splits = _numerals()

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
 
+from deqfuse.experiments import absence
 from deqfuse.experiments import numerals_measured as measured
 from deqfuse.experiments.models import ABLATIONS, FUSIONS, LABELS
 from deqfuse.experiments.statistics import describe, paired, percent, versus
@@ -57,6 +58,9 @@ def build(records: Sequence[Record], settings: dict[str, Any]) -> Report:
             measured.probes(runs, sizes),
             measured.probe_picture(runs, sizes),
         ),
+        absence.absence_section(
+            records, LABELS, "concat", f"Models trained on {sizes[0]} rows, standardised features."
+        ),
         Section("What was done", _method(settings)),
     ]
     summary = {
@@ -69,12 +73,13 @@ def build(records: Sequence[Record], settings: dict[str, Any]) -> Report:
             for rows in sizes
         },
         "cost": dict(cost),
+        "absent views": absence.absence_summary(records, LABELS),
     }
     lead = (
-        "Fusions, ablations, convergence, cost, robustness and probes on 2000 numerals in six "
-        "views (UCI Multiple Features, CC BY 4.0): what these data say about arXiv 2306.16645 "
-        "(Tables 6, 7, 9, Figure 3) and 2209.00302 (Figure 10b, Table 10, Appendices C.1 and G), "
-        "which measured other data sets."
+        "Fusions, ablations, convergence, cost, robustness, absent views and probes on 2000 "
+        "numerals in six views (UCI Multiple Features, CC BY 4.0): what these data say about "
+        "arXiv 2306.16645 (Tables 6, 7, 9, Figure 3) and 2209.00302 (Figure 10b, Table 10, "
+        "Appendices C.1 and G), which measured other data sets."
     )
     return Report("Numerals: all fusions", lead, sections, summary)
 

@@ -20,7 +20,7 @@ from deqfuse import ConvergenceWarning
 from deqfuse.backends import BackendName
 from deqfuse.data import MultiviewData, Splits, load_mogonet, split_stratified
 from deqfuse.data.multiview import checked
-from deqfuse.experiments import omics_report
+from deqfuse.experiments import absence, omics_report
 from deqfuse.experiments.mmdynamics import ADJOINT, DROPOUT, SOLVER, MMDynamics
 from deqfuse.experiments.study import Record, Study, Trial
 from deqfuse.experiments.training import (
@@ -67,7 +67,8 @@ class OmicsStudy(Study):
 
     A single view has nothing to fuse: it is run once per seed, as MM-Dynamics of one view. With all
     views there are more rows: DEQ Fusion without dropout in the fuse map, and both fusions trained
-    as the authors of MM-Dynamics released it (all training rows, the last epoch).
+    as the authors of MM-Dynamics released it (all training rows, the last epoch). Absent views, of
+    all, are measured on models of trials of their own; the data have to be complete.
 
     Args:
         folder: data in MOGONET layout.
@@ -118,11 +119,15 @@ class OmicsStudy(Study):
             if fusion == "concat"
             or (len(views) > 1 if fusion == "deq" else len(views) == count > 1)
         ]
+        absent = absence.absence_trials(("concat", "deq"), omics_report.LABELS, self.seeds)
+        runs += absent if count > 1 else []
         return [*runs, Trial("time of a training step", {"timing": True}, alone=True)]
 
     def run(self, trial: Trial) -> dict[str, Any]:
         if trial.params.get("timing"):
             return self._time_steps()
+        if "absent" in trial.params:
+            return self._absent(*(trial.params[name] for name in ("absent", "dropout", "seed")))
         views, fusion, seed = (trial.params[name] for name in ("views", "fusion", "seed"))
         released = fusion in RELEASED
         splits = self._splits(views, seed, hold_out=not released)
@@ -140,9 +145,25 @@ class OmicsStudy(Study):
         return omics_report.build(records, self.settings(), learning, test)
 
     def files(self) -> list[str]:
-        return list(omics_report.FILES)
+        return [*omics_report.FILES, absence.FILE]
 
-    def _model(self, train: MultiviewData, fusion: str) -> MMDynamics:
+    def _absent(self, fusion: str, dropout: bool, seed: int) -> dict[str, Any]:
+        """Accuracy against the number of absent views, for everything that may replace them."""
+        splits = self._splits(range(len(_read(self.folder)[0].views)), seed)
+        means = [view.mean(0) for view in splits.train.views]
+        p = absence.MODALITY_DROPOUT if dropout else 0.0
+        replaced = {"mask": None} if fusion == "deq" else {"zeros": None, "mean": means}
+        curves, model = {}, None
+        for name, filler in replaced.items():
+            if model is None or dropout:  # complete rows: trained alike
+                torch.manual_seed(seed)
+                model = self._model(splits.train, fusion, means=filler, modality_dropout=p)
+                fit(model, splits.train, splits.validation, self.recipe, seed)
+            model.means = filler
+            curves[name] = absence.absence_curve(model, splits.test, seed)
+        return {"curves": curves}
+
+    def _model(self, train: MultiviewData, fusion: str, **how: Any) -> MMDynamics:
         return MMDynamics(
             train.widths,
             train.num_classes,
@@ -150,6 +171,7 @@ class OmicsStudy(Study):
             self.dim,
             fuse_dropout=FUSE_DROPOUT.get(fusion, 0.0),
             fused_gain=FUSED_GAIN,
+            **how,
         )
 
     def _splits(self, views: Sequence[int], seed: int, hold_out: bool = True) -> Splits:
@@ -199,6 +221,16 @@ def _read(folder: Path) -> tuple[MultiviewData, MultiviewData]:
         raise UserError(str(error)) from error
     if int(learning.labels.bincount().min()) < 2:
         raise UserError(f"{folder}: expected at least 2 training rows of every class.")
+    for part, data in (("tr", learning), ("te", test)):
+        lacking = torch.nonzero(~data.present)
+        if len(lacking):
+            row, view = lacking[0].tolist()
+            raise UserError(
+                f"{folder / f'{data.view_names[view]}_{part}.csv'}, line {row + 1}: expected "
+                "complete data, since the study compares sets of views and leaves views out by "
+                f"itself, got a sample without the view; there are {len(lacking)} such lines. "
+                "Remedy: `deqfuse train` takes such data; or leave these samples out of all files."
+            )
     return learning, test
 
 

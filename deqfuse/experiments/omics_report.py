@@ -7,6 +7,7 @@ from statistics import fmean
 from typing import Any
 
 from deqfuse.data import MultiviewData
+from deqfuse.experiments import absence
 from deqfuse.experiments.metrics import METRIC_NAMES
 from deqfuse.experiments.statistics import Paired, describe, numbers, paired, percent, versus
 from deqfuse.experiments.study import Record, select
@@ -64,6 +65,7 @@ def build(
             (_converged_text(runs),),
             picture=_curves(pairs, several),
         ),
+        *_absent(records),
         Section("Time of a training step", (_timing_text(timing),), _timing(timing)),
         Section("What was done", _method(settings, learning, test)),
     ]
@@ -82,12 +84,20 @@ def build(
             if "train_converged" in group[0].values
         },
         "step_ms": timing["ms"],
+        "absent views": absence.absence_summary(records, LABELS),
     }
     lead = (
         f"MM-Dynamics on {settings['data']}, its concatenation replaced by DEQ Fusion or not "
         "(arXiv 2306.16645, Section 4.1 and Table 1)."
     )
     return Report(f"Omics: {settings['data']}", lead, sections, summary)
+
+
+def _absent(records: Sequence[Record]) -> list[Section]:
+    """What becomes of the fusions when views are absent; nothing where there is one view only."""
+    if not any("absent" in record.params for record in records):
+        return []
+    return [absence.absence_section(records, LABELS, "concat", "MM-Dynamics of all views.")]
 
 
 def _reported(settings: dict[str, Any]) -> tuple[str, ...] | None:

@@ -19,7 +19,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from deqfuse import ConvergenceWarning, SolveInfo
+from deqfuse import ConvergenceWarning, Outcome, SolveInfo
 from deqfuse.data import MultiviewData
 from deqfuse.experiments.metrics import accuracy, evaluate_metrics
 
@@ -208,7 +208,7 @@ def evaluate(model: nn.Module, data: MultiviewData) -> dict[str, Any]:
         The metrics of :func:`evaluate_metrics`, None where undefined; ``non_finite_rows``, if there
         are rows whose logits are not finite; for an equilibrium ``converged``, the share of rows
         whose every block converged, and ``fuse_nfe`` and (where there are cells) ``cells_nfe``:
-        median and maximum over the rows of the evaluations.
+        median and maximum over the rows of the evaluations, cells of absent views left out.
     """
     with collect_warnings(ConvergenceWarning):  # the share of converged rows says it
         logits, info = predict(model, data)
@@ -223,7 +223,7 @@ def evaluate(model: nn.Module, data: MultiviewData) -> dict[str, Any]:
         values["converged"] = info.converged.double().mean().item()
         for name, block in (("fuse_nfe", info.fuse), ("cells_nfe", info.cells)):
             if block is not None:
-                nfe = block.nfe.double()
+                nfe = block.nfe[block.outcome != Outcome.ABSENT].double()
                 values[name] = [nfe.quantile(0.5).item(), int(nfe.max().item())]
     return values
 

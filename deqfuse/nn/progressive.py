@@ -38,6 +38,13 @@ class ProFusion(nn.Module):
     All applications of one forward share their random draws (dropout): they are applications of
     one map, and the generators move on as in one call of the given model.
 
+    A missing modality is the given model's own business: ``present=`` is refused, since what stands
+    for an absent input depends on the encoders (no input has a value that means "absent" to all of
+    them), and the fusion may or may not know a mask. Two ways: an encoder that answers an absent
+    input, marked by NaN for instance, with a constant or learned vector (the context is added to
+    the mark, too, and leaves NaN as it is); or a fusion module that is given the mask beforehand
+    and passes it on, as ``DEQFusion`` takes it.
+
     Args:
         encoders: N modules, each with one positional argument.
         fusion: module that maps the list of N unimodal representations to the context
@@ -136,6 +143,7 @@ class ProFusion(nn.Module):
         self,
         inputs: Sequence[Any],  # N inputs, each (B, ...) or a sequence that starts with such
         *,
+        present: None = None,
         return_contexts: bool = False,
         return_info: bool = False,
     ) -> Any:
@@ -143,6 +151,7 @@ class ProFusion(nn.Module):
 
         Args:
             inputs: what each encoder takes, each (B, ...) or a sequence that starts with such.
+            present: refused unless None: see the class for missing modalities.
             return_contexts: also return c_1 .. c_R as one tensor (R, B, context_dim); for an
                 equilibrium R = 1. With ``encode`` this gives the unimodal representations of every
                 step.
@@ -156,9 +165,17 @@ class ProFusion(nn.Module):
 
         Raises:
             TypeError: inputs, or the fused tensor, of a wrong type or dtype.
-            ValueError: inputs, or the fused tensor, of a wrong number or shape.
+            ValueError: ``present`` is given; inputs, or the fused tensor, of a wrong number or
+                shape.
             ConvergenceError: rows did not converge and ``on_failure="raise"``.
         """
+        if present is not None:
+            raise ValueError(
+                f"present: expected None, got {type(present).__name__}: what an absent modality "
+                "means is up to the given encoders and fusion, which ProFusion only calls. Remedy: "
+                "encoders that answer an absent input (marked by NaN, say) with a constant, a "
+                "fusion module that holds the mask, or DEQFusion, which takes present="
+            )
         model = _Model(self, inputs, again=self.steps != 1)
         contexts, info = self._unrolled(model) if self.solver is None else self._equilibrium(model)
         output = contexts[-1] if self.head is None else self.head(contexts[-1])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 from progressive_cases import TIGHT, B, Join, K, build, encoders, features
 from torch import Tensor, nn
 
@@ -82,3 +83,31 @@ def test_inputs_are_checked() -> None:
     packed = nn.utils.rnn.pack_sequence([xs[0]])  # its rows are not the batch's
     with pytest.raises(TypeError, match=r"expected its site .* got PackedSequence"):
         model([packed, xs[1]])
+
+
+def test_a_mask_is_refused_with_the_reason() -> None:
+    """What an absent modality means belongs to the given model."""
+    model, xs = build(), features()
+    with pytest.raises(ValueError, match=r"present: expected None, got Tensor: .*Remedy: encoders"):
+        model(xs, present=torch.ones(B, 2, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("how", [{"steps": 3}, {"solver": TIGHT}], ids=["steps", "equilibrium"])
+def test_an_encoder_may_answer_marked_inputs(how: dict[str, Any]) -> None:
+    """The remedy of that refusal: NaN marks an absent input, with and without a context."""
+
+    class Marked(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            absent = x.isnan().all(-1, keepdim=True)
+            return super().forward(torch.where(absent, 0.0, x)).masked_fill(absent, 0.0)
+
+    torch.manual_seed(0)
+    model = ProFusion([Marked(6, 5), Marked(3, 5)], Join(10), K, **how).double()
+    xs = [torch.randn(B, 6).double(), torch.randn(B, 3).double()]
+    xs[1][0] = torch.nan
+    out, contexts = model(xs, return_contexts=True)
+    out.square().sum().backward()
+    assert out.isfinite().all()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+    assert (model.encode(xs, contexts[-1])[1][0] == 0).all()
+    assert (model.encode(xs, contexts[-1])[1][1] != 0).any()

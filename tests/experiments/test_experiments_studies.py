@@ -77,8 +77,11 @@ def test_omics_trains_by_the_stated_recipe(folders: dict[str, Path]) -> None:
 
 STUDIES = {
     "synthetic": ([], ["DEQ Fusion", "Pro-Fusion as published", "90%"]),
-    "numerals": ([], ["no combine", "RobustAUC", "Table 10", "solver stops after"]),
-    "omics": (["data"], ["Minus concatenation", "reference", "1+2"]),
+    "numerals": (
+        [],
+        ["no combine", "RobustAUC", "Table 10", "solver stops after", "5 of 6 absent"],
+    ),
+    "omics": (["data"], ["Minus concatenation", "reference", "1+2", "1 of 2 absent"]),
     "audiovisual": (["images", "audio"], ["recording only", "overhead"]),
 }
 

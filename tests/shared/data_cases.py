@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -52,3 +53,18 @@ def as_pandas(path: Path, header: bool, index: bool) -> None:
         width = len(rows[0]) - index
         rows = [[""] * index + [str(i) for i in range(width)], *rows]
     rewrite(path, rows)
+
+
+def empty_lines(path: Path, rows: Iterable[int], text: str = "") -> None:
+    """Write ``text`` in place of these lines, counted from 0: an empty one is an absent view."""
+    lines = path.read_text().splitlines()
+    for row in rows:
+        lines[row] = text
+    path.write_text("\n".join(lines) + "\n")
+
+
+def with_ids(folder: Path) -> None:
+    """Put the samples' ids in front of all lines: ``tr0``, ``tr1``, ... and ``te0``, ..."""
+    for path in [*tables(folder), *folder.glob("labels_*.csv")]:
+        part = path.stem[-2:]
+        rewrite(path, [[f"{part}{i}", *row] for i, row in enumerate(cells(path))])
