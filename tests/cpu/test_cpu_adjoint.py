@@ -178,12 +178,13 @@ OPERATORS = ("solve_cells", "solve_fuse", "adjoint_cells", "adjoint_fuse")
 
 
 def arguments(operator: str, rows: int = 3, *, requires_grad: bool, dtype: str = "f64") -> tuple:
-    """A valid call of an operator, with every optional tensor given."""
+    """A valid call of an operator, with mask and start given, and everything present."""
     case = Case(rows=rows, dtype=dtype)
     solve = case.blocks(mask=True, start=True)[operator.split("_")[1]]
     given = solve.keywords
     code = (case.groups, case.variant, SOLVER.code, ADJOINT.code, "cpu", "ignore")
-    middle = () if operator.endswith("cells") else (given["mask"], case.n)
+    cells = operator.endswith("cells")
+    middle = (None,) if cells else (given["mask"], None, case.n)
     tensors = [
         [t.clone().requires_grad_(requires_grad) for t in a]
         if isinstance(a, list)
@@ -191,7 +192,7 @@ def arguments(operator: str, rows: int = 3, *, requires_grad: bool, dtype: str =
         for a in solve.args
     ]
     if operator.startswith("solve"):
-        optional = (given["mask"], given["z0"], case.n) if middle else (given["z0"],)
+        optional = (given["z0"], None) if cells else (given["mask"], given["z0"], None, case.n)
         return *tensors, *optional, *code
     with torch.no_grad():
         z = solve(solver=SOLVER, backend="cpu")[0]

@@ -16,6 +16,8 @@ from deqfuse.solvers.options import Neumann, OneStep
 KINDS = ("cells", "shared", "fuse", "layer")
 OTHERS = [OneStep(), Neumann(3), Implicit("neumann", tol=1e-10)]
 
+HOST = torch.device("cpu")  # which plays a GPU here
+
 
 @pytest.fixture
 def library(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -64,12 +66,12 @@ def test_a_missing_library_is_said_once(
 ) -> None:
     monkeypatch.setattr(cuda_native, "device_error", lambda index: "it is on holiday")
     with caplog.at_level(logging.WARNING, "deqfuse"):
-        assert not cuda_adjoint._library_takes(Implicit())
-        assert not cuda_adjoint._library_takes(Implicit())
+        assert not cuda_adjoint.library_takes(HOST, Implicit())
+        assert not cuda_adjoint.library_takes(HOST, Implicit())
     assert caplog.text.count("it is on holiday. Remedy: DEQFUSE_BUILD=cuda") == 1
 
 
 @pytest.mark.usefixtures("library")
 def test_solvers_that_the_library_lacks_run_without_it() -> None:
-    assert cuda_adjoint._library_takes(Implicit("bicgstab"))
-    assert not cuda_adjoint._library_takes(Implicit("gmres"))
+    assert cuda_adjoint.library_takes(HOST, Implicit("bicgstab"))
+    assert not cuda_adjoint.library_takes(HOST, Implicit("gmres"))
