@@ -34,7 +34,7 @@ __all__ = [
 MODALITY_DROPOUT = 0.3  # of the models trained with it
 PICTURE = "Test accuracy against the share of absent views"
 FILE = file_name(PICTURE)
-TRAINED = {False: "trained on complete rows", True: "trained with modality dropout"}
+TRAINED = {False: "complete rows", True: "modality dropout"}  # whether dropped: in training
 # What stands in place of an absent view; "mask" is nothing at all.
 FILLS = {"mask": "nothing (mask)", "zeros": "zeros", "mean": "training mean"}
 
@@ -103,7 +103,7 @@ def absence_trials(models: Sequence[str], labels: Mapping[str, str], seeds: int)
     """
     return [
         Trial(
-            f"absent views, {labels[model]}, {TRAINED[dropout]}, seed {seed}",
+            f"absent views, {labels[model]}, trained: {TRAINED[dropout]}, seed {seed}",
             {"absent": model, "dropout": dropout, "seed": seed},
         )
         for seed in range(seeds)
@@ -144,7 +144,7 @@ def absence_section(
     curves = _curves(records, labels)
     count = len(next(iter(curves.values()))[0])
     rows = []
-    better: dict[bool, list[str]] = {dropout: [] for dropout in TRAINED}
+    found: dict[tuple[bool, int], list[str]] = {}
     for (model, fill, dropout), seeds in curves.items():
         ours = [fmean(curve[1:]) for curve in seeds]
         theirs = [fmean(curve[1:]) for curve in curves[baseline, "mean", dropout]]
@@ -154,14 +154,14 @@ def absence_section(
             (
                 labels[model],
                 FILLS[fill],
-                TRAINED[dropout].removeprefix("trained "),
+                TRAINED[dropout],
                 *(spread([curve[k] for curve in seeds], 1) for k in range(count)),
                 spread(ours, 1),
                 NOTHING if own or result is None else str(result),
             )
         )
-        if result is not None and result.sign > 0:
-            better[dropout].append(f"{labels[model]} ({FILLS[fill]})")
+        if result is not None and result.sign:
+            found.setdefault((dropout, result.sign), []).append(f"{labels[model]} ({FILLS[fill]})")
     headers = (
         "fusion",
         "in place of an absent view",
@@ -176,11 +176,13 @@ def absence_section(
         "on, in points, same training, mean ± standard error over seeds."
     )
     reading = "; ".join(
-        f"{TRAINED[dropout]}: {', '.join(names) or 'none'}" for dropout, names in better.items()
+        f"{trained}, {word}: {', '.join(found.get((dropout, sign), ['none']))}"
+        for dropout, trained in TRAINED.items()
+        for word, sign in (("better", 1), ("worse", -1))
     )
     text = (
-        f"Better than {labels[baseline]} with the training mean by more than two standard errors, "
-        f"{reading}."
+        f"Against {labels[baseline]} with the training mean, where the mean difference exceeds two "
+        f"standard errors. Trained with {reading}."
     )
     about = (
         f"{method} Modality dropout: every view of every row is absent with probability "
@@ -203,10 +205,11 @@ def _picture(curves: _Curves, labels: Mapping[str, str], count: int) -> Picture:
                 for (model, own, how), seeds in curves.items()
                 if own in ("mask", fill) and how == dropout
             ]
-            title = f"{trained.capitalize()}; {FILLS[fill]}"
+            title = f"{trained.capitalize()}, {FILLS[fill]}"
             panels.append(charts.Panel(title, "absent views, %", "accuracy, %", drawn))
     caption = (
-        "Mean over seeds, shaded from the lowest to the highest. Left: zeros in place of an absent "
+        "Mean over seeds, shaded from the lowest to the highest. Above: trained on complete rows, "
+        "below: with modality dropout. Left: zeros in place of an absent "
         "view's encoding, right: the training mean of its features, both for fusions that take no "
         "mask; those that do have the same curve left and right."
     )
@@ -216,7 +219,7 @@ def _picture(curves: _Curves, labels: Mapping[str, str], count: int) -> Picture:
 def absence_summary(records: Sequence[Record], labels: Mapping[str, str]) -> dict[str, Any]:
     """The numbers of the table, per number of absent views."""
     return {
-        f"{labels[model]}, {FILLS[fill]}, {TRAINED[dropout]}": [
+        f"{labels[model]}, {FILLS[fill]}, trained: {TRAINED[dropout]}": [
             describe(list(values)) for values in zip(*seeds, strict=True)
         ]
         for (model, fill, dropout), seeds in _curves(records, labels).items()

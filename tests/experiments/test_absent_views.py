@@ -196,13 +196,15 @@ def test_section_compares_with_the_baseline() -> None:
     assert section.table is not None
     rows = {row[:3]: row[3:] for row in section.table.rows}
     assert len(rows) == 6
-    masked = rows["DEQ Fusion", "nothing (mask)", "on complete rows"]
+    masked = rows["DEQ Fusion", "nothing (mask)", "complete rows"]
     assert masked == (
         "91.0 ± 1.0", "81.0 ± 1.0", "51.0 ± 1.0", "66.0 ± 1.0", "+15.0 ± 0.0 (3 up, 0 down)"
     )  # fmt: skip
-    assert rows["concatenation", "training mean", "on complete rows"][-1] == "-"
+    assert rows["concatenation", "training mean", "complete rows"][-1] == "-"
     assert section.paragraphs[0].endswith(
-        "complete rows: DEQ Fusion (nothing (mask)); trained with modality dropout: none."
+        "Trained with complete rows, better: DEQ Fusion (nothing (mask)); complete rows, worse: "
+        "concatenation (zeros); modality dropout, better: none; modality dropout, worse: DEQ "
+        "Fusion (nothing (mask))."
     )
     assert section.picture is not None
     assert section.picture.name == absence.FILE
