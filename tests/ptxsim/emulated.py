@@ -112,7 +112,7 @@ def mixed(n: int) -> Answer:
         anderson_step(
             f(state.z), state, step, tol=1e-6, max_iter=50, beta=0.9, lam=1e-6
         )  # fmt: skip
-    exact = reference.solve(f, torch.zeros(5, n).double(), Anderson(tol=1e-12, max_iter=100))
+    exact = reference.anderson(f, torch.zeros(5, n).double(), Anderson(tol=1e-12, max_iter=100))
     return [state.best], [exact.z], 1e-2
 
 

@@ -222,7 +222,7 @@ def test_the_anderson_step(m, dtype):
         return module(lambda z: gain_ * torch.cos(z.roll(1, 1)) + x_, start, solver)
 
     given = solve(cuda.anderson, DEVICE, DTYPES[dtype])
-    expected = solve(reference.solve, "cpu", torch.float64)
+    expected = solve(reference.anderson, "cpu", torch.float64)
     assert (given.outcome == Outcome.CONVERGED).all()
     assert (given.nfe.cpu() - expected.nfe).abs().max() <= 1
     error = (given.z.cpu() - expected.z).norm(dim=-1) / expected.z.norm(dim=-1)

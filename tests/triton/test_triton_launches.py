@@ -94,8 +94,10 @@ def test_a_warning_costs_two_copies_and_an_event(
     launched = [name for name in operations.names if name != "device"]  # a fake tensor's own
     assert launched == ["_to_copy", "_to_copy"]
     assert events == ["record"]
-    assert [item.summary.outcome.shape for item in late] == [(5,), (3, 5)][:: 1 if backward else -1]
-    assert all(item.summary.residual.device.type == "cpu" for item in late)
+    assert [item.statistics.outcome.shape for item in late] == [(5,), (3, 5)][
+        :: 1 if backward else -1
+    ]
+    assert all(item.statistics.residual.device.type == "cpu" for item in late)
 
 
 def test_launches_of_a_stepped_solve() -> None:
