@@ -50,7 +50,7 @@ def without_views(data: MultiviewData, count: int, seed: int) -> MultiviewData:
         seed: of the draw, which depends on nothing else but the number of rows and views.
     """
     generator = torch.Generator().manual_seed(seed)
-    ranks = torch.rand(data.num_rows, len(data.views), generator=generator).argsort(1).argsort(1)
+    ranks = torch.rand(data.num_rows, len(data.views), generator=generator).argsort(1)
     kept = (ranks >= count).to(data.labels.device)
     views = [
         torch.where(here[:, None], view, torch.nan)
