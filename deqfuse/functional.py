@@ -13,6 +13,7 @@ from torch import Tensor
 
 from deqfuse import backends, checks, operators, reporting
 from deqfuse.backends import BackendName, maps, presence, reference
+from deqfuse.backends.backend import Backend, Launchers
 from deqfuse.backends.maps import VARIANTS, CellParams, FuseParams, VariantName
 from deqfuse.backends.problem import Solved
 from deqfuse.equilibrium import ITERATES, block_info, fixed_point, uncompiled
@@ -224,8 +225,7 @@ def solve_cells(
     name = choose_backend(x, num_groups, solver, adjoint, backend)
     if isinstance(adjoint, Unrolled):
         steps = (num_groups, VARIANTS[variant], solver)
-        launch = presence.cells(reference.BACKEND).solve
-        solved = _unrolled(launch, x, flat, detached(z0), present, *steps)
+        solved = _unrolled(presence.cells, x, flat, detached(z0), present, *steps)
     else:
         options = (num_groups, variant, solver.code, adjoint.code, name, on_failure)
         others = (detached(z0), present)
@@ -301,8 +301,7 @@ def solve_fuse(
     rows, others = (x_fuse, cell_sum), (mask, detached(z0), counts, num_modalities)
     if isinstance(adjoint, Unrolled):
         steps = (num_groups, VARIANTS[variant], solver)
-        launch = presence.fuse(reference.BACKEND).solve
-        solved = _unrolled(launch, *rows, flat, *others, *steps)
+        solved = _unrolled(presence.fuse, *rows, flat, *others, *steps)
     else:
         options = (num_groups, variant, solver.code, adjoint.code, name, on_failure)
         solved = Solved(*operators.solve(operators.FUSE, rows, flat, others, options))
@@ -328,11 +327,12 @@ def choose_backend(
 
 
 @uncompiled(_UNROLLED)
-def _unrolled(solve_block: Callable[..., Solved], *problem: Any) -> Solved:
+def _unrolled(kind: Callable[[Backend], Launchers], *problem: Any) -> Solved:
     """A solve on the reference path whose steps autograd records; the solver comes last."""
     *operands, solver = problem
     with full_precision(operands[0].device):
-        return solve_block(*operands, solver.settled(rescue=False))
+        solved: Solved = kind(reference.BACKEND).solve(*operands, solver.settled(rescue=False))
+        return solved
 
 
 def _check_count(params: Sequence[Tensor], kind: type[CellParams] | type[FuseParams]) -> None:

@@ -83,6 +83,12 @@ def dynamo_is_loaded() -> bool:
     return "torch._dynamo" in sys.modules
 
 
+def constant_when_compiled(f: Any) -> Any:
+    """``torch.compiler.assume_constant_result``, without loading the compiler at import."""
+    f._dynamo_marked_constant = True
+    return f
+
+
 def mark_uncompiled(function: Any, reason: str) -> None:
     """Lets ``torch.compile`` say ``reason`` where it would have to trace into ``function``."""
     function._torchdynamo_disable = True

@@ -18,6 +18,7 @@ from deqfuse import backends
 from deqfuse.backends.problem import Problem
 from deqfuse.operators.blocks import Block
 from deqfuse.solvers.options import from_code
+from deqfuse.torch_private import constant_when_compiled
 
 DEVICE = "cuda"
 
@@ -48,7 +49,7 @@ def adjoint_operator(
     return block.adjoint.uncaptured
 
 
-@torch.compiler.assume_constant_result  # a question about the machine, not to be traced into
+@constant_when_compiled  # a question about the machine, not to be traced into
 def _captures_solve(
     device: torch.device,
     dtype: torch.dtype,

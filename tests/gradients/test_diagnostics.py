@@ -89,7 +89,7 @@ def test_penalty_of_the_layer_sums_its_blocks(variant: str) -> None:
     layer = DEQFusion(D, n, num_groups=2, variant=variant, on_failure="ignore").double()
     xs = [randn(B, D, seed=s) for s in range(n)]
     _, info = layer(xs, return_info=True)
-    exact = sum(dense_jacobians(f, z).square().sum() for f, z, _ in (b() for b in info.blocks))
+    exact = sum(dense_jacobians(f, z).square().sum() for f, z, *_ in (b() for b in info.blocks))
     exact = exact.detach() / (B * (n + 1) * D)
     draws = torch.stack([info.jacobian_penalty(num_probes=4).detach() for _ in range(150)])
     error = draws.std() / math.sqrt(len(draws))
@@ -214,7 +214,7 @@ def test_radius_of_the_layer_per_block_and_row() -> None:
     exact = torch.cat(
         [
             torch.linalg.eigvals(dense_jacobians(f, z).detach()).abs().amax(-1).reshape(-1, 2, 3)
-            for f, z, _ in (block() for block in info.blocks)
+            for f, z, *_ in (block() for block in info.blocks)
         ]
     )
     torch.testing.assert_close(found, exact, rtol=0.03, atol=1e-6)  # cond^(1/300) of the eigenbasis

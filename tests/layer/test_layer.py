@@ -323,7 +323,7 @@ def test_a_poisoned_row_stays_alone(fusion, xs):
 
 def test_the_answers_may_be_changed_in_place(fusion, xs):
     z, zs, info = fusion(xs, return_cells=True, return_info=True)
-    kept = [star.clone() for _, star, _ in (block() for block in info.blocks)]
+    kept = [star.clone() for _, star, *_ in (block() for block in info.blocks)]
     z += 1
     torch.relu_(zs)
     (z.square().sum() + zs.square().sum()).backward()

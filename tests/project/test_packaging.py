@@ -93,7 +93,7 @@ def test_so_says_the_wheel(wheel: Path) -> None:
     required = [line for line in lines if line.startswith("Requires-Dist:")]
     assert [line for line in required if "extra ==" not in line] == ["Requires-Dist: torch>=2.11"]
     command = [line.split()[1] for line in required if re.search("extra == .cli.", line)]
-    assert sorted(name.rstrip(";") for name in command) == ["matplotlib", "numpy", "rich"]
+    assert sorted(name.rstrip(";") for name in command) == ["matplotlib", "numpy", "rich", "shtab"]
 
 
 def test_all_names_are_there() -> None:

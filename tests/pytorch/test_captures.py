@@ -47,16 +47,19 @@ def test_only_the_twins_are_tagged(block) -> None:
         assert torch.Tag.cudagraph_unsafe in operators.uncaptured.tags
 
 
-def called(dim: int, backend: str, solver=None, adjoint=None) -> list[str]:
+def called(dim: int, backend: str, solver=None, adjoint=None, masked=False) -> list[str]:
     """Operators of a solve of cells and of its adjoint, without values."""
     solver, adjoint = (option.code for option in (solver or Anderson(), adjoint or Implicit()))
     with FakeTensorMode(), Operators() as operators:
         x = torch.empty(2, 5, dim, device="cuda")
+        present = torch.empty(2, 5, 1, device="cuda", dtype=torch.bool) if masked else None
         square, vector = (torch.empty(*shape, device="cuda") for shape in ((dim, dim), (dim,)))
         params = 2 * [square, vector, square, vector, *[vector] * 6]
         options = (4, "paper", solver, adjoint, backend, "ignore")
-        z, *_ = solve(CELLS, [x], params, (None,), options)
-        registered._call_adjoint(CELLS, z, z, x, params, 4, "paper", adjoint, backend, True)
+        z, *_ = solve(CELLS, [x], params, (None, present), options)
+        registered._call_adjoint(
+            CELLS, z, z, x, params, present, 4, "paper", adjoint, backend, True
+        )
     return operators.names
 
 
@@ -69,6 +72,7 @@ def called(dim: int, backend: str, solver=None, adjoint=None) -> list[str]:
         (64, {"adjoint": Implicit("gmres")}, True, True, False),
         (64, {"solver": Anderson(rescue=True)}, True, False, True),
         (64, {"solver": Anderson(trace=True)}, True, False, True),  # steps
+        (64, {"masked": True}, True, False, False),  # rows are gathered by what is present
         (300, {}, True, False, True),  # steps, which keep memory for the next solve
     ],
     ids=repr,
