@@ -85,7 +85,7 @@ def penalised(kind: int, dim: int, groups: int, variant: str) -> Answer:
         given = cell_penalty.residual_cell_penalty(probes, z, x, packed, groups, how.skip, True)
         mine = [given.value, given.dx, given.weight1, given.weight2, given.vectors]
         exact = upcast((probes, z, x, params), torch.float64)
-        value, dx, flat = penalty._of_cells(*exact, groups, how, True)
+        value, dx, flat = penalty.of_cells(*exact, groups, how, True)
         vectors = [flat[1], flat[3], *flat[4:]]
         return mine, [value, dx, flat[0][None], flat[2][None], torch.stack(vectors)[None]], 1e-4
     params, mask = case.fuse(), case.drop()
@@ -94,7 +94,7 @@ def penalised(kind: int, dim: int, groups: int, variant: str) -> Answer:
         *given, mask, 2, params, groups, how.relu_last, True
     )  # fmt: skip
     *exact, params, mask = upcast((*given, params, mask), torch.float64)
-    value, dx, flat = penalty._of_fuse(*exact, params, mask, 2, groups, how, True)
+    value, dx, flat = penalty.of_fuse(*exact, params, mask, 2, groups, how, True)
     return [mine.value, mine.dx_fuse, *mine.params], [value, dx, *flat], 1e-4
 
 
