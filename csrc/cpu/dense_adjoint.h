@@ -9,6 +9,8 @@ namespace deqfuse {
 namespace DEQFUSE_ISA {
 
 constexpr int kPowerSteps = 8;  // of the estimates of norms
+constexpr int kRefinements = 2;
+constexpr double kSingular = 1e13;  // a condition number beyond which factors say nothing
 
 // I - J at a point, J = L R (row_cell.h), and its inverse.
 template <class Jacobian>
@@ -126,15 +128,25 @@ bool solve_left(const T* z, const T* g, int64_t d, int64_t groups, T tol, int64_
     double error = std::numeric_limits<double>::infinity();
     if (system.factor(z + r * d)) {
       system.solve_transposed(u);
-      std::memcpy(check, u, sizeof(double) * d);
-      system.apply_transposed(check);
-      for (int64_t i = 0; i < d; ++i) check[i] -= double(g[r * d + i]) * scale;
-      error = norm_of(check, d) / norm;
+      for (int k = 0; k <= kRefinements; ++k) {
+        std::memcpy(check, u, sizeof(double) * d);
+        system.apply_transposed(check);
+        for (int64_t i = 0; i < d; ++i) check[i] = double(g[r * d + i]) * scale - check[i];
+        const double now = norm_of(check, d) / norm;
+        if (!(now < error)) break;
+        error = now;
+        if (k == kRefinements) break;
+        system.solve_transposed(check);
+        for (int64_t i = 0; i < d; ++i) u[i] += check[i];
+      }
     }
-    const bool solved = error <= double(tol);
+    // As exact as double precision allows, whatever was asked for, unless the matrix is singular in it.
+    double condition = 0;
+    const bool solved = error <= double(tol) || (condition = system.condition()) < kSingular;
+    if (error < double(out.residual[r]) || !is_finite(out.residual[r]))
+      for (int64_t i = 0; i < d; ++i) out.z[(r - out.first) * d + i] = T(u[i]);
     out.outcome[r] = int8_t(solved ? Outcome::kConverged : Outcome::kSingular);
-    out.residual[r] = T(solved ? error : system.condition());
-    for (int64_t i = 0; solved && i < d; ++i) out.z[(r - out.first) * d + i] = T(u[i]);
+    out.residual[r] = T(solved ? error : condition);
   }
   return any;
 }

@@ -123,7 +123,8 @@ def solve_present(
     """Equilibria of what is present, in one call; None where rows are to be rescued."""
     problem = x, flat_params, mask, z0_fuse, z0_cells, present.contiguous()
     found = _layer(*problem, num_groups, variant, solver)
-    return found if found.all_converged or not solver.rescues(found.z.device) else None
+    left = not found.all_converged and solver.rescues(found.z.device)
+    return None if left and left_behind(found.outcome).any() else found
 
 
 def _layer(

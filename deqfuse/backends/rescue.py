@@ -15,7 +15,7 @@ from deqfuse.backends.problem import Solved
 from deqfuse.backends.row_maps import cells_on_rows, fuse_on_rows
 from deqfuse.outcome import left_behind
 from deqfuse.solvers.anderson import Anderson
-from deqfuse.solvers.derivatives import Linearize, Map
+from deqfuse.solvers.derivatives import Linearize, Map, columns_of
 from deqfuse.solvers.rows import Solution
 from deqfuse.solvers.solve import rescue
 
@@ -86,10 +86,8 @@ def _mended(block: Solution, make: MakeRows, solver: Anderson) -> Solution | Non
     forms = {dtype: make(rows, dtype) for dtype in {some.z.dtype, torch.float64}}
 
     def jacobian(z: Tensor, asked: list[int]) -> Tensor:
-        product = forms[torch.float64][1](z)
-        unit = torch.eye(z.shape[1], dtype=z.dtype, device=z.device)
-        columns = torch.func.vmap(product, out_dims=-1)(unit[:, None].expand(-1, len(z), -1))
-        return columns[asked]
+        _, linearize = make(rows[asked], torch.float64)
+        return columns_of(linearize)(z[asked], list(range(len(asked))))
 
     mended = rescue(lambda z: forms[z.dtype][0](z), solver, some, jacobian)
     z, residual, nfe, outcome = (

@@ -37,7 +37,7 @@ def present_from_nan(
         tensor([[ True,  True],
                 [False,  True]])
     """
-    checks.sequence("features", features, "tensors")
+    _check(features)
     checks.one_of("absent", absent, ("all", "any"))
     for i, feature in enumerate(features):
         checks.tensor(f"features[{i}]", feature)
@@ -45,6 +45,14 @@ def present_from_nan(
         checks.shape(f"features[{i}]", feature, lead, "(*leading dims of features[0], d_i)")
     missing = [f.isnan().all(-1) if absent == "all" else f.isnan().any(-1) for f in features]
     return ~torch.stack(missing, -1)
+
+
+def _check(features: Sequence[Tensor]) -> None:
+    """At least one tensor, with features to lack."""
+    checks.sequence("features", features, "tensors")
+    if not features or any(isinstance(f, Tensor) and f.dim() == 0 for f in features):
+        got = "none" if not features else "a scalar"
+        raise ValueError(f"features: expected tensors (..., d_i), got {got}")
 
 
 class ModalityDropout(nn.Module):
@@ -95,7 +103,7 @@ class ModalityDropout(nn.Module):
             TypeError: ``features`` is no sequence, or ``present`` no bool tensor.
             ValueError: ``present`` has another shape or device.
         """
-        checks.sequence("features", features, "tensors")
+        _check(features)
         like, shape = features[0], (*features[0].shape[:-1], len(features))
         if present is None:
             present = torch.ones(shape, dtype=torch.bool, device=like.device)

@@ -134,7 +134,7 @@ def _search(best: Tensor, tol: float, max_jacobians: int) -> _Search:
     generator = torch.Generator().manual_seed(0)  # the answer depends on nothing but the row
     start = torch.zeros_like(best)
     for _ in range(STARTS):
-        if z is not None:
+        if z is not None or row.left <= 0:
             break
         a = yield from row.evaluate(start)
         if not bool(a.isfinite().all()):

@@ -20,6 +20,7 @@ from deqfuse.solvers.rows import Solution, rejudged, row_dot, row_norm, select
 
 Operator = Callable[[Tensor], Tensor]
 TINY = 1e-30
+SINGULAR = 1e13  # a condition number beyond which factors in double precision say nothing
 _LEAST = {"gmres": 2, "bicgstab": 3}  # applications of A below which nothing is done
 
 
@@ -275,21 +276,27 @@ def factorised(apply: Operator, b: Tensor, tol: float, found: Solution) -> Solut
     if n == 0 or not left.any():
         return found
     x, residual, outcome = found.z.clone(), found.residual.clone(), found.outcome.clone()
-    unit = torch.eye(n, dtype=b.dtype, device=b.device)
+    unit = torch.eye(n, dtype=torch.float64, device=b.device)
     for rows in rows_at_once(torch.nonzero(left).flatten().tolist(), n):
-        matrices = unit - columns_of(lambda _: apply)(b, rows)
+        matrices = unit - columns_of(lambda _: apply)(b, rows).double()
         for row, matrix in zip(rows, matrices, strict=True):
             if not matrix.isfinite().all():
                 x[row], residual[row] = torch.nan, torch.nan
                 outcome[row] = int(Outcome.NON_FINITE)
                 continue
-            answer = torch.linalg.solve_ex(matrix, b[row]).result
-            error = (matrix @ answer - b[row]).norm() / _safe_norm(b[row : row + 1])[0]
-            solved = bool(error <= tol)
-            x[row] = answer if solved else x[row]
-            residual[row] = error if solved else torch.linalg.cond(matrix)
+            wanted = b[row].double()
+            answer = torch.linalg.solve_ex(matrix, wanted).result
+            error = (matrix @ answer - wanted).norm() / _safe_norm(wanted[None])[0]
+            # As exact as the arithmetic allows, unless the matrix is singular in it.
+            condition = error.new_zeros(()) if error <= tol else torch.linalg.cond(matrix)
+            solved = bool(condition < SINGULAR)
+            if error < residual[row] or not residual[row].isfinite():
+                x[row] = answer.to(x.dtype)
+            residual[row] = error if solved else condition
             outcome[row] = int(Outcome.CONVERGED if solved else Outcome.SINGULAR)
     nfe = torch.where(left, found.nfe + n + 1, found.nfe).to(torch.int32)
     # What was factorised is A itself if rows are separate problems.
-    judged = row_norm(b - (x - apply(x))) / _safe_norm(b)
-    return rejudged(Solution(x, residual, nfe, outcome), judged, tol)
+    image = apply(x)
+    judged = row_norm(b - (x - image)) / _safe_norm(b)
+    rounding = 16 * torch.finfo(b.dtype).eps * (row_norm(x) + row_norm(image)) / _safe_norm(b)
+    return rejudged(Solution(x, residual, nfe, outcome), judged, tol + rounding)
