@@ -5,16 +5,17 @@ Each is one operator. The single blocks and steps are in ``functional.py``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
 from deqfuse import checks, operators, reporting
-from deqfuse.backends import BackendName
-from deqfuse.backends.maps import CellParams, FuseParams, VariantName
+from deqfuse.backends import BackendName, load, presence
+from deqfuse.backends.maps import VARIANTS, CellParams, FuseParams, VariantName
 from deqfuse.backends.penalty import draw_probes
 from deqfuse.backends.problem import SolvedLayer
 from deqfuse.functional import choose_backend, detached
+from deqfuse.operators.bodies import full_precision
 from deqfuse.reporting import OnFailure
 from deqfuse.solvers.options import GradientOption, SolverOption
 from deqfuse.torch_private import traced, values_of
@@ -52,10 +53,52 @@ def solve_layer(
             _check_layer_parameters(x, params)
         raise
     if not traced(x[0]):
-        statistics = values_of(solved.outcome), values_of(solved.residual)
-        known = solved.all_converged
-        reporting.report(reporting.LAYER, *statistics, solver, on_failure, all_converged=known)
+        _report(solved, solver, on_failure)
     return solved, name
+
+
+def prepare_layer(
+    like: Tensor,  # (0, d)
+    params: Sequence[Tensor],  # backends/layer.py
+    *,
+    num_groups: int,
+    variant: VariantName,
+    solver: SolverOption,
+    adjoint: GradientOption,
+    on_failure: OnFailure,
+    backend: BackendName,
+) -> tuple[Callable[[list[Tensor], Tensor | None], SolvedLayer], str]:
+    """A solve of these parameters for many calls in eager mode, and the backend that it runs on.
+
+    Args:
+        like: (0, d), of the dtype and device of the injections.
+        params: as :func:`solve_layer` takes them; not to be changed from now on.
+        num_groups, variant, solver, adjoint, on_failure, backend: as :func:`solve_layer`.
+
+    Returns:
+        ``solve(x, present)``, N tensors (B, d) and (N, B, 1) bool or None, without gradients; and
+        the name of the backend.
+    """
+    checks.options(solver, adjoint, on_failure)
+    name = choose_backend(like, num_groups, solver, adjoint, backend)
+    num_modalities = (len(params) - len(FuseParams._fields)) // len(CellParams._fields)
+    _check_layer_parameters([like] * num_modalities, params)
+    held = [p.detach() for p in params]
+    launch = presence.prepared(load(name), held, num_groups, VARIANTS[variant], solver)
+
+    def solve(x: list[Tensor], present: Tensor | None) -> SolvedLayer:
+        with full_precision(x[0].device):
+            solved = launch(x, present)
+        _report(solved, solver, on_failure)
+        return solved
+
+    return solve, name
+
+
+def _report(solved: SolvedLayer, solver: SolverOption, on_failure: OnFailure) -> None:
+    statistics = values_of(solved.outcome), values_of(solved.residual)
+    known = solved.all_converged
+    reporting.report(reporting.LAYER, *statistics, solver, on_failure, all_converged=known)
 
 
 def layer_penalty(

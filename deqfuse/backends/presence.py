@@ -142,6 +142,27 @@ def whole(backend: Backend) -> Launchers:
     return Launchers(solve, adjoint)
 
 
+def prepared(
+    backend: Backend, params: list[Tensor], *how: Any
+) -> Callable[[list[Tensor], Tensor | None], SolvedLayer]:
+    """A backend's solve of a layer with these parameters, for many calls.
+
+    Args:
+        backend: whose launchers run.
+        params: the list of ``layer.py``, tensors of (d, d), (d,), (N,), (1,); not to be changed.
+        *how: num_groups, variant, solver, as a launcher takes them.
+
+    Returns:
+        ``solve(x, present)``: N tensors (B, d), and (N, B, 1) bool or None.
+    """
+    general = whole(backend).solve
+
+    def solve(x: list[Tensor], present: Tensor | None) -> SolvedLayer:
+        return SolvedLayer(*general(x, params, None, None, None, present, *how))
+
+    return solve
+
+
 def penalty_layer(
     backend: Backend,
     probes: Tensor,  # (K, N + 1, B, d)

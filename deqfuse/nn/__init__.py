@@ -4,6 +4,7 @@ from deqfuse.nn.cells import PurifyCombine as PurifyCombine
 from deqfuse.nn.cells import ResidualCell as ResidualCell
 from deqfuse.nn.deq import DEQ as DEQ
 from deqfuse.nn.fusion import DEQFusion as DEQFusion
+from deqfuse.nn.prepared import PreparedFusion as PreparedFusion
 from deqfuse.nn.presence import ModalityDropout as ModalityDropout
 from deqfuse.nn.presence import present_from_nan as present_from_nan
 from deqfuse.nn.progressive import ProFusion as ProFusion
@@ -13,6 +14,7 @@ __all__ = [
     "DEQ",
     "DEQFusion",
     "ModalityDropout",
+    "PreparedFusion",
     "ProFusion",
     "PurifyCombine",
     "ResidualCell",

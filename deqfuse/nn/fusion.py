@@ -22,6 +22,7 @@ from deqfuse.nn import inputs, solving
 from deqfuse.nn.cells import INITS, Init, PurifyCombine, ResidualCell, dropout_mask
 from deqfuse.nn.fast import parameter
 from deqfuse.nn.parts import flat_parameters
+from deqfuse.nn.prepared import REFUSES_ABLATIONS, PreparedFusion, refuses_dropout
 from deqfuse.reporting import OnFailure
 from deqfuse.solvers.anderson import Anderson
 from deqfuse.solvers.options import GradientOption, Implicit, SolverOption
@@ -237,15 +238,34 @@ class DEQFusion(nn.Module):
             rows, steps = solving.Rows(self._mask(x), present), self.weight_tied_steps
             equations = self._equations()
             found = solving.weight_tied(equations, self._how(), torch.stack(xs), rows, steps)
-        z = found.z if found.z.dtype is x.dtype else found.z.to(x.dtype)
-        # Not even a reshape that changes nothing: it is one more node of the graph.
-        outputs: list[Any] = [z if len(lead) == 1 else z.reshape(*lead, self.dim)]
-        if return_cells:  # a copy: the backward pass keeps the original
-            cells = found.cells().to(x.dtype, copy=True)
-            outputs.append(cells.reshape(self.num_modalities, *lead, self.dim))
-        if return_info:
-            outputs.append(found.info().reshape(*lead))
-        return outputs[0] if len(outputs) == 1 else tuple(outputs)
+        return found.outputs(lead, x.dtype, return_info, return_cells)
+
+    def prepare(self) -> PreparedFusion:
+        """This layer for serving: calls without gradients, with less work around the solve.
+
+        A call of a layer looks up its dozens of parameters and checks them; with few rows that
+        takes as long as the solve. The object that this returns has done so once. It stands for the
+        parameters and the options of this moment: once a parameter has been changed it refuses to
+        answer. The answers are those of the layer, bit for bit.
+
+        Returns:
+            A :class:`deqfuse.nn.PreparedFusion`, called as the layer is.
+
+        Raises:
+            TypeError: a part of the layer that it could not be called with either.
+            ValueError: training mode with dropout; an ablation, ``weight_tied_steps`` or
+                ``Unrolled()``; parameters made under ``torch.inference_mode()``, whose changes
+                torch does not count.
+            BackendUnavailable: ``backend`` was named and cannot take these calls.
+        """
+        like = self._like()
+        if self._drops and self.training:
+            raise ValueError(refuses_dropout(self.dropout))
+        if like is None or self.weight_tied_steps is not None:
+            raise ValueError(REFUSES_ABLATIONS)
+        return PreparedFusion(
+            self._equations(), self._how(), like, self._widths(), self._injections, self
+        )
 
     def _like(self) -> Tensor | None:
         """A parameter, whose dtype and device features must have; any would do."""

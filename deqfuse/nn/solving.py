@@ -18,7 +18,7 @@ from deqfuse.backends import BackendName, maps
 from deqfuse.backends.layer import fuse_injection
 from deqfuse.backends.linearization import CellLinearization, FuseLinearization
 from deqfuse.backends.maps import VARIANTS, CellParams, FuseParams, VariantName
-from deqfuse.backends.problem import compute_dtype
+from deqfuse.backends.problem import SolvedLayer, compute_dtype
 from deqfuse.outcome import Outcome
 from deqfuse.reporting import OnFailure
 from deqfuse.result import BlockInfo, SolvedMap, SolveInfo
@@ -44,6 +44,11 @@ class Equations(NamedTuple):
     num_modalities: int
     num_groups: int
     variant: VariantName
+
+    def flat(self) -> list[Tensor]:
+        """All parameters as one list, for the operator of the whole layer."""
+        joint = (self.weights, self.bias)
+        return [*self.cells, *self.fuse, *(t for t in joint if t is not None)]
 
     def x_fuse(self, x: Tensor, present: Tensor | None = None) -> Tensor | None:
         """Injection of the combination from all x (N, B, d) that are present: (B, d)."""
@@ -137,6 +142,21 @@ class Found(NamedTuple):
     cells: Callable[[], Tensor]  # (N, B, d)
     info: Callable[[], SolveInfo]
 
+    def outputs(
+        self, lead: torch.Size, dtype: torch.dtype, return_info: bool, return_cells: bool
+    ) -> Any:
+        """What a layer returns, for features of this dtype and these leading dimensions."""
+        z = self.z if self.z.dtype is dtype else self.z.to(dtype)
+        dim = z.shape[-1]
+        # Not even a reshape that changes nothing: it is one more node of the graph.
+        results: list[Any] = [z if len(lead) == 1 else z.reshape(*lead, dim)]
+        if return_cells:  # a copy: the backward pass keeps the original
+            cells = self.cells().to(dtype, copy=True)
+            results.append(cells.reshape(len(cells), *lead, dim))
+        if return_info:
+            results.append(self.info().reshape(*lead))
+        return results[0] if len(results) == 1 else tuple(results)
+
 
 def closed_form(combine: Callable[..., Tensor] | None, weights: Tensor | None) -> ClosedForm:
     """The combination of the ablations: without a gate, a plain sum, or the injection alone."""
@@ -156,9 +176,13 @@ def equilibrium(
     start_cells: Tensor | None,  # (N, B, d)
 ) -> Found:
     """The joint equilibrium: in one operator where that solves these equations."""
-    whole = equations.cells and equations.fuse and not isinstance(how.adjoint, Unrolled)
-    solve = _whole_layer if whole else _block_by_block
+    solve = _whole_layer if is_whole(equations, how) else _block_by_block
     return solve(equations, how, xs, rows, start_fuse, start_cells)
+
+
+def is_whole(equations: Equations, how: How) -> bool:
+    """Whether one operator solves these equations: all of the paper's, an implicit gradient."""
+    return bool(equations.cells and equations.fuse) and not isinstance(how.adjoint, Unrolled)
 
 
 def _whole_layer(
@@ -170,12 +194,24 @@ def _whole_layer(
     start_cells: Tensor | None,
 ) -> Found:
     """All equations of the paper and an implicit gradient: one operator."""
-    joint = [equations.weights, equations.bias]
-    params = [*equations.cells, *equations.fuse, *(t for t in joint if t is not None)]
-    mask, present = rows
+    params, (mask, present) = equations.flat(), rows
     solved, backend = layer.solve_layer(
-        xs, params, mask, start_fuse, start_cells, present, **_options(equations, how)
+        xs, params, mask, start_fuse, start_cells, present, **options(equations, how)
     )
+    return of_layer(equations, how, xs, rows, params, solved, backend)
+
+
+def of_layer(
+    equations: Equations,
+    how: How,
+    xs: list[Tensor],  # N tensors (B, d)
+    rows: Rows,
+    params: list[Tensor],  # backends/layer.py
+    solved: SolvedLayer,
+    backend: str,
+) -> Found:
+    """What the solve of a whole layer found."""
+    mask, present = rows
 
     def info() -> SolveInfo:
         states = solved.states.detach()
@@ -211,11 +247,11 @@ def _block_by_block(
     start_cells: Tensor | None,
 ) -> Found:
     """The cells first; for the ablations, and for gradients through the steps."""
-    x, options = torch.stack(xs), _options(equations, how)
+    x, how_all = torch.stack(xs), options(equations, how)
     blocks = []
     if equations.cells:
         zs, cells, backend = functional.solve_cells(
-            x, equations.cells, z0=start_cells, present=rows.present, **options
+            x, equations.cells, z0=start_cells, present=rows.present, **how_all
         )
         blocks.append(lambda: equations.solved_cells(x, zs.detach(), rows.present))
     else:
@@ -234,7 +270,7 @@ def _block_by_block(
             counts=rows.counts,
             mask=rows.mask,
             z0=start_fuse,
-            **options,
+            **how_all,
         )
         given = x_fuse, cell_sum.detach(), rows.mask, rows.counts
         blocks.append(lambda: equations.solved_fuse(*given, z.detach()))
@@ -321,5 +357,5 @@ def last_step(old: Tensor, new: Tensor, solver: SolverOption, steps: int) -> Blo
     return BlockInfo(found.residual.view(shape), found.nfe.view(shape), found.outcome.view(shape))
 
 
-def _options(equations: Equations, how: How) -> dict[str, Any]:
+def options(equations: Equations, how: How) -> dict[str, Any]:
     return {"num_groups": equations.num_groups, "variant": equations.variant, **how._asdict()}
