@@ -11,8 +11,7 @@
 #include <limits>
 
 #include "../common/outcome.h"
-#include "gemm.h"
-#include "mixing.h"
+#include "row_lanes.h"
 
 namespace deqfuse {
 namespace DEQFUSE_ISA {
@@ -69,16 +68,16 @@ struct RowResults {
 //   evaluate<digits>(z, f, waiting)   f(z), whole tile, of the rows that wait or of those being solved
 //   scale(v, norm)         what the residuals of vector v are divided by, given the norms of f(z)
 //   kAnswerIsImage         whether f(z) or z itself is the answer of the best iterate z
-template <class T, int NV, class Map>
+template <class T, int NV, class Map, class Lanes = RowsAsLanes<T, NV>>
 class RowSolver {
  public:
   static constexpr int W = kLanes<T>, R = NV * W;
 
-  // Tiles of d * R values that `memory` must hold.
+  // Tiles that `memory` must hold, as `Lanes` has them.
   static int64_t tiles(int history) { return solver_tiles(history); }
 
-  RowSolver(Map& map, int64_t d, const SolveOptions<T>& options, const RowResults<T>& results, T* memory)
-      : map_(map), d_(d), n_(d * R), opt_(options), out_(results), m_(options.history > 0 ? options.history : 1) {
+  RowSolver(Map& map, const Lanes& lanes, const SolveOptions<T>& options, const RowResults<T>& results, T* memory)
+      : map_(map), lanes_(lanes), d_(lanes.d), n_(lanes.size()), opt_(options), out_(results), m_(options.history > 0 ? options.history : 1) {
     z_ = memory;
     start_ = z_ + n_;
     saved_ = start_ + n_;
@@ -101,7 +100,7 @@ class RowSolver {
       const int slot = int(step % m_);
       T* f = images_ + n_ * slot;
       map_.template evaluate<Digits::kAll>(z_, f, false);
-      with_history(ages(1), [&](auto a) { measure<T, NV, a()>(d_, z_, f, residuals_, slot, m_, ff_, gram_); });
+      with_history(ages(1), [&](auto a) { lanes_.template measured<a()>(z_, f, residuals_, slot, m_, ff_, gram_); });
       judge(slot, nullptr);
       refill(slot);
       if (active_ > 0) advance(slot);
@@ -137,10 +136,10 @@ class RowSolver {
       }
       if (!in_place) map_.admit(moves);
       if (!judged_start()) {
-        move_lanes(moves, d_, start_, z_);
+        lanes_.move(moves, start_, z_);
         continue;
       }
-      move_lanes(moves, d_, start_, images_ + n_ * slot, residuals_ + n_ * slot);
+      lanes_.move(moves, start_, images_ + n_ * slot, residuals_ + n_ * slot);
       for (int k = 0; k < moves.count; ++k) {
         const int l = moves.to[k];
         gram_[slot][slot][l / W][l % W] = ff_[l / W][l % W] = square_of_start_[moves.from[k]];
@@ -160,11 +159,7 @@ class RowSolver {
     map_.stage(rows, start_, in_place);
     if (!map_.first_is_free()) return;
     Vec<T> square[NV] = {};
-    for (int64_t o = 0; o < n_; o += R)
-      for (int v = 0; v < NV; ++v) {
-        const Vec<T> s = load(start_ + o + v * W);
-        square[v] = fma(s, s, square[v]);
-      }
+    lanes_.squares(start_, square);
     for (int v = 0; v < NV; ++v) store(square_of_start_ + v * W, square[v]);
     if (warm_) warm_up(!in_place);
   }
@@ -186,17 +181,10 @@ class RowSolver {
     }
     for (int k = 1; k < kWarmup && left > 0; ++k) {
       map_.template evaluate<Digits::kSome>(start_, spare_, waiting);
-      for (int v = 0; v < NV; ++v) {
-        Vec<T> gg{}, ff{};
-        const Vec<T> keep = load(ready + v * W), zero{};
-        for (int64_t o = v * W; o < n_; o += R) {
-          const Vec<T> z = load(start_ + o), f = load(spare_ + o), g = f - z;
-          gg = fma(g, g, gg);
-          ff = fma(f, f, ff);
-          store(spare_ + o, keep > zero ? z : f);
-        }
-        store(residual + v * W, square_root<T>(gg) / map_.scale(v, square_root<T>(ff)));
-      }
+      Vec<T> gg[NV] = {}, ff[NV] = {};
+      lanes_.plain_step(start_, spare_, ready, gg, ff);
+      for (int v = 0; v < NV; ++v)
+        store(residual + v * W, square_root<T>(gg[v]) / map_.scale(v, square_root<T>(ff[v])));
       std::swap(start_, spare_);
       for (int l = 0; l < staged_end_; ++l) {
         if (ready[l] > T(0)) continue;
@@ -208,7 +196,7 @@ class RowSolver {
         ready[l] = T(1);
         --left;
         if (rate < T(1)) continue;
-        for (int64_t o = l; o < n_; o += R) start_[o] = spare_[o];  // a step away from the solution, or NaN: not taken
+        lanes_.copy_row(l, spare_, nullptr, start_);  // a step away from the solution, or NaN: not taken
       }
     }
   }
@@ -247,7 +235,7 @@ class RowSolver {
     return false;
   }
 
-  struct Answer {  // of lane l: value[i * R + l] - minus[i * R + l]; without `value` NaN, without `minus` zero
+  struct Answer {  // of a lane, its part of the tiles value - minus; without `value` NaN, without `minus` zero
     const T *value, *minus;
   };
 
@@ -259,7 +247,7 @@ class RowSolver {
 
   void save_best(int l, int slot, int age) {
     const Answer a = answer(slot, age);
-    for (int64_t o = l; o < n_; o += R) saved_[o] = a.minus ? a.value[o] - a.minus[o] : a.value[o];
+    lanes_.copy_row(l, a.value, a.minus, saved_);
     best_saved_[l] = true;
   }
 
@@ -293,7 +281,7 @@ class RowSolver {
         row_[k] = -1;
         --active_;
       }
-      if (a.value != nullptr) lanes_to_rows<T, NV>(a.value, a.minus, alike, out_.z, d_);
+      if (a.value != nullptr) lanes_.give(a.value, a.minus, alike, out_.z);
       else
         for (int64_t row : alike.row)
           for (int64_t i = 0; row >= 0 && i < d_; ++i) out_.z[row * d_ + i] = std::numeric_limits<T>::quiet_NaN();
@@ -313,7 +301,7 @@ class RowSolver {
       keep[v] = load(keeps + v * W);
     }
     with_history(ages(0), [&](auto a) {
-      mix<T, NV, a()>(d_, z_, images_, residuals_, slot, m_, gram_, count, keep, opt_.beta, opt_.lam);
+      lanes_.template mixed<a()>(z_, images_, residuals_, slot, m_, gram_, count, keep, opt_.beta, opt_.lam);
     });
   }
 
@@ -326,6 +314,7 @@ class RowSolver {
   }
 
   Map& map_;
+  const Lanes lanes_;
   const int64_t d_, n_;
   const SolveOptions<T> opt_;
   const RowResults<T> out_;

@@ -121,8 +121,8 @@ struct LinearFuse {
   void take(const T* z_rows, const FuseRows<T>& from, const T* mask_rows, const LaneRows<R>& rows, T* x, T* work) {
     const typename FuseMap<T, NV>::Weights& f = w.forward;
     rows_to_lanes<T, NV>(z_rows, rows, z, d);
-    from.template cell_sum_to_lanes<NV>(rows, d, input, q);
-    from.template x_to_lanes<NV>(rows, d, x, q);
+    from.take_cell_sum(RowsAsLanes<T, NV>(d), rows, input, q);
+    from.take_x(RowsAsLanes<T, NV>(d), rows, x, q);
     if (has_mask) rows_to_lanes<T, NV>(mask_rows, rows, mask, d);
     for (int64_t o = 0; o < d * R; o += W) store(input + o, fma(splat(f.modalities), load(z + o), load(input + o)));
     product<T, NV>(f.gate, input, work, nullptr, nullptr, gate, d);

@@ -3,8 +3,7 @@
 
 #include <cstring>
 
-#include "products.h"
-#include "rowmath.h"
+#include "row_lanes.h"
 
 namespace deqfuse {
 namespace DEQFUSE_ISA {
@@ -17,31 +16,30 @@ struct CellWeights {
   bool skip;
 };
 
-// CellWeights::at_zero, by the code of every other row: a tile of one vector, all its lanes alike. `memory`:
-// 2 + work_tiles<1>(d) such tiles.
-template <class T, class Matrix>
-void cell_at_zero(const CellWeights<T, Matrix>& w, int64_t d, int64_t groups, T* memory, T* out) {
-  constexpr int W = kLanes<T>;
-  T *hidden = memory, *second = memory + d * W, *work = memory + 2 * d * W;
-  for (int64_t i = 0; i < d; ++i) store(hidden + i * W, splat(w.b1[i]));
-  group_norm<T, 1>(hidden, w.g1, w.c1, d, groups, {false, true});
-  product<T, 1>(w.w2, hidden, work, w.b2, nullptr, second, d);
-  for (int64_t i = 0; i < d; ++i) out[i] = second[i * W];
+// CellWeights::at_zero, by the code of every other row: one, in the first lane. `memory`: 2 + work_tiles<1>(d) tiles.
+template <class T, class Lanes>
+void cell_at_zero(const CellWeights<T, typename Lanes::Matrix>& w, const Lanes& lanes, int64_t groups, T* memory, T* out) {
+  const int64_t n = lanes.size();
+  T *hidden = memory, *second = memory + n, *work = memory + 2 * n;
+  lanes.each([&](int64_t o, auto of, auto) { store(hidden + o, of(w.b1)); });
+  lanes.normalise(hidden, groups, Norm<T>{w.g1, w.c1, nullptr, {false, true}});
+  lanes.multiply(w.w2, hidden, work, w.b2, nullptr, second);
+  lanes.give(second, nullptr, lane_rows<Lanes::R>(0, 1), out);
 }
 
 // z <- GN3(relu(GN2(W2 relu(GN1(W1 z + b1)) + b2 + x) [+ z]))
-template <class T, int NV>
+template <class T, int NV, class Lanes = RowsAsLanes<T, NV>>
 class CellMap {
  public:
-  using Weights = CellWeights<T, typename StraightForm<T, NV>::Matrix>;
-  static constexpr int W = kLanes<T>, R = NV * W;
+  using Weights = CellWeights<T, typename Lanes::Matrix>;
+  static constexpr int R = Lanes::R;
   static constexpr bool kAnswerIsImage = true;
   static int64_t tiles(int64_t d) { return 3 + work_tiles<NV>(d); }
 
-  CellMap(const Weights& w, const T* x, const T* z0, int64_t d, int64_t groups, T* memory)
-      : w_(w), x_rows_(x), z0_(z0), d_(d), groups_(groups), x_(memory), hidden_(memory + d * R), next_x_(memory + 2 * d * R),
-        work_(memory + 3 * d * R) {
-    std::memset(memory, 0, sizeof(T) * 3 * d * R);
+  CellMap(const Weights& w, const T* x, const T* z0, const Lanes& lanes, int64_t groups, T* memory)
+      : w_(w), x_rows_(x), z0_(z0), lanes_(lanes), groups_(groups), x_(memory), hidden_(memory + lanes.size()),
+        next_x_(memory + 2 * lanes.size()), work_(memory + 3 * lanes.size()) {
+    std::memset(memory, 0, sizeof(T) * 3 * lanes.size());
   }
 
   bool first_is_free() const { return z0_ == nullptr; }
@@ -49,41 +47,32 @@ class CellMap {
 
   void stage(const LaneRows<R>& rows, T* start, bool in_place) {
     T* x = in_place ? x_ : next_x_;
-    rows_to_lanes<T, NV>(x_rows_, rows, x, d_);
-    if (z0_ != nullptr) return rows_to_lanes<T, NV>(z0_, rows, start, d_);
+    lanes_.take(x_rows_, rows, x);
+    if (z0_ != nullptr) return lanes_.take(z0_, rows, start);
     // f(0): the first product is the bias, the second the same for all rows.
-    for (int64_t i = 0; i < d_; ++i)
-      for (int v = 0; v < NV; ++v) {
-        const int64_t o = i * R + v * W;
-        store(start + o, load(x + o) + splat(w_.at_zero[i]));
-      }
+    lanes_.each([&](int64_t o, auto of, auto) { store(start + o, load(x + o) + of(w_.at_zero)); });
     finish(start, nullptr);
   }
 
-  void admit(const LaneMoves<T, NV>& moves) { move_lanes(moves, d_, next_x_, x_); }
+  void admit(const LaneMoves<T, NV>& moves) { lanes_.move(moves, next_x_, x_); }
 
   template <Digits kDigits>
   void evaluate(const T* z, T* f, bool waiting) {
-    product<T, NV, kDigits>(w_.w1, z, work_, w_.b1, nullptr, hidden_, d_);
-    group_norm<T, NV>(hidden_, w_.g1, w_.c1, d_, groups_, {false, true});
-    product<T, NV, kDigits>(w_.w2, hidden_, work_, w_.b2, waiting ? next_x_ : x_, f, d_);
+    lanes_.template multiply<kDigits>(w_.w1, z, work_, w_.b1, nullptr, hidden_);
+    lanes_.normalise(hidden_, groups_, Norm<T>{w_.g1, w_.c1, nullptr, {false, true}});
+    lanes_.template multiply<kDigits>(w_.w2, hidden_, work_, w_.b2, waiting ? next_x_ : x_, f);
     finish(f, w_.skip ? z : nullptr);
   }
 
  private:
-  // Both norms of a group while it is in the cache.
   void finish(T* y, const T* skip) {
-    const int64_t width = d_ / groups_;
-    for (int64_t at = 0; at < d_; at += width) {
-      T* group = y + at * R;
-      norm_group<T, NV>(group, w_.g2 + at, w_.c2 + at, skip ? skip + at * R : nullptr, width, {});
-      norm_group<T, NV>(group, w_.g3 + at, w_.c3 + at, nullptr, width, {true, false});
-    }
+    lanes_.normalise(y, groups_, Norm<T>{w_.g2, w_.c2, skip, {}}, Norm<T>{w_.g3, w_.c3, nullptr, {true, false}});
   }
 
   const Weights w_;
   const T *x_rows_, *z0_;
-  const int64_t d_, groups_;
+  const Lanes lanes_;
+  const int64_t groups_;
   T *x_, *hidden_, *next_x_, *work_;
 };
 
@@ -98,16 +87,16 @@ struct FuseRows {
   const T *z_cells = nullptr, *weights = nullptr, *bias = nullptr;
   const bool* present = nullptr;  // (modalities, rows), or null: x_cells of others are not read, z_cells are zero
 
-  // Into the lanes of a tile; `memory` holds a tile.
-  template <int NV>
-  void x_to_lanes(const LaneRows<NV * kLanes<T>>& lanes, int64_t d, T* tile, T* memory) const {
-    if (x != nullptr) return rows_to_lanes<T, NV>(x, lanes, tile, d);
-    made<NV>(lanes, d, tile, memory, [&](int64_t r, T* to) { make_x(r, d, to); });
+  // Into a tile; `memory` holds another.
+  template <class Lanes>
+  void take_x(const Lanes& lanes, const LaneRows<Lanes::R>& rows, T* tile, T* memory) const {
+    if (x != nullptr) return lanes.take(x, rows, tile);
+    lanes.make(rows, tile, memory, [&](int64_t r, T* to) { make_x(r, lanes.d, to); });
   }
-  template <int NV>
-  void cell_sum_to_lanes(const LaneRows<NV * kLanes<T>>& lanes, int64_t d, T* tile, T* memory) const {
-    if (cell_sum != nullptr) return rows_to_lanes<T, NV>(cell_sum, lanes, tile, d);
-    made<NV>(lanes, d, tile, memory, [&](int64_t r, T* to) { make_cell_sum(r, d, to); });
+  template <class Lanes>
+  void take_cell_sum(const Lanes& lanes, const LaneRows<Lanes::R>& rows, T* tile, T* memory) const {
+    if (cell_sum != nullptr) return lanes.take(cell_sum, rows, tile);
+    lanes.make(rows, tile, memory, [&](int64_t r, T* to) { make_cell_sum(r, lanes.d, to); });
   }
 
   // One row (d,): where it lies, or made in `memory`.
@@ -140,17 +129,6 @@ struct FuseRows {
       for (int64_t k = 0; k < d; ++k) to[k] += from[k];
     }
   }
-
-  // make(row, to)
-  template <int NV, class Make>
-  static void made(const LaneRows<NV * kLanes<T>>& lanes, int64_t d, T* tile, T* memory, Make make) {
-    LaneRows<NV * kLanes<T>> own;
-    for (int l = 0; l < NV * kLanes<T>; ++l) {
-      own.row[l] = lanes.row[l] >= 0 ? l : -1;
-      if (own.row[l] >= 0) make(lanes.row[l], memory + l * d);
-    }
-    rows_to_lanes<T, NV>(memory, own, tile, d);
-  }
 };
 
 template <class T, class Matrix>
@@ -162,25 +140,25 @@ struct FuseWeights {
 };
 
 // z <- GN(relu(mask * (W_f (z * (N W_a z + c)) + b_f) + x)),   c = W_a S + N b_a;   or relu(GN(.))
-template <class T, int NV>
+template <class T, int NV, class Lanes = RowsAsLanes<T, NV>>
 class FuseMap {
  public:
-  using Weights = FuseWeights<T, typename StraightForm<T, NV>::Matrix>;
-  static constexpr int W = kLanes<T>, R = NV * W;
+  using Weights = FuseWeights<T, typename Lanes::Matrix>;
+  static constexpr int W = kLanes<T>, R = Lanes::R;
   static constexpr bool kAnswerIsImage = true;
   static int64_t tiles(int64_t d) { return 8 + work_tiles<NV>(d); }
 
   // `mask` (null without dropout), `z0` (null for zero): row-major (rows, d).
-  FuseMap(const Weights& w, const FuseRows<T>& from, const T* mask, const T* z0, int64_t d, int64_t groups,
+  FuseMap(const Weights& w, const FuseRows<T>& from, const T* mask, const T* z0, const Lanes& lanes, int64_t groups,
           T* memory)
-      : w_(w), from_(from), mask_rows_(mask), z0_(z0), d_(d), groups_(groups) {
-    std::memset(memory, 0, sizeof(T) * 8 * d * R);
+      : w_(w), from_(from), mask_rows_(mask), z0_(z0), lanes_(lanes), groups_(groups) {
+    std::memset(memory, 0, sizeof(T) * 8 * lanes.size());
     T** slots[] = {&x_, &constant_, &mask_, &gated_, &bias_, &next_x_, &next_constant_, &next_mask_, &work_};
     for (T** slot : slots) {
       *slot = memory;
-      memory += d * R;
+      memory += lanes.size();
     }
-    for (int64_t i = 0; i < d; ++i) bias_[i] = w.modalities * w.gate_bias[i];
+    for (int64_t i = 0; i < lanes.d; ++i) bias_[i] = w.modalities * w.gate_bias[i];
   }
 
   bool first_is_free() const { return z0_ == nullptr; }
@@ -189,49 +167,48 @@ class FuseMap {
   void stage(const LaneRows<R>& rows, T* start, bool in_place) {
     T *x = in_place ? x_ : next_x_, *constant = in_place ? constant_ : next_constant_;
     T* mask = in_place ? mask_ : next_mask_;
-    from_.template x_to_lanes<NV>(rows, d_, x, gated_);
-    if (mask_rows_) rows_to_lanes<T, NV>(mask_rows_, rows, mask, d_);
-    from_.template cell_sum_to_lanes<NV>(rows, d_, start, gated_);
-    product<T, NV>(w_.gate, start, work_, bias_, nullptr, constant, d_);
-    if (z0_ != nullptr) return rows_to_lanes<T, NV>(z0_, rows, start, d_);
+    from_.take_x(lanes_, rows, x, gated_);
+    if (mask_rows_) lanes_.take(mask_rows_, rows, mask);
+    from_.take_cell_sum(lanes_, rows, start, gated_);
+    lanes_.multiply(w_.gate, start, work_, bias_, nullptr, constant);
+    if (z0_ != nullptr) return lanes_.take(z0_, rows, start);
     // f(0): the gated product vanishes, unless the gate is NaN or infinite, which must show.
-    for (int v = 0; v < NV; ++v) {
-      Vec<T> poison{};
-      for (int64_t i = 0; i < d_; ++i) poison += load(constant + i * R + v * W) * splat(T(0));
-      for (int64_t i = 0; i < d_; ++i) store(start + i * R + v * W, splat(w_.fuse_bias[i]) + poison);
-    }
+    Vec<T> poison[NV] = {};
+    lanes_.poison(constant, poison);
+    lanes_.each([&](int64_t o, auto of, auto lane) { store(start + o, of(w_.fuse_bias) + lane(poison)); });
     finish(start, x, mask);
   }
 
   void admit(const LaneMoves<T, NV>& moves) {
-    move_lanes(moves, d_, next_x_, x_);
-    move_lanes(moves, d_, next_constant_, constant_);
-    if (mask_rows_) move_lanes(moves, d_, next_mask_, mask_);
+    lanes_.move(moves, next_x_, x_);
+    lanes_.move(moves, next_constant_, constant_);
+    if (mask_rows_) lanes_.move(moves, next_mask_, mask_);
   }
 
   template <Digits kDigits>
   void evaluate(const T* z, T* f, bool waiting) {
     const T* constant = waiting ? next_constant_ : constant_;
-    product<T, NV, kDigits>(w_.gate, z, work_, nullptr, constant, gated_, d_, w_.modalities);
-    for (int64_t o = 0; o < d_ * R; o += W) store(gated_ + o, load(gated_ + o) * load(z + o));
-    product<T, NV, kDigits>(w_.fuse, gated_, work_, w_.fuse_bias, nullptr, f, d_);
+    lanes_.template multiply<kDigits>(w_.gate, z, work_, nullptr, constant, gated_, w_.modalities);
+    for (int64_t o = 0; o < lanes_.size(); o += W) store(gated_ + o, load(gated_ + o) * load(z + o));
+    lanes_.template multiply<kDigits>(w_.fuse, gated_, work_, w_.fuse_bias, nullptr, f);
     finish(f, waiting ? next_x_ : x_, waiting ? next_mask_ : mask_);
   }
 
  private:
   void finish(T* y, const T* x, const T* mask) {
-    for (int64_t o = 0; o < d_ * R; o += W) {
+    for (int64_t o = 0; o < lanes_.size(); o += W) {
       Vec<T> a = load(y + o);
       if (mask_rows_) a *= load(mask + o);
       store(y + o, a + load(x + o));
     }
-    group_norm<T, NV>(y, w_.gamma, w_.beta, d_, groups_, {!w_.relu_last, w_.relu_last});
+    lanes_.normalise(y, groups_, Norm<T>{w_.gamma, w_.beta, nullptr, {!w_.relu_last, w_.relu_last}});
   }
 
   const Weights w_;
   const FuseRows<T> from_;
   const T *mask_rows_, *z0_;
-  const int64_t d_, groups_;
+  const Lanes lanes_;
+  const int64_t groups_;
   T *x_, *constant_, *mask_, *gated_, *bias_, *next_x_, *next_constant_, *next_mask_, *work_;
 };
 

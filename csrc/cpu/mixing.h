@@ -56,6 +56,19 @@ void measure(int64_t d, const T* z, const T* f, T* residuals, int slot, int m, V
   }
 }
 
+// The weights of the A newest residuals, whose slots are given by age, for vector v of the tile.
+template <class T, int NV, int A>
+DEQFUSE_INLINE void weights_by_age(const Gram<T, NV>& gram, const int (&slots)[A], int v, Vec<T> count, T lam,
+                                   Vec<T> (&alpha)[A]) {
+  Vec<T> by_age[A][A];
+#pragma GCC unroll 8
+  for (int a = 0; a < A; ++a)
+#pragma GCC unroll 8
+    for (int b = 0; b <= a; ++b) by_age[a][b] = gram[slots[a]][slots[b]][v];
+  if (A == 1) alpha[0] = splat(T(1));
+  else mixing_weights<VecLane<T>, A>(by_age, count, lam, alpha);
+}
+
 // z <- sum_a alpha_a (f_a - (1 - beta) g_a) over the A newest of m slots; lanes that `keep` keep z.
 template <class T, int NV, int A>
 void mix(int64_t d, T* z, const T* images, const T* residuals, int slot, int m, const Gram<T, NV>& gram,
@@ -65,13 +78,8 @@ void mix(int64_t d, T* z, const T* images, const T* residuals, int slot, int m, 
   int slots[A];  // by age
   for (int a = 0; a < A; ++a) slots[a] = (slot - a + m) % m;
   for (int v = 0; v < NV; ++v) {
-    Vec<T> by_age[A][A], alpha[A];
-#pragma GCC unroll 8
-    for (int a = 0; a < A; ++a)
-#pragma GCC unroll 8
-      for (int b = 0; b <= a; ++b) by_age[a][b] = gram[slots[a]][slots[b]][v];
-    if (A == 1) alpha[0] = splat(T(1));
-    else mixing_weights<VecLane<T>, A>(by_age, count[v], lam, alpha);
+    Vec<T> alpha[A];
+    weights_by_age<T, NV, A>(gram, slots, v, count[v], lam, alpha);
     for (int64_t o = v * W; o < d * R; o += R) {
       Vec<T> mixed{};
 #pragma GCC unroll 8

@@ -26,6 +26,21 @@ DEQFUSE_INLINE void sum_features(int64_t count, Vec<T> (&sum)[NV], Body body) {
   for (int v = 0; v < NV; ++v) sum[v] = (part[0][v] + part[1][v]) + (part[2][v] + part[3][v]);
 }
 
+// As sum_features, over `count` numbers of one row: add(s, a) adds the terms of a to s, of four neighbours or of one.
+template <class T, class Add>
+DEQFUSE_INLINE T sum_row(const T* row, int64_t count, Add add) {
+  Four<T> part{};
+  int64_t k = 0;
+  for (; k + 4 <= count; k += 4) {
+    Four<T> a;
+    std::memcpy(&a, row + k, sizeof a);
+    part = add(part, a);
+  }
+  T first = part[0];
+  for (; k < count; ++k) first = add(first, row[k]);
+  return (first + part[1]) + (part[2] + part[3]);
+}
+
 // Several such sums: body(k, v, part) adds its terms to part[0], part[1], ...
 template <class T, int NV, int kSums, class Body>
 DEQFUSE_INLINE void sum_features(int64_t count, Vec<T> (&sums)[NV][kSums], Body body) {
@@ -85,13 +100,6 @@ void norm_group(T* __restrict y, const T* gamma, const T* beta, const T* skip, i
       store(p, form.rectify_output ? relu(a) : a);
     }
   }
-}
-
-template <class T, int NV>
-void group_norm(T* y, const T* gamma, const T* beta, int64_t d, int64_t groups, NormForm form) {
-  constexpr int R = NV * kLanes<T>;
-  const int64_t width = d / groups;
-  for (int64_t at = 0; at < d; at += width) norm_group<T, NV>(y + at * R, gamma + at, beta + at, nullptr, width, form);
 }
 
 // Saves what the backward needs: x_hat (tile) and rstd (groups x R), from y.

@@ -67,34 +67,71 @@ void leave_out(const P& p, int64_t k, T value, Outcome outcome) {
   p.outcome[k] = int8_t(outcome);
 }
 
+// How the rows of a task lie: f(lanes).
+template <class T, int NV, class F>
+DEQFUSE_INLINE void with_lanes(int64_t d, int64_t rows, F f) {
+  if constexpr (NV == 1 && kFewRows<T> > 0)
+    if (rows <= kFewRows<T>) return f(FeaturesAsLanes<T>(d, int(rows)));
+  f(RowsAsLanes<T, NV>(d));
+}
+// How a single row lies.
+template <class T>
+auto one_row(int64_t d) {
+  if constexpr (kFewRows<T> > 0) return FeaturesAsLanes<T>(d, 1);
+  else return RowsAsLanes<T, 1>(d);
+}
+
+template <class T, int NV, int NT>
+auto matrix(const RowsAsLanes<T, NT>&, const ForwardMatrices<T, NV>& weights, int64_t block, int which) {
+  return weights.at(block, which);
+}
+template <class T, int NV>
+auto matrix(const FeaturesAsLanes<T>&, const ForwardMatrices<T, NV>& weights, int64_t block, int which) {
+  return RowsMatrix<T>{weights.at(block, which), nullptr};
+}
+
+// Solves rows [begin, end) of a problem; map(memory) is their map.
+template <class T, int NV, class Map, class P, class Lanes, class Make>
+DEQFUSE_INLINE void solve_rows(const P& p, const Lanes& lanes, const RowResults<T>& out, int64_t begin, int64_t end,
+                               Make make) {
+  using Solver = RowSolver<T, NV, Map, Lanes>;
+  const int64_t of_map = Map::tiles(p.d) * lanes.size();
+  Scratch<T> memory(of_map + Solver::tiles(p.history) * lanes.size() + kSlack);
+  Map map = make(memory.get());
+  Solver(map, lanes, options<T>(p), out, memory.get() + of_map).run(begin, end);
+}
+
 // With `weights` in place.
 template <class T, int NV>
 void solve_cells(const CellProblem<T>& p, const ForwardMatrices<T, NV>& weights, int threads, ParallelFor parallel) {
   constexpr int R = NV * kLanes<T>;
   const int64_t d = p.d;
   Scratch<T> at_zero(p.modalities * d);
-  using Matrix = typename StraightForm<T, NV>::Matrix;
-  auto cell = [&](int64_t i) {
+  auto cell = [&](auto lanes, int64_t i) {
+    using Matrix = typename decltype(lanes)::Matrix;
     const T* const* q = p.params + 10 * i;
     const T* zero = at_zero.get() + i * d;
-    return CellWeights<T, Matrix>{weights.at(i, 0), weights.at(i, 1), q[1], q[3], q[4], q[5], q[6], q[7], q[8], q[9], zero, p.skip};
+    return CellWeights<T, Matrix>{
+        matrix(lanes, weights, i, 0), matrix(lanes, weights, i, 1), q[1], q[3], q[4], q[5], q[6], q[7], q[8], q[9], zero, p.skip};
   };
   if (p.z0 == nullptr)
     run_tasks(p.modalities, threads, parallel, [&](int64_t i) {
-      Scratch<T> memory((2 + work_tiles<1>(d)) * d * kLanes<T>);
-      cell_at_zero(cell(i), d, p.groups, memory.get(), at_zero.get() + i * d);
+      const auto lanes = one_row<T>(d);
+      Scratch<T> memory((2 + work_tiles<1>(d)) * lanes.size() + kSlack);
+      cell_at_zero(cell(lanes, i), lanes, p.groups, memory.get(), at_zero.get() + i * d);
     });
   auto solve = [&](int64_t i, const int64_t* rows, int64_t begin, int64_t end) {
     const int64_t first = i * p.rows;
-    using Map = CellMap<T, NV>;
-    using Solver = RowSolver<T, NV, Map>;
-    Scratch<T> memory((Map::tiles(d) + Solver::tiles(p.history)) * d * R);
-    Map map(cell(i), p.x[i], p.z0 ? p.z0 + first * d : nullptr, d, p.groups, memory.get());
-    RowResults<T> out{p.z + first * d,     0,
-                      p.residual + first,  p.nfe + first,
-                      p.outcome + first,   p.trace ? p.trace + first : nullptr,
-                      p.trace_stride,      rows};
-    Solver(map, d, options<T>(p), out, memory.get() + Map::tiles(d) * d * R).run(begin, end);
+    const RowResults<T> out{p.z + first * d,     0,
+                            p.residual + first,  p.nfe + first,
+                            p.outcome + first,   p.trace ? p.trace + first : nullptr,
+                            p.trace_stride,      rows};
+    with_lanes<T, NV>(d, end - begin, [&](auto lanes) {
+      using Map = CellMap<T, NV, decltype(lanes)>;
+      solve_rows<T, NV, Map>(p, lanes, out, begin, end, [&](T* memory) {
+        return Map(cell(lanes, i), p.x[i], p.z0 ? p.z0 + first * d : nullptr, lanes, p.groups, memory);
+      });
+    });
   };
   const int64_t wanted = (2 * threads + p.modalities - 1) / p.modalities;  // two tasks a thread even out
   if (p.present == nullptr) {
@@ -122,13 +159,14 @@ void solve_fuse(const FuseProblem<T>& p, const FuseRows<T>& from, const ForwardM
   const int64_t d = p.d;
   const T* const* q = p.params;
   auto solve = [&](int64_t modalities, const int64_t* rows, int64_t begin, int64_t end) {
-    using Map = FuseMap<T, NV>;
-    using Solver = RowSolver<T, NV, Map>;
-    const typename Map::Weights fuse{weights.at(0, 0), weights.at(0, 1), q[1], q[3], q[4], q[5], T(modalities), p.relu_last};
-    Scratch<T> memory((Map::tiles(d) + Solver::tiles(p.history)) * d * R);
-    Map map(fuse, from, p.mask, p.z0, d, p.groups, memory.get());
-    RowResults<T> out{p.z, 0, p.residual, p.nfe, p.outcome, p.trace, p.trace_stride, rows};
-    Solver(map, d, options<T>(p), out, memory.get() + Map::tiles(d) * d * R).run(begin, end);
+    const RowResults<T> out{p.z, 0, p.residual, p.nfe, p.outcome, p.trace, p.trace_stride, rows};
+    with_lanes<T, NV>(d, end - begin, [&](auto lanes) {
+      using Map = FuseMap<T, NV, decltype(lanes)>;
+      const typename Map::Weights fuse{
+          matrix(lanes, weights, 0, 0), matrix(lanes, weights, 0, 1), q[1], q[3], q[4], q[5], T(modalities), p.relu_last};
+      solve_rows<T, NV, Map>(p, lanes, out, begin, end,
+                             [&](T* memory) { return Map(fuse, from, p.mask, p.z0, lanes, p.groups, memory); });
+    });
     if (p.copy == nullptr) return;
     for (int64_t k = begin; k < end; ++k) {
       const int64_t at = (rows ? rows[k] : k) * d;

@@ -107,6 +107,43 @@ DEQFUSE_INLINE Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) {
 #endif
 }
 
+// The same of one number.
+#if DEQFUSE_VECTOR_BYTES >= 32 || defined(__aarch64__)
+DEQFUSE_INLINE float fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+DEQFUSE_INLINE double fma(double a, double b, double c) { return __builtin_fma(a, b, c); }
+#else
+DEQFUSE_INLINE float fma(float a, float b, float c) { return a * b + c; }
+DEQFUSE_INLINE double fma(double a, double b, double c) { return a * b + c; }
+#endif
+
+// Four neighbours of a row: the four partial sums of sum_features (rowmath.h), side by side.
+template <class T>
+struct FourTraits {
+  typedef T V __attribute__((vector_size(4 * sizeof(T))));
+};
+template <class T>
+using Four = typename FourTraits<T>::V;
+
+// s + a * b as fma() has it, of four numbers or of one.
+DEQFUSE_INLINE Four<float> add_product(Four<float> s, Four<float> a, Four<float> b) {
+#if DEQFUSE_VECTOR_BYTES >= 32
+  return (Four<float>)_mm_fmadd_ps((__m128)a, (__m128)b, (__m128)s);
+#else
+  for (int q = 0; q < 4; ++q) s[q] = fma(a[q], b[q], s[q]);
+  return s;
+#endif
+}
+DEQFUSE_INLINE Four<double> add_product(Four<double> s, Four<double> a, Four<double> b) {
+#if DEQFUSE_VECTOR_BYTES >= 32
+  return (Four<double>)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)s);
+#else
+  for (int q = 0; q < 4; ++q) s[q] = fma(a[q], b[q], s[q]);
+  return s;
+#endif
+}
+DEQFUSE_INLINE float add_product(float s, float a, float b) { return fma(a, b, s); }
+DEQFUSE_INLINE double add_product(double s, double a, double b) { return fma(a, b, s); }
+
 #ifdef DEQFUSE_VNNI
 // Each lane two 16-bit numbers: a_0 b_0 + a_1 b_1 + c in 32 bits.
 DEQFUSE_INLINE Vec<int32_t> fma(Vec<int32_t> a, Vec<int32_t> b, Vec<int32_t> c) {

@@ -65,7 +65,8 @@ template <class Exact>
 class WithPairs {
  public:
   WithPairs(int64_t features, Uses uses) : exact_(features, uses), d_(features), paired_(uses.some > 0) {}
-  int64_t size() const { return paired_ ? pairs_at() + round_up(rows() * pairs_of(d_), W) : exact_.size(); }
+  // With room for reading a whole vector from the last pair on (row_products.h).
+  int64_t size() const { return paired_ ? pairs_at() + round_up(rows() * pairs_of(d_), W) + W : exact_.size(); }
 
  protected:
   static constexpr int W = kLanes<float>;
