@@ -15,7 +15,7 @@ import statistics
 import sys
 from pathlib import Path
 
-from benchmarks import plots, tables
+from benchmarks import latency, plots, tables
 from benchmarks.cases import PENALTY_WEIGHT
 from benchmarks.results import RESULTS, Entry, Run, load, save
 from benchmarks.timing import paired_ratio
@@ -87,6 +87,7 @@ def page(run: Run, pictures: list[str]) -> str:
         tables.times_table(run, "forward"),
         "## All times, training step, ms",
         tables.times_table(run, "step"),
+        *_latency_parts(run),
         "## Memory of a training step",
         tables.memory_table(run),
         "## Overhead of one solve (medium)",
@@ -101,6 +102,20 @@ def page(run: Run, pictures: list[str]) -> str:
         tables.refused_table(run),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _latency_parts(run: Run) -> list[str]:
+    """Nothing where it was not measured, as in the saved runs of earlier commits."""
+    if not run.select("latency"):
+        return []
+    return [
+        "## Latency of few rows",
+        "Single calls in inference mode, microseconds: median / 99%. `F.linear`: as many products "
+        "as our solve needs, with the same weights and nothing else. Floors: these products at "
+        "the rate of large ones, and their weights read once each in float32 at the bandwidth of "
+        "the cache that holds them (our products of 16-bit integers read half).",
+        latency.table(run),
+    ]
 
 
 def _penalty_parts(run: Run) -> list[str]:

@@ -44,6 +44,7 @@ struct LayerProblem {
   CellProblem<T> cells;
   FuseProblem<T> fuse;
   const T *weights, *bias;  // x_fuse = sum_i weights_i x_i + bias; (N,), and (1,) or null
+  const T* prepared;        // what prepare_layer made for these parameters, sizes and options, without starts; or null
 };
 
 // Modes of an adjoint: iterate to tol; and then solve the rows that are left by LU factors.
@@ -157,6 +158,8 @@ struct Kernels {
   void (*solve_cells)(const CellProblem<T>&, int threads, ParallelFor);
   void (*solve_fuse)(const FuseProblem<T>&, int threads, ParallelFor);
   void (*solve_layer)(const LayerProblem<T>&, int threads, ParallelFor);
+  int64_t (*prepared_size)(const LayerProblem<T>&);  // values that prepare_layer writes, from a multiple of 64 bytes on
+  void (*prepare_layer)(const LayerProblem<T>&, T* prepared, int threads, ParallelFor);
   void (*adjoint_cells)(const CellAdjointProblem<T>&, int threads, ParallelFor);
   void (*adjoint_fuse)(const FuseAdjointProblem<T>&, int threads, ParallelFor);
   void (*adjoint_layer)(const LayerAdjointProblem<T>&, int threads, ParallelFor);

@@ -70,17 +70,24 @@ int64_t work_tiles(int64_t) {
 template <class T, class Form>
 class Matrices {
  public:
-  Matrices(const T* const* params, int64_t blocks, int64_t stride, int64_t d, Uses uses)
+  // `ready`: copies that were made before, `ready_stride` apart, or null.
+  Matrices(const T* const* params, int64_t blocks, int64_t stride, int64_t d, Uses uses, const T* ready = nullptr,
+           int64_t ready_stride = 0)
       : params_(params),
         blocks_(blocks),
         stride_(stride),
         d_(d),
         form_(d, uses),
-        size_(form_.size()),
+        ready_(ready),
+        ready_stride_(ready_stride),
+        size_(ready ? 0 : form_.size()),
         copies_(2 * blocks * size_) {}
 
   typename Form::Matrix at(int64_t block, int which) const {
-    return form_.matrix(weight(block, which), copy(block, which));
+    return form_.matrix(weight(block, which), ready_ ? ready(block, which) : copy(block, which));
+  }
+  const T* ready(int64_t block, int which) const {
+    return ready_ ? ready_ + (2 * block + which) * ready_stride_ : nullptr;
   }
 
   // Making the copies, before the first use: tasks of some output rows each.
@@ -100,7 +107,8 @@ class Matrices {
   const T* const* params_;
   const int64_t blocks_, stride_, d_;
   const Form form_;
-  const int64_t size_;
+  const T* ready_;
+  const int64_t ready_stride_, size_;
   Scratch<T> copies_;
 };
 

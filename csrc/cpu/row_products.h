@@ -30,9 +30,8 @@ struct RowPanels {
   static constexpr int W = kLanes<T>;
   static int64_t size(int64_t d) { return round_up(d, W) * d; }
 
-  // The panels of output rows [begin, end); begin is a multiple of W.
-  static void pack(const T* a, T* panels, int64_t d, int64_t begin, int64_t end) {
-    for (int64_t j = begin; j < end; j += W) {
+  static void pack(const T* a, T* panels, int64_t d) {
+    for (int64_t j = 0; j < d; j += W) {
       T* to = panels + j * d;
       for (int64_t k = 0; k < d; k += W) {
         Vec<T> m[W] = {};
@@ -230,9 +229,8 @@ void pair_products(const PairedMatrix<Exact, Pairs>& m, const RowBatch<float>& b
         Vec<int32_t> acc[W] = {};
         for (int64_t k = k0; k < k0 + kSegment / 2 && k < pairs; k += W) {
           const Vec<int32_t> zk = load(z + r * stride + k);
-          // Behind the end of a row of A lies another, or what its copy has room for: times the zeros of z.
 #pragma GCC unroll 16
-          for (int q = 0; q < W; ++q) acc[q] = fma(load_unaligned(row[q] + k), zk, acc[q]);
+          for (int q = 0; q < W; ++q) acc[q] = fma(load(row[q] + k), zk, acc[q]);  // zk is zero behind the end
         }
         sums += __builtin_convertvector(lane_sums(acc), Vec<float>);
       }

@@ -1,6 +1,7 @@
 // Vector types that GCC and Clang map onto the registers of the instruction set being compiled for.
 // A kernel file is compiled once per instruction set, each time in its own namespace (isa.h).
-// The only intrinsics here are the multiply-adds below; amx.h has those of the matrix unit.
+// The only intrinsics here are the multiply-adds and the masked loads and stores below; amx.h has those of the matrix
+// unit.
 #pragma once
 
 #include <cstddef>
@@ -77,6 +78,22 @@ DEQFUSE_INLINE void store_some(T* p, Vec<T> v, int64_t count) {
   if (count >= kLanes<T>) __builtin_memcpy(p, &v, sizeof v);
   else if (count > 0) __builtin_memcpy(p, &v, sizeof(T) * size_t(count));
 }
+#if DEQFUSE_VECTOR_BYTES == 64
+// A copy of a variable number of bytes is a call, and reading it back waits for it; a masked instruction does neither.
+DEQFUSE_INLINE uint32_t first_lanes(int64_t count) { return count > 0 ? (1u << count) - 1 : 0; }
+DEQFUSE_INLINE Vec<float> load_some(const float* p, int64_t count) {
+  return count >= kLanes<float> ? load_unaligned(p) : (Vec<float>)_mm512_maskz_loadu_ps(first_lanes(count), p);
+}
+DEQFUSE_INLINE Vec<double> load_some(const double* p, int64_t count) {
+  return count >= kLanes<double> ? load_unaligned(p) : (Vec<double>)_mm512_maskz_loadu_pd(first_lanes(count), p);
+}
+DEQFUSE_INLINE void store_some(float* p, Vec<float> v, int64_t count) {
+  _mm512_mask_storeu_ps(p, count >= kLanes<float> ? 0xffff : first_lanes(count), (__m512)v);
+}
+DEQFUSE_INLINE void store_some(double* p, Vec<double> v, int64_t count) {
+  _mm512_mask_storeu_pd(p, count >= kLanes<double> ? 0xff : first_lanes(count), (__m512d)v);
+}
+#endif
 template <class T>
 DEQFUSE_INLINE Vec<T> splat(T s) {
   return s - Vec<T>{};  // x - 0 is x and folds away, x + 0 is not: it would cost an addition

@@ -65,12 +65,12 @@ template <class Exact>
 class WithPairs {
  public:
   WithPairs(int64_t features, Uses uses) : exact_(features, uses), d_(features), paired_(uses.some > 0) {}
-  // With room for reading a whole vector from the last pair on (row_products.h).
-  int64_t size() const { return paired_ ? pairs_at() + round_up(rows() * pairs_of(d_), W) + W : exact_.size(); }
+  int64_t size() const { return paired_ ? pairs_at() + rows() * pair_stride() : exact_.size(); }
 
  protected:
   static constexpr int W = kLanes<float>;
   int64_t rows() const { return round_up(d_, Exact::kStep); }
+  int64_t pair_stride() const { return round_up(pairs_of(d_), W); }  // so that every row of pairs is aligned
   int64_t units_at() const { return round_up(exact_.size(), W); }
   int64_t pairs_at() const { return units_at() + round_up(rows(), W); }
   int32_t* pairs(float* copy) const { return reinterpret_cast<int32_t*>(copy + pairs_at()); }
@@ -88,7 +88,7 @@ struct StraightPairs : WithPairs<Straight<float>> {
   using WithPairs::WithPairs;
   Matrix matrix(const float* a, const float* copy) const {
     if (!paired_) return {exact_.matrix(a, copy), {}, nullptr};
-    return {exact_.matrix(a, copy), {pairs(copy), d_, pairs_of(d_)}, copy + units_at()};
+    return {exact_.matrix(a, copy), {pairs(copy), d_, pair_stride()}, copy + units_at()};
   }
 
   // Output rows [begin, end) of the copy.
@@ -103,7 +103,7 @@ struct StraightPairs : WithPairs<Straight<float>> {
       });
       store_some(copy + units_at() + j, scale.unit, count);
       for (int64_t q = 0; q < count; ++q)
-        pack_row(rows + q * d_, splat(scale.to_integers[q]), pairs(copy) + (j + q) * pairs_of(d_));
+        pack_row(rows + q * d_, splat(scale.to_integers[q]), pairs(copy) + (j + q) * pair_stride());
     }
   }
 

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from deqfuse.backends import cpu_native, layer
-from deqfuse.backends.arguments import adjoint_numbers
+from deqfuse.backends.arguments import adjoint_numbers, prepare_all
 from deqfuse.backends.backend import Backend, Launchers
 from deqfuse.backends.maps import Variant
-from deqfuse.backends.problem import LayerStatistics, Problem, Solved, SolvedLayer, Statistics
+from deqfuse.backends.problem import (
+    LayerStatistics,
+    Problem,
+    Solved,
+    SolvedLayer,
+    Statistics,
+    compute_dtype,
+)
 from deqfuse.outcome import Outcome, left_behind
 from deqfuse.solvers.anderson import Anderson, Picard
 from deqfuse.solvers.derivatives import Map
@@ -125,6 +134,35 @@ def solve_present(
     found = _layer(*problem, num_groups, variant, solver)
     left = not found.all_converged and solver.rescues(found.z.device)
     return None if left and left_behind(found.outcome).any() else found
+
+
+def prepare(
+    params: list[Tensor],  # backends/layer.py
+    num_groups: int,
+    variant: Variant,
+    solver: SolverOption,
+) -> Callable[[list[Tensor], Tensor | None], SolvedLayer | None]:
+    """A solve of these parameters for many calls: ``(x, present)``, in one call each.
+
+    It returns None where rows are to be rescued, and where autocast has changed the dtype.
+    """
+    held = prepare_all(params, params[0])  # the addresses are theirs
+    how = num_groups, variant.skip, variant.relu_last, *_forward(solver)
+    prepared, addresses = cpu_native.prepare_layer(held, *how)
+    steps, rescues = _steps(solver), solver.rescues(held[0].device)
+
+    def solve(x: list[Tensor], present: Tensor | None) -> SolvedLayer | None:
+        if compute_dtype(x[0].dtype) is not held[0].dtype:
+            return None
+        if present is not None:
+            present = present.contiguous()
+        found = SolvedLayer(
+            *cpu_native.solve_prepared(x, prepared, addresses, present, *how, steps)
+        )
+        left = rescues and not found.all_converged
+        return None if left and left_behind(found.outcome).any() else found
+
+    return solve
 
 
 def _layer(
@@ -314,6 +352,7 @@ BACKEND = Backend(
     fuse=Launchers(solve_fuse, adjoint_fuse),
     layer=Launchers(solve_layer, adjoint_layer),
     solve_present=solve_present,
+    prepare=prepare,
     penalty=penalty_layer,
     takes_rows=takes_rows,
     anderson=anderson,

@@ -31,6 +31,15 @@ _SCHEMAS = {
         f"Tensor? present, int num_groups, bool skip, bool relu_last, {_SOLVE}, int steps) "
         "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, bool)"
     ),
+    "cpu_prepare_layer": (
+        f"(Tensor[] params, int num_groups, bool skip, bool relu_last, {_SOLVE}) "
+        "-> (Tensor, Tensor)"
+    ),
+    "cpu_solve_prepared": (
+        "(Tensor[] x, Tensor prepared, Tensor addresses, Tensor? present, int num_groups, "
+        f"bool skip, bool relu_last, {_SOLVE}, int steps) "
+        "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, bool)"
+    ),
     "cpu_adjoint_cells": (
         "(Tensor grad_z, Tensor z, Tensor x, Tensor[] params, bool want_params, "
         f"int num_groups, bool skip, int mode, {_SOLVE}) "
@@ -132,6 +141,8 @@ except ImportError as error:
 solve_cells = torch.ops.deqfuse.cpu_solve_cells.default
 solve_fuse = torch.ops.deqfuse.cpu_solve_fuse.default
 solve_layer = torch.ops.deqfuse.cpu_solve_layer.default
+prepare_layer = torch.ops.deqfuse.cpu_prepare_layer.default
+solve_prepared = torch.ops.deqfuse.cpu_solve_prepared.default
 adjoint_cells = torch.ops.deqfuse.cpu_adjoint_cells.default
 adjoint_fuse = torch.ops.deqfuse.cpu_adjoint_fuse.default
 adjoint_layer = torch.ops.deqfuse.cpu_adjoint_layer.default

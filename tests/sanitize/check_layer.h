@@ -26,8 +26,9 @@ struct Layer {
   }
   static const T* maybe(const Array<T>& a) { return a.empty() ? nullptr : a.data(); }
 
-  // `present`: (N, rows), or null.
-  Solution<T> solve(const KernelTable& table, double tol, int threads, const bool* present = nullptr) const {
+  // `present`: (N, rows), or null. `prepare`: with the matrices brought into form before, which starts rule out.
+  Solution<T> solve(const KernelTable& table, double tol, int threads, const bool* present = nullptr,
+                    bool prepare = false) const {
     Solution<T> out{Array<T>(count * s.d, nan<T>()), Array<T>(count, nan<T>()), Array<T>(s.max_iter * count, nan<T>()),
                     Array<int32_t>(count, -1), Array<int8_t>(count, -1)};
     const auto p = pointers<const T>(params), from = pointers<const T>(x);
@@ -46,7 +47,14 @@ struct Layer {
     problem.cells.present = present;
     problem.cells.x = from.data(), problem.cells.params = p.data(), problem.fuse.params = p.data() + 10 * n;
     problem.cells.z0 = maybe(z0_cells), problem.fuse.z0 = maybe(z0_fuse), problem.fuse.mask = maybe(mask);
-    of(table, T{}).solve_layer(problem, threads, parallel);
+    const Kernels<T>& kernels = of(table, T{});
+    const std::unique_ptr<T, decltype(&std::free)> prepared(
+        prepare ? static_cast<T*>(std::aligned_alloc(64, (kernels.prepared_size(problem) * sizeof(T) + 63) / 64 * 64))
+                : nullptr,
+        std::free);
+    if (prepare) kernels.prepare_layer(problem, prepared.get(), threads, parallel);
+    problem.prepared = prepared.get();
+    kernels.solve_layer(problem, threads, parallel);
     return out;
   }
 
@@ -120,6 +128,18 @@ void check_presence(const KernelTable& table, Layer<T> layer, double tol, const 
   }
 }
 
+// Prepared parameters give the same bits.
+template <class T>
+void check_prepared(const KernelTable& table, Layer<T> layer, double tol) {
+  layer.z0_cells.clear(), layer.z0_fuse.clear();
+  const Solution<T> out = layer.solve(table, tol, 1);
+  for (int threads : {1, 3}) {
+    const Solution<T> other = layer.solve(table, tol, threads, nullptr, true);
+    check(same(out.z, other.z) && same(out.residual, other.residual) && same(out.nfe, other.nfe) &&
+              same(out.outcome, other.outcome) && same(out.trace, other.trace), "a prepared layer");
+  }
+}
+
 template <class T>
 void check_layer(const KernelTable& table, const Inputs& cells, Inputs fuse, bool biased, bool use_cells, double tol) {
   const Layer<T> layer(cells, fuse, biased);
@@ -128,6 +148,7 @@ void check_layer(const KernelTable& table, const Inputs& cells, Inputs fuse, boo
   check(same(out.z, other.z) && same(out.residual, other.residual) && same(out.nfe, other.nfe) &&
             same(out.outcome, other.outcome) && same(out.trace, other.trace), "layer depends on the thread count");
   check_presence(table, layer, tol, out);
+  check_prepared(table, layer, tol);
   const Solution<T> first = solve<T>(table, cells, tol, 2);
   for (int64_t k = 0; k < size; ++k) {  // T's sums, which doubles carry unchanged
     T sum = 0, injection = 0;
