@@ -23,12 +23,37 @@ DEQFUSE_INLINE void swap_blocks(Vec<T>& a, Vec<T>& b, std::integer_sequence<int,
 #endif
 }
 
-template <class T, int H = kLanes<T> / 2>
-DEQFUSE_INLINE void transpose(Vec<T> (&m)[kLanes<T>]) {
+// Of kCount vectors, as rows, the square blocks of 2 H columns, each in its place.
+template <class T, int H, int kCount = 2 * H>
+DEQFUSE_INLINE void transpose_parts(Vec<T>* m) {
 #pragma GCC unroll 16
-  for (int i = 0; i < kLanes<T>; ++i)
+  for (int i = 0; i < kCount; ++i)
     if ((i & H) == 0) swap_blocks<T, H>(m[i], m[i + H], std::make_integer_sequence<int, kLanes<T>>{});
-  if constexpr (H > 1) transpose<T, H / 2>(m);
+  if constexpr (H > 1) transpose_parts<T, H / 2, kCount>(m);
+}
+template <class T>
+DEQFUSE_INLINE void transpose(Vec<T> (&m)[kLanes<T>]) {
+  transpose_parts<T, kLanes<T> / 2>(m);
+}
+
+// W columns of W rows, from k on. With AVX-512 a vector is put together of 16 bytes from each of four rows as it is
+// loaded, which leaves half of the shuffles of a transposition.
+template <class T>
+DEQFUSE_INLINE void load_columns(const T* const (&row)[kLanes<T>], int64_t k, Vec<T> (&m)[kLanes<T>]) {
+  constexpr int W = kLanes<T>;
+#if DEQFUSE_VECTOR_BYTES == 64
+  constexpr int Q = W / 4;
+#pragma GCC unroll 4
+  for (int c = 0; c < W; c += Q) {
+#pragma GCC unroll 4
+    for (int i = 0; i < Q; ++i)
+      m[c + i] = load_quarters(row[i] + k + c, row[i + Q] + k + c, row[i + 2 * Q] + k + c, row[i + 3 * Q] + k + c);
+    transpose_parts<T, Q / 2>(&m[c]);
+  }
+#else
+  for (int q = 0; q < W; ++q) m[q] = load_unaligned(row[q] + k);
+  transpose<T>(m);
+#endif
 }
 
 // Which row belongs to each of R lanes; -1: none.

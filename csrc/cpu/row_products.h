@@ -14,8 +14,8 @@
 namespace deqfuse {
 namespace DEQFUSE_ISA {
 
-// Up to how many rows lie feature by feature: from half a vector on a tile is as fast. None where float32 products run on
-// a matrix unit, whose sums have an order of their own.
+// Up to how many rows lie feature by feature. None where float32 products run on a matrix unit, whose sums have an order
+// of their own.
 #ifdef DEQFUSE_AMX
 template <class T>
 constexpr int kFewRows = sizeof(T) == 4 ? 0 : kLanes<T> / 2;
@@ -23,6 +23,13 @@ constexpr int kFewRows = sizeof(T) == 4 ? 0 : kLanes<T> / 2;
 template <class T>
 constexpr int kFewRows = kLanes<T> / 2;
 #endif
+// From how many on a tile is as fast depends on whether panels are there, and, as a row's norms and sums take more of its
+// time the narrower it is, on the width.
+template <class T>
+constexpr int64_t few_rows(int64_t d, bool panels) {
+  const int64_t sixteenths = !panels ? 5 : d < 128 ? 6 : 8;
+  return kFewRows<T> > 0 ? kLanes<T> * sixteenths / 16 : 0;
+}
 
 // A in panels of kLanes output features, those of a column side by side, padded with zeros.
 template <class T>
@@ -136,9 +143,7 @@ DEQFUSE_INLINE void add_block(const T* const (&row)[kLanes<T>], int64_t k, int64
                               Vec<T> (&acc)[L]) {
   constexpr int W = kLanes<T>;
   Vec<T> m[W];
-#pragma GCC unroll 16
-  for (int q = 0; q < W; ++q) m[q] = load_unaligned(row[q] + k);
-  transpose<T>(m);
+  load_columns<T>(row, k, m);
 #pragma GCC unroll 16
   for (int q = 0; q < W; ++q)
     if (q >= skip)

@@ -40,6 +40,7 @@ struct ForwardMatrices : Matrices<T, StraightForm<T, NV>> {
   ForwardMatrices(const FuseProblem<T>& p, const T* ready = nullptr, const PreparedLayout<T>* layout = nullptr)
       : ForwardMatrices(p, 1, 6, ready, layout) {}
 
+  bool has_panels() const { return this->ready(0, 0) != nullptr && kFewRows<T> > 0; }
   // For a few rows.
   RowsMatrix<T> of_rows(int64_t block, int which) const {
     const T* ready = this->ready(block, which);
@@ -85,11 +86,12 @@ Chunks chunks_of(int64_t rows, int64_t blocks, int threads) {
   return Chunks(rows, NV * kLanes<T>, (2 * threads + blocks - 1) / blocks);
 }
 
-// Threads that so many rows of so many blocks are worth. Handing work over takes some microseconds, in which one thread
-// does this many multiply-adds of a weight with a row; what takes part in all rows counts as four of them.
-constexpr int64_t kWorthSharing = 1 << 16;
-inline int threads_for(int64_t rows, int64_t blocks, int64_t d, int threads) {
-  return (rows + 4) * blocks * d * d < kWorthSharing ? 1 : threads;
+// Threads that so many rows of so many blocks are worth. Handing work over takes some microseconds, and copies that one
+// thread makes are not in the cache of another. Work is counted in weights times rows, and a matrix itself, which is read
+// and copied, as four rows.
+inline int threads_for(int64_t rows, int64_t blocks, int64_t d, bool prepared, int threads) {
+  const int64_t worth = prepared ? 1 << 16 : 1 << 18;
+  return (rows + 4) * blocks * d * d < worth ? 1 : threads;
 }
 
 // Runs body(group, rows of the group, begin, end) for all of them; `blocks`: of how many at once.
@@ -117,9 +119,9 @@ void leave_out(const P& p, int64_t k, T value, Outcome outcome) {
 
 // How the rows of a task lie: f(lanes).
 template <class T, int NV, class F>
-DEQFUSE_INLINE void with_lanes(int64_t d, int64_t rows, F f) {
+DEQFUSE_INLINE void with_lanes(const ForwardMatrices<T, NV>& weights, int64_t d, int64_t rows, F f) {
   if constexpr (NV == 1 && kFewRows<T> > 0)
-    if (rows <= kFewRows<T>) return f(FeaturesAsLanes<T>(d, int(rows)));
+    if (rows <= few_rows<T>(d, weights.has_panels())) return f(FeaturesAsLanes<T>(d, int(rows)));
   f(RowsAsLanes<T, NV>(d));
 }
 // How a single row lies.
@@ -183,7 +185,7 @@ void solve_cells(const CellProblem<T>& p, const ForwardMatrices<T, NV>& weights,
                             p.residual + first,  p.nfe + first,
                             p.outcome + first,   p.trace ? p.trace + first : nullptr,
                             p.trace_stride,      rows};
-    with_lanes<T, NV>(d, end - begin, [&](auto lanes) {
+    with_lanes<T, NV>(weights, d, end - begin, [&](auto lanes) {
       using Map = CellMap<T, NV, decltype(lanes)>;
       solve_rows<T, NV, Map>(p, lanes, out, begin, end, [&](T* memory) {
         return Map(cell_weights(p, weights, lanes, i, at_zero), p.x[i], p.z0 ? p.z0 + first * d : nullptr, lanes, p.groups, memory);
@@ -215,7 +217,7 @@ void solve_fuse(const FuseProblem<T>& p, const FuseRows<T>& from, const ForwardM
   const T* const* q = p.params;
   auto solve = [&](int64_t modalities, const int64_t* rows, int64_t begin, int64_t end) {
     const RowResults<T> out{p.z, 0, p.residual, p.nfe, p.outcome, p.trace, p.trace_stride, rows};
-    with_lanes<T, NV>(d, end - begin, [&](auto lanes) {
+    with_lanes<T, NV>(weights, d, end - begin, [&](auto lanes) {
       using Map = FuseMap<T, NV, decltype(lanes)>;
       const typename Map::Weights fuse{
           matrix(lanes, weights, 0, 0), matrix(lanes, weights, 0, 1), q[1], q[3], q[4], q[5], T(modalities), p.relu_last};
@@ -258,7 +260,7 @@ void solve_fuse(const FuseProblem<T>& p, const FuseRows<T>& from, const ForwardM
 
 template <class T, int NV>
 void solve_cells(const CellProblem<T>& p, int threads, ParallelFor parallel) {
-  threads = threads_for(p.rows, p.modalities, p.d, threads);
+  threads = threads_for(p.rows, p.modalities, p.d, false, threads);
   const ForwardMatrices<T, NV> weights(p);
   copy_all(threads, parallel, weights);
   solve_cells<T, NV>(p, weights, nullptr, threads, parallel);
@@ -266,7 +268,7 @@ void solve_cells(const CellProblem<T>& p, int threads, ParallelFor parallel) {
 
 template <class T, int NV>
 void solve_fuse(const FuseProblem<T>& p, int threads, ParallelFor parallel) {
-  threads = threads_for(p.rows, 1, p.d, threads);
+  threads = threads_for(p.rows, 1, p.d, false, threads);
   const ForwardMatrices<T, NV> weights(p);
   copy_all(threads, parallel, weights);
   solve_fuse<T, NV>(p, {p.x, p.cell_sum}, weights, threads, parallel);
@@ -280,7 +282,7 @@ FuseRows<T> rows_of_layer(const P& p) {
 
 template <class T, int NV>
 void solve_layer(const LayerProblem<T>& p, int threads, ParallelFor parallel) {
-  threads = threads_for(p.rows, p.cells.modalities + 1, p.d, threads);
+  threads = threads_for(p.rows, p.cells.modalities + 1, p.d, p.prepared != nullptr, threads);
   const PreparedLayout<T> layout(p);
   const T* ready = p.prepared;
   const int64_t own = 2 * p.cells.modalities * layout.stride;

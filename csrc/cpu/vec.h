@@ -1,6 +1,6 @@
 // Vector types that GCC and Clang map onto the registers of the instruction set being compiled for.
 // A kernel file is compiled once per instruction set, each time in its own namespace (isa.h).
-// The only intrinsics here are the multiply-adds and the masked loads and stores below; amx.h has those of the matrix
+// The only intrinsics here are the multiply-adds and the loads and stores of parts below; amx.h has those of the matrix
 // unit.
 #pragma once
 
@@ -92,6 +92,19 @@ DEQFUSE_INLINE void store_some(float* p, Vec<float> v, int64_t count) {
 }
 DEQFUSE_INLINE void store_some(double* p, Vec<double> v, int64_t count) {
   _mm512_mask_storeu_pd(p, count >= kLanes<double> ? 0xff : first_lanes(count), (__m512d)v);
+}
+// The 16 bytes at each of four addresses, side by side.
+DEQFUSE_INLINE Vec<float> load_quarters(const float* a, const float* b, const float* c, const float* d) {
+  __m512 v = _mm512_castps128_ps512(_mm_loadu_ps(a));
+  v = _mm512_mask_broadcast_f32x4(v, 0x00f0, _mm_loadu_ps(b));
+  v = _mm512_mask_broadcast_f32x4(v, 0x0f00, _mm_loadu_ps(c));
+  return (Vec<float>)_mm512_mask_broadcast_f32x4(v, 0xf000, _mm_loadu_ps(d));
+}
+DEQFUSE_INLINE Vec<double> load_quarters(const double* a, const double* b, const double* c, const double* d) {
+  __m512d v = _mm512_castpd128_pd512(_mm_loadu_pd(a));
+  v = _mm512_mask_broadcast_f64x2(v, 0x0c, _mm_loadu_pd(b));
+  v = _mm512_mask_broadcast_f64x2(v, 0x30, _mm_loadu_pd(c));
+  return (Vec<double>)_mm512_mask_broadcast_f64x2(v, 0xc0, _mm_loadu_pd(d));
 }
 #endif
 template <class T>

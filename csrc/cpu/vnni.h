@@ -125,17 +125,19 @@ struct StraightPairs : WithPairs<Straight<float>> {
 
   void pack_row(const float* a, Vec<float> scale, int32_t* out) const {
     typedef int16_t Halves __attribute__((vector_size(kBytes / 2)));
+    const int64_t d = d_;  // the compiler would read it again after every store
     int16_t* to = reinterpret_cast<int16_t*>(out);
     const auto line = [&](int64_t k, int64_t count) {
       return __builtin_convertvector(rounded(load_some(a + k, count), scale), Halves);
     };
     int64_t k = 0;
-    for (; k + W <= d_; k += W) {
+    for (; k + W <= d; k += W) {
       const Halves full = line(k, W);
       std::memcpy(to + k, &full, sizeof full);
     }
-    const Halves rest = line(k, d_ - k);
-    if (k < d_) std::memcpy(to + k, &rest, sizeof(int16_t) * (2 * pairs_of(d_) - k));
+    if (k == d) return;
+    const Halves rest = line(k, d - k);  // a row of pairs has room for whole vectors
+    std::memcpy(to + k, &rest, sizeof rest);
   }
 };
 

@@ -41,7 +41,8 @@ class PreparedFusion:
     are refused by name: an optimiser's step, ``load_state_dict``, ``to(dtype)``. What torch does
     not count is not seen: writes through ``.data`` or ``.detach().numpy()``, and a submodule that
     was replaced as a whole. It may be called from several threads. It holds the layer, and on the
-    backend "cpu" a copy of its matrices, up to 1.6 times as large as they are.
+    backend "cpu" copies of its matrices, together about 1.6 times as large as they are (more below
+    64 features); they go with it.
 
     Args:
         equations: of the layer, with its parameters.

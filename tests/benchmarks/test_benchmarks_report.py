@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import report, tables
+from benchmarks import latency, report, tables
 from benchmarks.machine import slug
 from benchmarks.results import RESULTS, load
 from benchmarks.tables import markdown, ratio
@@ -129,6 +129,23 @@ def test_page_says_ratio_spread_and_floor(tmp_path: Path) -> None:
     assert "| 0.5 | 4.9% |" in text
     assert "0123456789ab" in text
     assert "torch 2.13.0" in text
+
+
+def test_the_page_has_latencies_where_they_were_measured(tmp_path: Path) -> None:
+    run = raw()
+    assert "Latency" not in report.page(load([saved(tmp_path / "a.json", run)]), [])
+    for variant, seconds in (("deqfuse-cpu", 2e-4), (latency.PREPARED, 1e-4), ("F.linear", 3e-4)):
+        own: dict[str, Any] = copy.deepcopy(entry(variant, "latency", seconds))
+        own["extra_info"] = {
+            "kind": "latency", "variant": variant, "threads": 1, "products": 10,
+            "case": {"name": "tiny", "rows": 3, "modalities": 2, "dim": 16},
+            "flops": 1e6, "bytes": 1e6, "rate": 1e11, "bandwidth": 1e11,
+        }  # fmt: skip
+        own["group"] = "latency tiny threads=1"
+        run["benchmarks"].append(own)
+    text = report.page(load([saved(tmp_path / "a.json", run)]), [])
+    # Samples are 1.00 to 1.04 times as long: the median is the third of five, 99% the last.
+    assert "| (3, 2, 16) | 1 | 204 / 208 | 102 / 104 | 306 / 312 | 10 | 10 |" in text
 
 
 def test_factors_of_the_ratio_multiply_to_it(tmp_path: Path) -> None:
