@@ -77,7 +77,8 @@ class RowSolver {
   static int64_t tiles(int history) { return solver_tiles(history); }
 
   RowSolver(Map& map, const Lanes& lanes, const SolveOptions<T>& options, const RowResults<T>& results, T* memory)
-      : map_(map), lanes_(lanes), d_(lanes.d), n_(lanes.size()), opt_(options), out_(results), m_(options.history > 0 ? options.history : 1) {
+      : map_(map), lanes_(lanes), d_(lanes.d), n_(lanes.size()), opt_(options), out_(results),
+        m_(options.history > 0 ? options.history : 1) {
     z_ = memory;
     start_ = z_ + n_;
     saved_ = start_ + n_;

@@ -18,7 +18,8 @@ struct CellWeights {
 
 // CellWeights::at_zero, by the code of every other row: one, in the first lane. `memory`: 2 + work_tiles<1>(d) tiles.
 template <class T, class Lanes>
-void cell_at_zero(const CellWeights<T, typename Lanes::Matrix>& w, const Lanes& lanes, int64_t groups, T* memory, T* out) {
+void cell_at_zero(const CellWeights<T, typename Lanes::Matrix>& w, const Lanes& lanes, int64_t groups, T* memory,
+                  T* out) {
   const int64_t n = lanes.size();
   T *hidden = memory, *second = memory + n, *work = memory + 2 * n;
   lanes.each([&](int64_t o, auto of, auto) { store(hidden + o, of(w.b1)); });

@@ -188,8 +188,9 @@ SolvedLayer solved_layer(const LayerForm& form, const LayerRows& in, bool biased
 
 // `params`: the cells', the fuse step's, modality_weights and, if there is one, injection_bias.
 SolvedLayer solve_layer(Tensors x, Tensors params, std::optional<Tensor> mask, std::optional<Tensor> z0_fuse,
-                        std::optional<Tensor> z0_cells, std::optional<Tensor> present, int64_t groups, bool skip, bool relu_last, double tol,
-                        int64_t max_iter, int64_t history, double beta, double lam, int64_t steps) {
+                        std::optional<Tensor> z0_cells, std::optional<Tensor> present, int64_t groups, bool skip,
+                        bool relu_last, double tol, int64_t max_iter, int64_t history, double beta, double lam,
+                        int64_t steps) {
   STD_TORCH_CHECK(!x.empty(), "deqfuse: x: expected at least one tensor");
   const int64_t n = int64_t(x.size()), d = x[0].size(1);
   const ScalarType dtype = compute_dtype(x[0]);
@@ -229,9 +230,10 @@ std::tuple<Tensor, Tensor> prepare_layer(Tensors params, int64_t groups, bool sk
   return {*prepared, addresses};
 }
 
-SolvedLayer solve_prepared(Tensors x, Tensor prepared, Tensor addresses, std::optional<Tensor> present, int64_t groups, bool skip,
-                           bool relu_last, double tol, int64_t max_iter, int64_t history, double beta, double lam,
-                           int64_t steps) {
+// Of a layer that was prepared with these options.
+SolvedLayer solve_prepared(Tensors x, Tensor prepared, Tensor addresses, std::optional<Tensor> present, int64_t groups,
+                           bool skip, bool relu_last, double tol, int64_t max_iter, int64_t history, double beta,
+                           double lam, int64_t steps) {
   STD_TORCH_CHECK(!x.empty(), "deqfuse: x: expected at least one tensor");
   const int64_t n = int64_t(x.size()), d = x[0].size(1), count = addresses.numel();
   const ScalarType dtype = compute_dtype(x[0]);

@@ -247,8 +247,8 @@ struct FeaturesAsLanes {
     for (int64_t k = d; k < stride; ++k) row[k] = T(0);
   }
 
-  // kSums chains of sums over the features of every row: term(o, sums) adds the value at o, done(row, sums). Those of two
-  // rows go side by side, or each would wait for its own latency.
+  // kSums chains of sums over the features of every row: term(o, sums) adds the value at o, done(row, sums). Those of
+  // two rows go side by side, or each would wait for its own latency.
   template <int kSums, class Term, class Done>
   DEQFUSE_INLINE void chains(Term term, Done done) const {
     int l = 0;
@@ -295,7 +295,8 @@ struct FeaturesAsLanes {
     mean = m;
   }
   // One group of a row. What follows behind its end is written as it was.
-  DEQFUSE_INLINE void apply(T* row, const T* skip, int64_t at, int64_t width, T mean, T rstd, const Norm<T>& norm) const {
+  DEQFUSE_INLINE void apply(T* row, const T* skip, int64_t at, int64_t width, T mean, T rstd,
+                            const Norm<T>& norm) const {
     Vec<T> lane;
     for (int q = 0; q < W; ++q) lane[q] = T(q);
     for (int64_t k = at; k < at + width; k += W) {

@@ -1,4 +1,4 @@
-// Products of a matrix with a few rows, output features being lanes: with the bits of a tile's products (gemm.h, vnni.h).
+// Products of a matrix with a few rows, output features being lanes: with the bits of a tile's (gemm.h, vnni.h).
 //
 // A tile with few rows in it does all the work of a full one. Here each lane is an output feature, and a row takes part
 // with what it has: every output is the same chain of multiply-adds over k, in the same order, so it has the same bits.
@@ -14,8 +14,8 @@
 namespace deqfuse {
 namespace DEQFUSE_ISA {
 
-// Up to how many rows lie feature by feature. None where float32 products run on a matrix unit, whose sums have an order
-// of their own.
+// Up to how many rows lie feature by feature. None where float32 products run on a matrix unit, whose sums have an
+// order of their own.
 #ifdef DEQFUSE_AMX
 template <class T>
 constexpr int kFewRows = sizeof(T) == 4 ? 0 : kLanes<T> / 2;
@@ -23,8 +23,8 @@ constexpr int kFewRows = sizeof(T) == 4 ? 0 : kLanes<T> / 2;
 template <class T>
 constexpr int kFewRows = kLanes<T> / 2;
 #endif
-// From how many on a tile is as fast depends on whether panels are there, and, as a row's norms and sums take more of its
-// time the narrower it is, on the width.
+// From how many on a tile is as fast depends on whether panels are there, and on the width: the narrower a row, the
+// more of its time goes into norms and sums.
 template <class T>
 constexpr int64_t few_rows(int64_t d, bool panels) {
   const int64_t sixteenths = !panels ? 5 : d < 128 ? 6 : 8;
@@ -84,15 +84,20 @@ struct RowBatch {
   }
 };
 
-// f(std::integral_constant<int, L>, first) for all rows, L at a time and up to kMost; of the last L some may not exist.
+// f(std::integral_constant<int, L>, first) for all rows, L at a time and up to kMost, 4 or 8; of the last L some may
+// not exist.
 template <int kMost, class F>
 DEQFUSE_INLINE void by_rows(int64_t rows, F f) {
   for (int64_t first = 0; first < rows;) {
     const int64_t left = rows - first;
-    if (kMost >= 8 && left > 4) f(std::integral_constant<int, kMost < 8 ? kMost : 8>{}, first), first += 8;
-    else if (kMost >= 4 && left > 2) f(std::integral_constant<int, kMost < 4 ? kMost : 4>{}, first), first += 4;
-    else if (kMost >= 2 && left > 1) f(std::integral_constant<int, kMost < 2 ? kMost : 2>{}, first), first += 2;
-    else f(std::integral_constant<int, 1>{}, first), first += 1;
+    const auto next = [&](auto count) {
+      f(count, first);
+      first += count();
+    };
+    if (kMost >= 8 && left > 4) next(std::integral_constant<int, 8>{});
+    else if (left > 2) next(std::integral_constant<int, 4>{});
+    else if (left > 1) next(std::integral_constant<int, 2>{});
+    else next(std::integral_constant<int, 1>{});
   }
 }
 
@@ -146,9 +151,10 @@ DEQFUSE_INLINE void add_block(const T* const (&row)[kLanes<T>], int64_t k, int64
   load_columns<T>(row, k, m);
 #pragma GCC unroll 16
   for (int q = 0; q < W; ++q)
-    if (q >= skip)
+    if (q >= skip) {
 #pragma GCC unroll 8
       for (int l = 0; l < L; ++l) acc[l] = fma(m[q], splat(z[l][k + q]), acc[l]);
+    }
 }
 
 template <class T>
@@ -163,9 +169,10 @@ void direct_products(const RowMajor<T>& a, const RowBatch<T>& b) {
       const T* row[J][W];
       for (int j = 0; j < J * W; ++j) row[j / W][j % W] = a.a + (j0 + j < d ? j0 + j : d - 1) * a.stride;
       Vec<T> acc[J][L] = {};
-      for (int64_t k = 0; k < whole; k += W)
+      for (int64_t k = 0; k < whole; k += W) {
 #pragma GCC unroll 2
         for (int j = 0; j < J; ++j) add_block<T, L>(row[j], k, 0, z, acc[j]);
+      }
       if (whole < d && whole > 0)  // the last W columns, of which some have been added
         for (int j = 0; j < J; ++j) add_block<T, L>(row[j], d - W, W - (d - whole), z, acc[j]);
       for (int j = 0; j < J && j0 + j * W < d; ++j) {
@@ -182,7 +189,7 @@ void direct_products(const RowMajor<T>& a, const RowBatch<T>& b) {
 }
 
 #ifdef DEQFUSE_VNNI
-// The sums of the lanes of each of m. Integers add up alike in any order, so half of the shuffles of a transposition do.
+// The sums of the lanes of each of m. Integers add up alike in any order: half of a transposition's shuffles do.
 template <int H = kLanes<int32_t> / 2>
 DEQFUSE_INLINE Vec<int32_t> lane_sums(Vec<int32_t> (&m)[kLanes<int32_t>]) {
 #pragma GCC unroll 8

@@ -87,8 +87,8 @@ Chunks chunks_of(int64_t rows, int64_t blocks, int threads) {
 }
 
 // Threads that so many rows of so many blocks are worth. Handing work over takes some microseconds, and copies that one
-// thread makes are not in the cache of another. Work is counted in weights times rows, and a matrix itself, which is read
-// and copied, as four rows.
+// thread makes are not in the cache of another. Work is counted in weights times rows, and a matrix itself, which is
+// read and copied, as four rows.
 inline int threads_for(int64_t rows, int64_t blocks, int64_t d, bool prepared, int threads) {
   const int64_t worth = prepared ? 1 << 16 : 1 << 18;
   return (rows + 4) * blocks * d * d < worth ? 1 : threads;
@@ -188,7 +188,8 @@ void solve_cells(const CellProblem<T>& p, const ForwardMatrices<T, NV>& weights,
     with_lanes<T, NV>(weights, d, end - begin, [&](auto lanes) {
       using Map = CellMap<T, NV, decltype(lanes)>;
       solve_rows<T, NV, Map>(p, lanes, out, begin, end, [&](T* memory) {
-        return Map(cell_weights(p, weights, lanes, i, at_zero), p.x[i], p.z0 ? p.z0 + first * d : nullptr, lanes, p.groups, memory);
+        const T* z0 = p.z0 ? p.z0 + first * d : nullptr;
+        return Map(cell_weights(p, weights, lanes, i, at_zero), p.x[i], z0, lanes, p.groups, memory);
       });
     });
   };
@@ -219,8 +220,8 @@ void solve_fuse(const FuseProblem<T>& p, const FuseRows<T>& from, const ForwardM
     const RowResults<T> out{p.z, 0, p.residual, p.nfe, p.outcome, p.trace, p.trace_stride, rows};
     with_lanes<T, NV>(weights, d, end - begin, [&](auto lanes) {
       using Map = FuseMap<T, NV, decltype(lanes)>;
-      const typename Map::Weights fuse{
-          matrix(lanes, weights, 0, 0), matrix(lanes, weights, 0, 1), q[1], q[3], q[4], q[5], T(modalities), p.relu_last};
+      const typename Map::Weights fuse{matrix(lanes, weights, 0, 0), matrix(lanes, weights, 0, 1), q[1], q[3], q[4], q[5],
+                                       T(modalities), p.relu_last};
       solve_rows<T, NV, Map>(p, lanes, out, begin, end,
                              [&](T* memory) { return Map(fuse, from, p.mask, p.z0, lanes, p.groups, memory); });
     });
