@@ -7,6 +7,7 @@ their equilibrium. The parameters are read at each call and passed on as plain t
 from __future__ import annotations
 
 import functools
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -18,6 +19,7 @@ from deqfuse import checks, functional
 from deqfuse.backends import BACKENDS, BackendName
 from deqfuse.backends.maps import VARIANTS, VariantName
 from deqfuse.backends.presence import only
+from deqfuse.backends.problem import compute_dtype
 from deqfuse.nn import inputs, solving
 from deqfuse.nn.cells import INITS, Init, PurifyCombine, ResidualCell, dropout_mask
 from deqfuse.nn.fast import parameter
@@ -26,6 +28,7 @@ from deqfuse.reporting import OnFailure
 from deqfuse.solvers.anderson import Anderson
 from deqfuse.solvers.options import GradientOption, Implicit, SolverOption
 
+_LEAST_RMS = 1e-12  # of an injection, whose squares float32 can still hold
 _PURIFY_ONLY = "combine: dropout and gate belong to combine='purify'"
 
 
@@ -56,8 +59,10 @@ class DEQFusion(nn.Module):
         dropout: probability on W_f's output, in training mode; one draw per solve.
         init: "contractive" (from d = 64 up every row converges before training) or "torch", torch's
             own and the papers' draw.
-        injection_norm: normalises each injection x_i over its features (no parameters), which makes
-            the layer insensitive to the scale of its inputs.
+        injection_norm: divides each injection x_i by its root mean square over the features, which
+            makes the layer blind to the scale of its inputs: with the default ``init`` rows converge
+            before training whatever that scale is. False: x_i as it comes, the papers' equations,
+            which at that ``init`` want x_i of about unit size.
         solver: how to solve forward: a solver's options, with its tolerance.
         adjoint: how gradients pass through the equilibrium.
         on_failure: "warn", "raise" or "ignore" when rows do not converge, forward or backward.
@@ -96,7 +101,7 @@ class DEQFusion(nn.Module):
         in_dims: Sequence[int] | None = None,
         dropout: float = 0.0,
         init: Init = "contractive",
-        injection_norm: bool = False,
+        injection_norm: bool = True,
         solver: SolverOption = Anderson(),  # noqa: B008 - frozen
         adjoint: GradientOption = Implicit(),  # noqa: B008 - frozen
         on_failure: OnFailure = "warn",
@@ -266,7 +271,7 @@ class DEQFusion(nn.Module):
             dtype = functools.reduce(torch.promote_types, dtypes)
             xs = [x.to(dtype) for x in xs]
         if self.injection_norm:
-            xs = [_normalised(x) for x in xs]
+            xs = [_unit_size(x) for x in xs]
         return xs
 
     def _widths(self) -> list[int]:
@@ -329,7 +334,8 @@ class DEQFusion(nn.Module):
             state_dict: the released tensors by name, weights (d, d), (d,) or as 1x1 convolutions;
                 any prefix is removed.
             variant: "released" or "released-mmimdb".
-            **options: further arguments of :class:`DEQFusion`; sizes come from the state dict.
+            **options: further arguments of :class:`DEQFusion`; sizes come from the state dict, and
+                ``injection_norm`` is False when not given, as these weights were trained.
 
         Returns:
             A layer with these weights, in their dtype.
@@ -341,18 +347,22 @@ class DEQFusion(nn.Module):
 
         checks.one_of("variant", variant, ("released", "released-mmimdb"))
         sizes, renamed = read_released(state_dict)
+        options = {"injection_norm": False, **options}
         layer = cls(**sizes, variant=variant, **options).to(renamed["combine.norm.weight"].dtype)
         layer.load_state_dict(renamed)
         return layer
 
 
-def _normalised(x: Tensor) -> Tensor:
-    """Each row of x (B, d) less its mean, over its deviation; NaN where the variance overflows.
+def _unit_size(x: Tensor) -> Tensor:
+    """Each row of x (B, d) over its root mean square; NaN where its squares overflow.
 
-    Torch's rstd is 0 there, and the row would be zeros, an input like any other.
+    A norm that is infinite would leave a row of zeros, an input like any other. Rows below the
+    floor, zeros among them, keep their direction and lose size.
     """
-    normed, _, rstd = torch.native_layer_norm(x, x.shape[-1:], None, None, 1e-5)
-    return normed + torch.where(rstd > 0, 0.0, torch.nan).to(x.dtype)
+    dtype, width = compute_dtype(x.dtype), math.sqrt(x.shape[-1])
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype)
+    scale = torch.where(norm < math.inf, width / norm.clamp_min(_LEAST_RMS * width), math.nan)
+    return (x * scale).to(x.dtype)
 
 
 def _projections(
