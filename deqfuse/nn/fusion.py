@@ -60,9 +60,9 @@ class DEQFusion(nn.Module):
         init: "contractive" (from d = 64 up every row converges before training) or "torch", torch's
             own and the papers' draw.
         injection_norm: divides each injection x_i by its root mean square over the features, which
-            makes the layer blind to the scale of its inputs: with the default ``init`` rows converge
-            before training whatever that scale is. False: x_i as it comes, the papers' equations,
-            which at that ``init`` want x_i of about unit size.
+            makes the layer blind to the scale of its inputs: with the default ``init`` rows
+            converge before training at any scale. False leaves x_i as it comes, as the papers'
+            equations do; that ``init`` then wants x_i of about unit size.
         solver: how to solve forward: a solver's options, with its tolerance.
         adjoint: how gradients pass through the equilibrium.
         on_failure: "warn", "raise" or "ignore" when rows do not converge, forward or backward.
