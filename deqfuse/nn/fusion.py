@@ -18,7 +18,7 @@ from deqfuse import checks, functional
 from deqfuse.backends import BACKENDS, BackendName
 from deqfuse.backends.maps import VARIANTS, VariantName
 from deqfuse.backends.presence import only
-from deqfuse.nn import inputs, solving
+from deqfuse.nn import given, inputs, solving
 from deqfuse.nn.cells import INITS, Init, PurifyCombine, ResidualCell, dropout_mask
 from deqfuse.nn.fast import parameter
 from deqfuse.nn.parts import flat_parameters
@@ -46,6 +46,14 @@ class DEQFusion(nn.Module):
         combine: "purify" (Eqs. 9-12: each modality's gate, a learned weight per feature, multiplies
             the fused state before the N products are added up and combined), "sum"
             (z_f* = sum_i z_i*) or "weighted_sum" (z_f* = x_f and nothing else, Tables 6 and 7).
+        cells: a cell of your own for some modalities, one entry each: a module ``(z_i, x_i) ->
+            z_i`` that treats rows (R, d) one by one, or None for the layer's own. Solved like
+            ``DEQ(f)``, without batch statistics or random draws; shares the layer's dtype.
+        injection: a module that makes x_f of the list of the N injections (absent ones are zero),
+            in the place of ``sum_i w_i x_i + bias``.
+        cell_dims: how many of the last dimensions such modules get as one: 1 for rows (R, d), 2
+            for samples (R, T, d) of features (..., T, d). A cell then converges per sample, its T
+            rows sharing their statistics; the fuse step stays per row.
         gate: False leaves the purification out (z'_i = z_i, Table 8); z_f* is then in closed form.
         weight_tied_steps: k steps of all equations from zero with backpropagation through them,
             instead of the equilibrium (Table 7); ``solver`` and ``adjoint`` then have no part.
@@ -90,6 +98,9 @@ class DEQFusion(nn.Module):
         num_groups: int = 4,
         cell: Literal["residual", "identity"] = "residual",
         combine: Literal["purify", "sum", "weighted_sum"] = "purify",
+        cells: Sequence[nn.Module | Literal["residual"] | None] | None = None,
+        injection: nn.Module | None = None,
+        cell_dims: int = 1,
         gate: bool = True,
         weight_tied_steps: int | None = None,
         variant: VariantName = "paper",
@@ -119,6 +130,8 @@ class DEQFusion(nn.Module):
         checks.flag("injection_norm", injection_norm)
         if combine != "purify" and not gate:
             raise ValueError(f"{_PURIFY_ONLY}, got combine={combine!r} with gate={gate!r}")
+        modules = given.check(cells, injection, cell_dims, num_modalities, cell, combine)
+        self._given = tuple(i for i, module in enumerate(modules) if module is not None)
         if num_groups == dim and combine != "weighted_sum":
             warnings.warn(
                 f"DEQFusion: num_groups={num_groups} makes groups of one feature, whose GroupNorm "
@@ -139,26 +152,27 @@ class DEQFusion(nn.Module):
         self.cell = "identity" if combine == "weighted_sum" else cell
         self.projections = _projections(in_dims, dim, num_modalities, like)
         self.cells = nn.ModuleList(
-            ResidualCell(dim, **common)
-            for _ in range(num_modalities if self.cell == "residual" else 0)
+            ResidualCell(dim, **common) if module is None else module
+            for module in (modules if self.cell == "residual" else ())
         )
         self.combine: PurifyCombine | None = None
         if combine == "purify":
             self.combine = PurifyCombine(dim, num_modalities, gate=gate, **common)
-        if combine == "sum":
+        self.injection, self.cell_dims = injection, cell_dims
+        if combine == "sum" or injection is not None:
             self.register_parameter("modality_weights", None)
         else:
             self.modality_weights = nn.Parameter(torch.ones(num_modalities, **like))
-        if VARIANTS[variant].bias and combine != "sum":
+        if VARIANTS[variant].bias and self.modality_weights is not None:
             self.injection_bias = nn.Parameter(torch.zeros(1, **like))  # FSDP2 takes no scalars
         else:
             self.register_parameter("injection_bias", None)
 
     def reset_parameters(self) -> None:
         """Draws every parameter anew, as at construction; what follows ``to_empty``."""
-        for part in (*(self.projections or ()), *self.cells, self.combine):
+        for part in (*(self.projections or ()), *self.cells, self.combine, self.injection):
             if part is not None:
-                part.reset_parameters()
+                given.reset(part)
         if self.modality_weights is not None:
             nn.init.ones_(self.modality_weights)
         if self.injection_bias is not None:
@@ -221,20 +235,20 @@ class DEQFusion(nn.Module):
         if present is not None:
             present = inputs.check_present(present, (*lead, self.num_modalities), features[0])
         xs = self._injections(features, lead, present)  # N tensors (B, d)
-        x = xs[0]
+        x, joint = xs[0], given.positions(lead, self.cell_dims)
         functional.require_backend(x, self.num_groups, self.solver, self.adjoint, self.backend)
         if return_cells and self.combine_kind == "weighted_sum":
             raise ValueError("return_cells: combine='weighted_sum' has no cells to return")
         if self.weight_tied_steps is None:
             starts = inputs.check_start(z0, self.num_modalities, lead, self.dim, x)
-            rows = solving.Rows(self._mask(x), present)
+            rows = solving.Rows(self._mask(x), present, joint)
             found = solving.equilibrium(self._equations(), self._how(), xs, rows, *starts)
         elif z0 is not None:
             raise ValueError(
                 "z0: weight_tied_steps starts from zero by definition, got a warm start"
             )
         else:
-            rows, steps = solving.Rows(self._mask(x), present), self.weight_tied_steps
+            rows, steps = solving.Rows(self._mask(x), present, joint), self.weight_tied_steps
             equations = self._equations()
             found = solving.weight_tied(equations, self._how(), torch.stack(xs), rows, steps)
         z = found.z if found.z.dtype is x.dtype else found.z.to(x.dtype)
@@ -280,8 +294,9 @@ class DEQFusion(nn.Module):
         combine = parts.get("combine")  # not there where it is None
         gated = combine is not None and combine._modules.get("gate") is not None
         weights = parameter(self, "modality_weights")
+        own, by_user = given.split(parts["cells"]._modules, self._given)
         return solving.Equations(
-            cells=flat_parameters(parts["cells"]._modules, "cells."),
+            cells=flat_parameters(own, "cells."),
             fuse=flat_parameters({"combine": combine}) if gated else [],
             weights=weights,
             bias=parameter(self, "injection_bias"),
@@ -289,6 +304,8 @@ class DEQFusion(nn.Module):
             num_modalities=self.num_modalities,
             num_groups=self.num_groups,
             variant=self.variant,
+            given=by_user,
+            injection=parts.get("injection"),
         )
 
     def _how(self) -> solving.How:
@@ -307,6 +324,8 @@ class DEQFusion(nn.Module):
         }  # fmt: skip
         if self.combine is not None:
             shown |= {"gate": self.combine.gate is not None, "dropout": self.dropout}
+        if self.cell_dims != 1:
+            shown["cell_dims"] = self.cell_dims
         shown |= {"variant": self.variant, "injection_norm": self.injection_norm}
         if self.weight_tied_steps is None:
             shown |= {"solver": self.solver, "adjoint": self.adjoint}
