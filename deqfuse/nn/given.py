@@ -25,8 +25,8 @@ from deqfuse.solvers.options import GradientOption, SolverOption
 from deqfuse.torch_private import traced
 
 _NAME = "DEQFusion(cells=...)"
-# What torch.compile(fullgraph=True) says about the solver of given cells.
-_COMPILE = f"{_NAME} {ITERATES}leave fullgraph out, or weight_tied_steps=k"
+# A decorator: torch.compile runs what solves given cells as it is, and with fullgraph=True says so.
+outside_graphs = uncompiled(f"{_NAME} {ITERATES}leave fullgraph out, or weight_tied_steps=k")
 
 
 # ---- what the layer is given ---------------------------------------------------------------------
@@ -127,6 +127,16 @@ def inject(
 def _rows(x: Tensor, joint: tuple[int, ...]) -> tuple[int, ...]:
     """Shape (R, d) or (R, T, d) in which a given module gets x (B, d)."""
     return (len(x) // max(1, math.prod(joint)), *joint, x.shape[1])
+
+
+def refuse_export(x: Tensor) -> None:
+    """What records a call without its values cannot hold a solver of given cells."""
+    if traced(x):
+        raise NotImplementedError(
+            f"deqfuse: {_NAME} under torch.export, or on meta and fake tensors, is not supported: "
+            "the solver of given cells iterates until every row has converged, and such tensors "
+            "have no values to look at. Remedy: weight_tied_steps=k, or the layer's own cells"
+        )
 
 
 # ---- their equilibria ----------------------------------------------------------------------------
@@ -254,7 +264,6 @@ class GivenCell:
         return BlockInfo(rows(info.residual), rows(info.nfe), outcome, trace)
 
 
-@uncompiled(_COMPILE)
 def solve(
     modules: Mapping[int, nn.Module],
     x: Tensor,  # (N, B, d)
@@ -276,15 +285,9 @@ def solve(
         solver, adjoint, on_failure: as for ``functional.fixed_point``.
 
     Raises:
-        NotImplementedError: under ``torch.export``, on meta or fake tensors, inside transforms.
+        NotImplementedError: inside transforms of ``torch.func``.
         ConvergenceError: rows failed and ``on_failure="raise"``.
     """
-    if traced(x):
-        raise NotImplementedError(
-            f"deqfuse: {_NAME} under torch.export, or on meta and fake tensors, is not supported: "
-            "the solver of given cells iterates until every row has converged, and such tensors "
-            "have no values to look at. Remedy: weight_tied_steps=k, or the layer's own cells"
-        )
     found = {}
     for i, module in modules.items():
         here = None if present is None else present[i]

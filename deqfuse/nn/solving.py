@@ -268,6 +268,7 @@ def _block_by_block(
     return Found(z.clone(), lambda: zs, lambda: info)
 
 
+@given.outside_graphs
 def _mixed_cells(
     equations: Equations,
     how: How,
@@ -276,6 +277,7 @@ def _mixed_cells(
     start: Tensor | None,  # (N, B, d)
 ) -> tuple[Tensor, BlockInfo, str, list[Callable[[], SolvedMap]]]:
     """Given cells, each by itself, and the layer's own beside them in one operator."""
+    given.refuse_export(x)
     own, present, found = equations.own, rows.present, {}
     if own:
         some = {"z0": _at(start, own), "present": _at(present, own), **_options(equations, how)}
