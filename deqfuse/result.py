@@ -223,8 +223,8 @@ class SolveInfo:
         the authors' released code. For the equations of the paper and of the released code it is
         one operator, which computes value and gradients together in closed form (in float32 on the
         ``cpu`` backend from 128 features on with products of fewer digits, relative error some
-        1e-4, far below the noise of the probes); for ablations, ``DEQ`` and ``ProFusion`` it is one
-        double VJP per probe and block. Blocks in closed form
+        1e-4, far below the noise of the probes); for given cells, ablations, ``DEQ`` and
+        ``ProFusion`` it is one double VJP per probe and block. Blocks in closed form
         count as 0, and so does ``ProFusion(steps=)``; with ``weight_tied_steps`` it is the Jacobian
         of one more step.
 
