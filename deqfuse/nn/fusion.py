@@ -74,7 +74,7 @@ class DEQFusion(nn.Module):
         dtype: of the parameters, a floating one; torch's default when not given.
 
     Parameters that an ablation does not use are not created. The layer reads the parameters of its
-    cells and its combination and calls neither, nor their parts: forward hooks on them do not fire
+    own cells and combination and calls neither, nor their parts: forward hooks on them do not fire
     (on ``projections`` and on the layer they do), and parts that compute something of their own
     (adapters, ``torch.nn.utils.weight_norm``, another eps) are refused. Parametrisations work.
 
@@ -229,6 +229,7 @@ class DEQFusion(nn.Module):
             ValueError: a wrong number, shape or device of tensors; on the CPU also a row with
                 nothing present, which elsewhere ends as ``Outcome.EMPTY`` with an answer of NaN.
             BackendUnavailable: ``backend`` was named and cannot take the call.
+            NotImplementedError: given cells under ``torch.export`` or a ``torch.func`` transform.
             ConvergenceError: rows did not converge and ``on_failure="raise"``.
         """
         lead = inputs.check_features(features, self._widths(), self._like())

@@ -208,7 +208,7 @@ class GivenCell:
         return out.flatten(1).to(z.dtype)
 
     def on_rows(self, z: Tensor) -> Tensor:
-        """One step of all rows, (B, d) to (B, d); absent ones are zero."""
+        """One step of all rows, z in any shape of (B, d); absent ones are zero."""
         return self._spread(self.step(self._pick(z))).reshape(z.shape)
 
     def solve(
@@ -239,8 +239,7 @@ class GivenCell:
         """The cell at its equilibria, z in any shape of (B, d), for Jacobian measurements."""
         problems = z.reshape(self.all, self.each * self.width)
         count = None if self.where is None else self.x.numel()
-        step = lambda z: self._spread(self.step(self._pick(z)))  # noqa: E731
-        return lambda: SolvedMap(step, problems, None, count, self.each)
+        return lambda: SolvedMap(self.on_rows, problems, None, count, self.each)
 
     def _pick(self, t: Tensor) -> Tensor:
         """The numbers (R, n) of what is present, from (B, d)."""
