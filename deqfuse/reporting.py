@@ -88,7 +88,7 @@ class _Late:
 
     statistics: _Statistics
     arrived: Any  # torch.cuda.Event
-    what: Part
+    part: Part
     option: SolverOption | GradientOption
 
 
@@ -211,7 +211,7 @@ def flush() -> None:
                 ConvergenceWarning,
                 stacklevel=_callers_level(),
             )
-        _say(item.what, _Failures.of(item.statistics), item.option, "warn")
+        _say(item.part, _Failures.of(item.statistics), item.option, "warn")
 
 
 def _capturing() -> bool:
@@ -220,7 +220,7 @@ def _capturing() -> bool:
 
 
 def _say(
-    what: Part,
+    part: Part,
     failures: _Failures,
     option: SolverOption | GradientOption,
     on_failure: str,
@@ -239,17 +239,17 @@ def _say(
         Outcome.SINGULAR: f"have a singular I - J (condition number up to {condition:.0e})",
     }
     parts = [f"{counts[kind]} {text}" for kind, text in texts.items() if counts[kind]]
-    message = f"deqfuse: {lost} of {total} rows of {what.name} did not converge: "
+    message = f"deqfuse: {lost} of {total} rows of {part.name} did not converge: "
     message += ", ".join(parts)
     if counts[Outcome.COUPLED]:  # no solver option makes separate rows of these
         message += f"; worst relative residual {worst:.1e}. "
-        message += COUPLED.format(joint=what.joint)
+        message += COUPLED.format(joint=part.joint)
     elif counts[Outcome.MAX_ITER] or counts[Outcome.STALLED]:
         tol = getattr(option, "tol", float("nan"))
         message += f"; worst relative residual {worst:.1e}, tol {tol:.1e}. "
-        message += ROUNDING if tol < worst < NEAR_ROUNDING else _remedy(what.name, option)
-        if what.joint and total > 1:
-            message += JOINT.format(joint=what.joint)
+        message += ROUNDING if tol < worst < NEAR_ROUNDING else _remedy(part.name, option)
+        if part.joint and total > 1:
+            message += JOINT.format(joint=part.joint)
     elif counts[Outcome.SINGULAR]:
         message += ". Their gradient is unbounded. Remedy: info.jacobian_penalty() in the loss."
     else:  # for rows that are merely poisoned no solver option is a remedy
