@@ -7,7 +7,6 @@ their equilibrium. The parameters are read at each call and passed on as plain t
 from __future__ import annotations
 
 import functools
-import math
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -19,8 +18,7 @@ from deqfuse import checks, functional
 from deqfuse.backends import BACKENDS, BackendName
 from deqfuse.backends.maps import VARIANTS, VariantName
 from deqfuse.backends.presence import only
-from deqfuse.backends.problem import compute_dtype
-from deqfuse.nn import inputs, solving
+from deqfuse.nn import given, inputs, solving
 from deqfuse.nn.cells import INITS, Init, PurifyCombine, ResidualCell, dropout_mask
 from deqfuse.nn.fast import parameter
 from deqfuse.nn.parts import flat_parameters
@@ -28,7 +26,6 @@ from deqfuse.reporting import OnFailure
 from deqfuse.solvers.anderson import Anderson
 from deqfuse.solvers.options import GradientOption, Implicit, SolverOption
 
-_LEAST_RMS = 1e-12  # of an injection, whose squares float32 can still hold
 _PURIFY_ONLY = "combine: dropout and gate belong to combine='purify'"
 
 
@@ -49,6 +46,14 @@ class DEQFusion(nn.Module):
         combine: "purify" (Eqs. 9-12: each modality's gate, a learned weight per feature, multiplies
             the fused state before the N products are added up and combined), "sum"
             (z_f* = sum_i z_i*) or "weighted_sum" (z_f* = x_f and nothing else, Tables 6 and 7).
+        cells: a cell of your own for some modalities, one entry each: a module ``(z_i, x_i) ->
+            z_i`` that treats rows (R, d) one by one, or None for the layer's own. Solved like
+            ``DEQ(f)``, without batch statistics or random draws; shares the layer's dtype.
+        injection: a module that makes x_f of the list of the N injections (absent ones are zero),
+            in the place of ``sum_i w_i x_i + bias``.
+        cell_dims: how many of the last dimensions such modules get as one: 1 for rows (R, d), 2
+            for samples (R, T, d) of features (..., T, d). A cell then converges per sample, its T
+            rows sharing their statistics; the fuse step stays per row.
         gate: False leaves the purification out (z'_i = z_i, Table 8); z_f* is then in closed form.
         weight_tied_steps: k steps of all equations from zero with backpropagation through them,
             instead of the equilibrium (Table 7); ``solver`` and ``adjoint`` then have no part.
@@ -71,7 +76,7 @@ class DEQFusion(nn.Module):
         dtype: of the parameters, a floating one; torch's default when not given.
 
     Parameters that an ablation does not use are not created. The layer reads the parameters of its
-    cells and its combination and calls neither, nor their parts: forward hooks on them do not fire
+    own cells and combination and calls neither, nor their parts: forward hooks on them do not fire
     (on ``projections`` and on the layer they do), and parts that compute something of their own
     (adapters, ``torch.nn.utils.weight_norm``, another eps) are refused. Parametrisations work.
 
@@ -95,6 +100,9 @@ class DEQFusion(nn.Module):
         num_groups: int = 4,
         cell: Literal["residual", "identity"] = "residual",
         combine: Literal["purify", "sum", "weighted_sum"] = "purify",
+        cells: Sequence[nn.Module | Literal["residual"] | None] | None = None,
+        injection: nn.Module | None = None,
+        cell_dims: int = 1,
         gate: bool = True,
         weight_tied_steps: int | None = None,
         variant: VariantName = "paper",
@@ -124,6 +132,8 @@ class DEQFusion(nn.Module):
         checks.flag("injection_norm", injection_norm)
         if combine != "purify" and not gate:
             raise ValueError(f"{_PURIFY_ONLY}, got combine={combine!r} with gate={gate!r}")
+        modules = given.check(cells, injection, cell_dims, num_modalities, cell, combine)
+        self._given = tuple(i for i, module in enumerate(modules) if module is not None)
         if num_groups == dim and combine != "weighted_sum":
             warnings.warn(
                 f"DEQFusion: num_groups={num_groups} makes groups of one feature, whose GroupNorm "
@@ -144,26 +154,27 @@ class DEQFusion(nn.Module):
         self.cell = "identity" if combine == "weighted_sum" else cell
         self.projections = _projections(in_dims, dim, num_modalities, like)
         self.cells = nn.ModuleList(
-            ResidualCell(dim, **common)
-            for _ in range(num_modalities if self.cell == "residual" else 0)
+            ResidualCell(dim, **common) if module is None else module
+            for module in (modules if self.cell == "residual" else ())
         )
         self.combine: PurifyCombine | None = None
         if combine == "purify":
             self.combine = PurifyCombine(dim, num_modalities, gate=gate, **common)
-        if combine == "sum":
+        self.injection, self.cell_dims = injection, cell_dims
+        if combine == "sum" or injection is not None:
             self.register_parameter("modality_weights", None)
         else:
             self.modality_weights = nn.Parameter(torch.ones(num_modalities, **like))
-        if VARIANTS[variant].bias and combine != "sum":
+        if VARIANTS[variant].bias and self.modality_weights is not None:
             self.injection_bias = nn.Parameter(torch.zeros(1, **like))  # FSDP2 takes no scalars
         else:
             self.register_parameter("injection_bias", None)
 
     def reset_parameters(self) -> None:
         """Draws every parameter anew, as at construction; what follows ``to_empty``."""
-        for part in (*(self.projections or ()), *self.cells, self.combine):
+        for part in (*(self.projections or ()), *self.cells, self.combine, self.injection):
             if part is not None:
-                part.reset_parameters()
+                given.reset(part)
         if self.modality_weights is not None:
             nn.init.ones_(self.modality_weights)
         if self.injection_bias is not None:
@@ -220,26 +231,27 @@ class DEQFusion(nn.Module):
             ValueError: a wrong number, shape or device of tensors; on the CPU also a row with
                 nothing present, which elsewhere ends as ``Outcome.EMPTY`` with an answer of NaN.
             BackendUnavailable: ``backend`` was named and cannot take the call.
+            NotImplementedError: given cells under ``torch.export`` or a ``torch.func`` transform.
             ConvergenceError: rows did not converge and ``on_failure="raise"``.
         """
         lead = inputs.check_features(features, self._widths(), self._like())
         if present is not None:
             present = inputs.check_present(present, (*lead, self.num_modalities), features[0])
         xs = self._injections(features, lead, present)  # N tensors (B, d)
-        x = xs[0]
+        x, joint = xs[0], given.positions(lead, self.cell_dims)
         functional.require_backend(x, self.num_groups, self.solver, self.adjoint, self.backend)
         if return_cells and self.combine_kind == "weighted_sum":
             raise ValueError("return_cells: combine='weighted_sum' has no cells to return")
         if self.weight_tied_steps is None:
             starts = inputs.check_start(z0, self.num_modalities, lead, self.dim, x)
-            rows = solving.Rows(self._mask(x), present)
+            rows = solving.Rows(self._mask(x), present, joint)
             found = solving.equilibrium(self._equations(), self._how(), xs, rows, *starts)
         elif z0 is not None:
             raise ValueError(
                 "z0: weight_tied_steps starts from zero by definition, got a warm start"
             )
         else:
-            rows, steps = solving.Rows(self._mask(x), present), self.weight_tied_steps
+            rows, steps = solving.Rows(self._mask(x), present, joint), self.weight_tied_steps
             equations = self._equations()
             found = solving.weight_tied(equations, self._how(), torch.stack(xs), rows, steps)
         z = found.z if found.z.dtype is x.dtype else found.z.to(x.dtype)
@@ -271,7 +283,7 @@ class DEQFusion(nn.Module):
             dtype = functools.reduce(torch.promote_types, dtypes)
             xs = [x.to(dtype) for x in xs]
         if self.injection_norm:
-            xs = [_unit_size(x) for x in xs]
+            xs = [inputs.unit_size(x) for x in xs]
         return xs
 
     def _widths(self) -> list[int]:
@@ -285,8 +297,9 @@ class DEQFusion(nn.Module):
         combine = parts.get("combine")  # not there where it is None
         gated = combine is not None and combine._modules.get("gate") is not None
         weights = parameter(self, "modality_weights")
+        own, by_user = given.split(parts["cells"]._modules, self._given)
         return solving.Equations(
-            cells=flat_parameters(parts["cells"]._modules, "cells."),
+            cells=flat_parameters(own, "cells."),
             fuse=flat_parameters({"combine": combine}) if gated else [],
             weights=weights,
             bias=parameter(self, "injection_bias"),
@@ -294,6 +307,8 @@ class DEQFusion(nn.Module):
             num_modalities=self.num_modalities,
             num_groups=self.num_groups,
             variant=self.variant,
+            given=by_user,
+            injection=parts.get("injection"),
         )
 
     def _how(self) -> solving.How:
@@ -312,6 +327,8 @@ class DEQFusion(nn.Module):
         }  # fmt: skip
         if self.combine is not None:
             shown |= {"gate": self.combine.gate is not None, "dropout": self.dropout}
+        if self.cell_dims != 1:
+            shown["cell_dims"] = self.cell_dims
         shown |= {"variant": self.variant, "injection_norm": self.injection_norm}
         if self.weight_tied_steps is None:
             shown |= {"solver": self.solver, "adjoint": self.adjoint}
@@ -351,18 +368,6 @@ class DEQFusion(nn.Module):
         layer = cls(**sizes, variant=variant, **options).to(renamed["combine.norm.weight"].dtype)
         layer.load_state_dict(renamed)
         return layer
-
-
-def _unit_size(x: Tensor) -> Tensor:
-    """Each row of x (B, d) over its root mean square; NaN where its squares overflow.
-
-    A norm that is infinite would leave a row of zeros, an input like any other. Rows below the
-    floor, zeros among them, keep their direction and lose size.
-    """
-    dtype, width = compute_dtype(x.dtype), math.sqrt(x.shape[-1])
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype)
-    scale = torch.where(norm < math.inf, width / norm.clamp_min(_LEAST_RMS * width), math.nan)
-    return (x * scale).to(x.dtype)
 
 
 def _projections(

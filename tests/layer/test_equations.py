@@ -202,6 +202,8 @@ def test_weight_tied_steps_are_interleaved_naive_steps(steps, variant):
             name.startswith(("cells", "combine.gate")) or name == "combine.fuse.weight"
         ):
             assert not a.any(), name
+        elif (name, variant) == ("injection_bias", "released-mmimdb"):
+            assert a.abs() <= 1e-12, name  # a constant, which the norm takes out: rounding is left
         else:
             assert a.any(), name
 
