@@ -85,15 +85,37 @@ def fixed_point(
         ConvergenceError: rows failed and ``on_failure="raise"``.
     """
     checks.options(solver, adjoint, on_failure)
-    checks.not_traced()
     if not callable(f):
         raise TypeError(f"f: expected a callable f(z), got {type(f).__name__}")
     checks.tensor("z0", z0)
     if z0.dim() != 2:
         raise ValueError(f"z0: expected (B, n), got shape {tuple(z0.shape)}")
+    return solve_map(f, z0, "DEQ(f)", reporting.FIXED_POINT, solver, adjoint, on_failure)
+
+
+def solve_map(
+    f: Callable[[Tensor], Tensor],
+    z0: Tensor,  # (B, n)
+    what: str,
+    parts: reporting.Parts,
+    solver: SolverOption,
+    adjoint: GradientOption,
+    on_failure: OnFailure,
+) -> tuple[Tensor, BlockInfo, str]:
+    """What :func:`fixed_point` does with arguments that have been checked.
+
+    Args:
+        f, z0, solver, adjoint, on_failure: as there.
+        what: whose map it is, as an error has it.
+        parts: the same, as a report on rows that failed has it.
+
+    Returns:
+        As there.
+    """
+    checks.not_traced()
     if in_transform_or_forward_mode():
         raise NotImplementedError(
-            "deqfuse: DEQ(f) inside torch.func transforms (vmap, grad, jvp, ...) or forward-mode "
+            f"deqfuse: {what} inside torch.func transforms (vmap, grad, jvp, ...) or forward-mode "
             "differentiation is not supported. Remedy: backward(); a mapped dimension as more rows"
         )
 
@@ -113,13 +135,13 @@ def fixed_point(
         with torch.no_grad():
             backend = backends.for_rows(start, solver)
             found = solve(checked, start, solver, run=_anderson_of(backend, solver))
-    info = block_info(found, reporting.FIXED_POINT, solver, on_failure)
+    info = block_info(found, parts, solver, on_failure)
     z_star = found.z
     if torch.is_grad_enabled() and not isinstance(adjoint, Unrolled):
         leaf = z_star.detach().requires_grad_()
         image = checked(leaf)
         if image.requires_grad:
-            z_star = ImplicitGradient.apply(image, leaf, adjoint, on_failure)
+            z_star = ImplicitGradient.apply(image, leaf, adjoint, parts, on_failure)
     return z_star.to(z0.dtype), info, backend
 
 
@@ -154,14 +176,15 @@ class ImplicitGradient(torch.autograd.Function):
         image: Tensor,  # (B, n) f(z*), with its graph
         z_star: Tensor,  # (B, n) the leaf that the graph starts from
         adjoint: GradientOption,
+        parts: reporting.Parts,
         on_failure: str,
     ) -> Tensor:  # (B, n)
         ctx.save_for_backward(image, z_star)
-        ctx.adjoint, ctx.on_failure = adjoint, on_failure
+        ctx.adjoint, ctx.parts, ctx.on_failure = adjoint, parts, on_failure
         return z_star.clone()  # the answer, in grad mode as without; the graph is that of f(z*)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
         image, z_star = ctx.saved_tensors
 
         def vjp(u: Tensor) -> Tensor:
@@ -174,7 +197,7 @@ class ImplicitGradient(torch.autograd.Function):
             solution = solve_adjoint(vjp, grad, ctx.adjoint)
         if ctx.adjoint.reports:
             reporting.report(
-                reporting.backward(reporting.FIXED_POINT),
+                reporting.backward(ctx.parts),
                 solution.outcome,
                 solution.residual,
                 ctx.adjoint,
@@ -185,4 +208,4 @@ class ImplicitGradient(torch.autograd.Function):
         # With create_graph=True, u depends on z* and the parameters in ways that no graph records.
         if torch.is_grad_enabled():
             (u,) = NoSecond.apply(1, u, image)
-        return u, None, None, None
+        return u, None, None, None, None

@@ -20,22 +20,38 @@ from deqfuse.solvers.options import GradientOption, SolverOption
 
 OnFailure = Literal["warn", "raise", "ignore"]
 ON_FAILURE: tuple[OnFailure, ...] = get_args(OnFailure)
-# What is solved, in words, and which part of the statistics belongs to it.
-Parts = tuple[tuple[str, Any], ...]
+
+
+class Part(NamedTuple):
+    """What is solved, in words, and which part of the statistics belongs to it.
+
+    Attributes:
+        name: as a message has it.
+        at: index into the statistics.
+        joint: for a map that the user gave, the remedy where its rows see each other, as code; ""
+            for the layer's own maps, whose rows never do.
+    """
+
+    name: str
+    at: Any
+    joint: str = ""
+
+
+Parts = tuple[Part, ...]
 _LAYER_NAMES = ("the modality cells", "the fuse block")
-CELLS: Parts = ((_LAYER_NAMES[0], ...),)
-FUSE: Parts = ((_LAYER_NAMES[1], ...),)
-LAYER: Parts = ((_LAYER_NAMES[0], slice(None, -1)), (_LAYER_NAMES[1], -1))
-FIXED_POINT: Parts = (("the fixed point", ...),)  # of any callable
+CELLS: Parts = (Part(_LAYER_NAMES[0], ...),)
+FUSE: Parts = (Part(_LAYER_NAMES[1], ...),)
+LAYER: Parts = (Part(_LAYER_NAMES[0], slice(None, -1)), Part(_LAYER_NAMES[1], -1))
+FIXED_POINT: Parts = (Part("the fixed point", ..., "DEQ(f, rows='joint')"),)  # of any callable
 FINE = (Outcome.CONVERGED, Outcome.RESCUED, Outcome.ABSENT)
 FAILURES = tuple(kind for kind in Outcome if kind not in FINE)
 NEAR_ROUNDING = 1e-5  # where float32 residuals of wide layers end
 COUPLED = (
     "The map lets rows see each other (batch statistics, attention or a product over the batch, "
-    "random draws), so their answers and gradients are wrong. Remedy: DEQ(f, rows='joint'), or a "
-    "map of each row alone."
+    "random draws), so their answers and gradients are wrong. Remedy: {joint}, or a map of each "
+    "row alone."
 )
-JOINT = " If the map lets rows see each other: DEQ(f, rows='joint')."
+JOINT = " If the map lets rows see each other: {joint}."
 ROUNDING = "That is near float32 rounding. Remedy: a larger tol, or float64."
 
 
@@ -72,7 +88,7 @@ class _Late:
 
     statistics: _Statistics
     arrived: Any  # torch.cuda.Event
-    what: str
+    part: Part
     option: SolverOption | GradientOption
 
 
@@ -96,7 +112,7 @@ if hasattr(os, "register_at_fork"):  # Windows does not fork
 
 def backward(parts: Parts) -> Parts:
     """The names of the backward solves, in their order: the last block comes first."""
-    return tuple((f"the backward solve of {name}", at) for name, at in reversed(parts))
+    return tuple(p._replace(name=f"the backward solve of {p.name}") for p in reversed(parts))
 
 
 def report(
@@ -135,15 +151,16 @@ def report(
             _report_late(parts, outcome, residual, option)
             return
     if outcome.any():  # CONVERGED is 0; the summary is for those who need it
-        if isinstance(option, SolverOption) and parts is not FIXED_POINT:
+        if isinstance(option, SolverOption) and not any(part.joint for part in parts):
             option = option.settled(rescue=option.rescues(outcome.device))
         if on_failure == "raise" and any(
             g is not None and not g.isfinite().all() for g in cotangents
         ):
             on_failure = "warn"
         outcome, residual = outcome.cpu(), residual.detach().cpu()
-        for what, at in parts:
-            _say(what, _Failures.of(_Statistics(outcome[at], residual[at])), option, on_failure)
+        for part in parts:
+            statistics = _Statistics(outcome[part.at], residual[part.at])
+            _say(part, _Failures.of(statistics), option, on_failure)
 
 
 def _report_late(
@@ -157,8 +174,9 @@ def _report_late(
     outcome, residual = (t.to("cpu", non_blocking=True) for t in (outcome, residual))
     arrived = torch.cuda.Event()
     arrived.record(stream)
-    for what, at in parts:
-        _enqueue(_Late(_Statistics(outcome[at], residual[at]), arrived, what, option))
+    for part in parts:
+        statistics = _Statistics(outcome[part.at], residual[part.at])
+        _enqueue(_Late(statistics, arrived, part, option))
 
 
 def _enqueue(item: _Late) -> None:
@@ -193,7 +211,7 @@ def flush() -> None:
                 ConvergenceWarning,
                 stacklevel=_callers_level(),
             )
-        _say(item.what, _Failures.of(item.statistics), item.option, "warn")
+        _say(item.part, _Failures.of(item.statistics), item.option, "warn")
 
 
 def _capturing() -> bool:
@@ -202,7 +220,7 @@ def _capturing() -> bool:
 
 
 def _say(
-    what: str,
+    part: Part,
     failures: _Failures,
     option: SolverOption | GradientOption,
     on_failure: str,
@@ -221,16 +239,17 @@ def _say(
         Outcome.SINGULAR: f"have a singular I - J (condition number up to {condition:.0e})",
     }
     parts = [f"{counts[kind]} {text}" for kind, text in texts.items() if counts[kind]]
-    message = f"deqfuse: {lost} of {total} rows of {what} did not converge: "
+    message = f"deqfuse: {lost} of {total} rows of {part.name} did not converge: "
     message += ", ".join(parts)
     if counts[Outcome.COUPLED]:  # no solver option makes separate rows of these
-        message += f"; worst relative residual {worst:.1e}. {COUPLED}"
+        message += f"; worst relative residual {worst:.1e}. "
+        message += COUPLED.format(joint=part.joint)
     elif counts[Outcome.MAX_ITER] or counts[Outcome.STALLED]:
         tol = getattr(option, "tol", float("nan"))
         message += f"; worst relative residual {worst:.1e}, tol {tol:.1e}. "
-        message += ROUNDING if tol < worst < NEAR_ROUNDING else _remedy(what, option)
-        if what.endswith(FIXED_POINT[0][0]) and total > 1:
-            message += JOINT
+        message += ROUNDING if tol < worst < NEAR_ROUNDING else _remedy(part.name, option)
+        if part.joint and total > 1:
+            message += JOINT.format(joint=part.joint)
     elif counts[Outcome.SINGULAR]:
         message += ". Their gradient is unbounded. Remedy: info.jacobian_penalty() in the loss."
     else:  # for rows that are merely poisoned no solver option is a remedy

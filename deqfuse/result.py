@@ -98,12 +98,15 @@ class SolvedMap(NamedTuple):
             no graph; None otherwise.
         elements: how many numbers of z belong to something that is present, an int or a scalar
             tensor of shape (); None for all.
+        rows: how many of the record's rows one row of z stands for: T where a given cell takes T
+            of them at once.
     """
 
     f: Callable[[Tensor], Tensor]
     z: Tensor  # (..., d)
     linearize: Callable[[], Callable[[Tensor], Tensor]] | None = None
     elements: Tensor | int | None = None
+    rows: int = 1
 
 
 @dataclass(frozen=True)
@@ -220,8 +223,8 @@ class SolveInfo:
         the authors' released code. For the equations of the paper and of the released code it is
         one operator, which computes value and gradients together in closed form (in float32 on the
         ``cpu`` backend from 128 features on with products of fewer digits, relative error some
-        1e-4, far below the noise of the probes); for ablations, ``DEQ`` and ``ProFusion`` it is one
-        double VJP per probe and block. Blocks in closed form
+        1e-4, far below the noise of the probes); for given cells, ablations, ``DEQ`` and
+        ``ProFusion`` it is one double VJP per probe and block. Blocks in closed form
         count as 0, and so does ``ProFusion(steps=)``; with ``weight_tied_steps`` it is the Jacobian
         of one more step.
 
@@ -288,12 +291,14 @@ class SolveInfo:
         from deqfuse.diagnostics.jacobian import check_differentiable, radius_of, spectral_radius
 
         rows, radii = self.fuse.residual.shape, []
-        for f, z, linearize, _ in (block() for block in self._measurable("spectral_radius")):
+        for block in self._measurable("spectral_radius"):
+            f, z, linearize, _, each = block()
             check_differentiable("spectral_radius", z)
             if linearize is None:
-                radii.append(spectral_radius(f, z, num_iters))
+                radius = spectral_radius(f, z, num_iters)
             else:
-                radii.append(radius_of(linearize(), z, num_iters))
+                radius = radius_of(linearize(), z, num_iters)
+            radii.append(radius.repeat_interleave(each, -1) if each != 1 else radius)
         if not radii:
             return self.fuse.residual.new_zeros(0, *rows)
         # (N, B) for the cells, (B,) for the fuse block; spelled out, as -1 is ambiguous for B = 0.

@@ -3,13 +3,15 @@
 The equations of arXiv 2306.16645 as the paper has them, one modality at a time and as one joint map
 of (z_1 .. z_N, z_f): no block order, no collapsed gate, no stacked parameters. Exact gradients come
 from the full Jacobian of that map, row by row. For float64 and small sizes: (N + 1) d unknowns per
-row, O(((N + 1) d)^3) work.
+row, O(((N + 1) d)^3) work. Where given cells see T positions of a sample at once (``cell_dims``),
+all T rows of it are one problem of T (N + 1) d unknowns.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -44,6 +46,8 @@ def naive_injections(
 ) -> tuple[Tensor, Tensor]:  # (B, N, d), (B, d)
     """Injections x_i (projected, normalised) and ``x_f = sum_i w_i x_i + bias`` (Eq. 11).
 
+    Where the layer was given an injection, x_f is what that makes.
+
     Args:
         fusion: the layer whose projections, weights and bias are used.
         features: N tensors (..., d_i), as for the layer; B rows (samples) in all.
@@ -55,9 +59,11 @@ def naive_injections(
     if fusion.projections is not None:
         x = [project(x_i) for project, x_i in zip(fusion.projections, x, strict=True)]
     if fusion.injection_norm:
-        centred = [x_i - x_i.mean(1, keepdim=True) for x_i in x]
-        x = [c / (c.square().mean(1, keepdim=True) + 1e-5).sqrt() for c in centred]
+        x = [x_i / x_i.square().mean(1, keepdim=True).sqrt().clamp_min(1e-12) for x_i in x]
     x_fuse = torch.zeros_like(x[0])
+    if fusion.injection is not None:
+        shape = (-1, *_joint(fusion, features), fusion.dim)
+        x_fuse = fusion.injection([x_i.reshape(shape) for x_i in x]).reshape_as(x_fuse)
     if fusion.modality_weights is not None:
         x_fuse = sum((w * x_i for w, x_i in zip(fusion.modality_weights, x, strict=True)), x_fuse)
     if fusion.injection_bias is not None:
@@ -133,6 +139,7 @@ def naive_map(
     x: Tensor,  # (B, N, d)
     x_fuse: Tensor,  # (B, d)
     mask: Tensor | None = None,  # (B, d)
+    joint: tuple[int, ...] = (),
 ) -> Tensor:  # (B, N + 1, d)
     """One evaluation of the joint map of Eq. 17: every block sees the old state.
 
@@ -142,15 +149,20 @@ def naive_map(
         x: (B, N, d) injections, as :func:`naive_injections` gives them.
         x_fuse: (B, d) injection of the combination.
         mask: (B, d) dropout factors on W_f's output; none when not given.
+        joint: dimensions (T,) of the features that given cells see at once; the B rows are
+            samples of so many each.
 
     Returns:
         (B, N + 1, d), the next state.
     """
     *cells, z_fuse = state.unbind(1)
     new = list(x.unbind(1))
-    if fusion.cell == "residual":
-        own = cast("list[ResidualCell]", list(fusion.cells))
-        new = [naive_cell(cell, z, x_i) for cell, z, x_i in zip(own, cells, new, strict=True)]
+    for i, (cell, z, x_i) in enumerate(zip(fusion.cells, cells, new, strict=False)):
+        if i in fusion._given:
+            shape = (-1, *joint, fusion.dim)
+            new[i] = cell(z.reshape(shape), x_i.reshape(shape)).reshape_as(z)
+        else:
+            new[i] = naive_cell(cast(ResidualCell, cell), z, x_i)
     if fusion.combine is not None:
         fused = naive_combine(fusion.combine, z_fuse, cells, x_fuse, mask)
     else:
@@ -158,23 +170,35 @@ def naive_map(
     return torch.stack([*new, fused], dim=1)
 
 
-def _row(b: int, *tensors: Tensor | None) -> list[Any]:
-    return [None if t is None else t[b : b + 1] for t in tensors]
+def _joint(fusion: DEQFusion, features: Sequence[Tensor]) -> tuple[int, ...]:
+    """Those leading dimensions of the features that given modules see at once."""
+    return tuple(features[0].shape[-fusion.cell_dims : -1])
+
+
+def _problem(b: int, joint: tuple[int, ...], *tensors: Tensor | None) -> list[Any]:
+    """The rows of the b-th problem: one, or those of a sample."""
+    at = slice(b * math.prod(joint), (b + 1) * math.prod(joint))
+    return [None if t is None else t[at] for t in tensors]
 
 
 def _system(
     fusion: DEQFusion,
-    state: Tensor,  # (1, N + 1, d)
-    *operands: Tensor | None,  # x, x_fuse and mask of this row
-) -> Tensor:  # (n, n) with n = (N + 1) d
-    """``I - J`` of the joint map for one row: n copies of the row, a unit cotangent for each."""
+    joint: tuple[int, ...],
+    state: Tensor,  # (T, N + 1, d), T = 1 where no cell sees more
+    *operands: Tensor | None,  # x, x_fuse and mask of these rows
+) -> Tensor:  # (n, n) with n = T (N + 1) d
+    """``I - J`` of the joint map for one problem: n copies of it, a unit cotangent for each."""
     n = state.numel()
-    copies = state.detach().expand(n, -1, -1).clone().requires_grad_()
-    wide: list[Any] = [None if t is None else t.detach().expand(n, *t.shape[1:]) for t in operands]
+    wide: list[Any] = [
+        None if t is None else t.detach().expand(n, *t.shape).flatten(0, 1)
+        for t in (state, *operands)
+    ]
+    copies, x, x_fuse, mask = wide
+    copies = copies.clone().requires_grad_()
     unit = torch.eye(n, dtype=state.dtype, device=state.device)
     with torch.enable_grad():
         # The zero term is for ablations in which nothing depends on the state.
-        out = naive_map(fusion, copies, *wide) + 0 * copies
+        out = naive_map(fusion, copies, x, x_fuse, mask, joint) + 0 * copies
     return unit - torch.autograd.grad(out, copies, unit.view_as(out))[0].view(n, n)
 
 
@@ -203,16 +227,18 @@ def naive_root(
         ConvergenceError: the relative residual of a row stays above 1e-12.
     """
     x, x_fuse = naive_injections(fusion, features)
+    joint = _joint(fusion, features)
     state = x_fuse.new_zeros(len(x_fuse), fusion.num_modalities + 1, fusion.dim)
     for _ in range(steps):
-        state = 0.5 * state + 0.5 * naive_map(fusion, state, x, x_fuse, mask)
-    for b in range(len(state)):
-        z, *operands = _row(b, state, x, x_fuse, mask)
+        state = 0.5 * state + 0.5 * naive_map(fusion, state, x, x_fuse, mask, joint)
+    for b in range(len(state) // math.prod(joint)):
+        z, x_b, x_fuse_b, mask_b = _problem(b, joint, state, x, x_fuse, mask)
         for _ in range(5):
-            g = naive_map(fusion, z, *operands) - z
-            z = z + torch.linalg.solve(_system(fusion, z, *operands), g.flatten()).view_as(z)
-        state[b] = z[0]
-    residual = (naive_map(fusion, state, x, x_fuse, mask) - state).flatten(1).norm(dim=1)
+            g = naive_map(fusion, z, x_b, x_fuse_b, mask_b, joint) - z
+            system = _system(fusion, joint, z, x_b, x_fuse_b, mask_b)
+            z = z + torch.linalg.solve(system, g.flatten()).view_as(z)
+        _problem(b, joint, state)[0].copy_(z)
+    residual = (naive_map(fusion, state, x, x_fuse, mask, joint) - state).flatten(1).norm(dim=1)
     residual = residual / state.flatten(1).norm(dim=1).clamp_min(1e-30)
     if not (residual <= TIGHT).all():
         raise ConvergenceError(f"naive_root: relative residuals {residual.tolist()}, tol {TIGHT}")
@@ -251,7 +277,7 @@ def dense_implicit_gradients(
     """
     if fusion.weight_tied_steps is not None:
         raise ValueError("fusion: expected an equilibrium layer, got one with weight_tied_steps")
-    n, d = fusion.num_modalities, fusion.dim
+    n, d, joint = fusion.num_modalities, fusion.dim, _joint(fusion, features)
     z, cells, _ = _equilibrium(fusion, features)
     state = torch.cat([cells.reshape(n, -1, d), z.reshape(1, -1, d)]).transpose(0, 1)
     g_cells = torch.zeros_like(state[:, :-1]).transpose(0, 1) if grad_cells is None else grad_cells
@@ -262,13 +288,14 @@ def dense_implicit_gradients(
     leaves = {**dict(twin.named_parameters()), **_named(inputs)}
     with torch.enable_grad():
         x, x_fuse = naive_injections(twin, inputs)
-        image = naive_map(twin, state, x, x_fuse, mask)
+        image = naive_map(twin, state, x, x_fuse, mask, joint)
     if not ((image - state).norm() <= SAME_MAP * state.norm()):
         raise ConvergenceError("fusion: its output is not an equilibrium of the naive equations")
     u = torch.zeros_like(g)
-    for b in range(len(g)):
-        system = _system(fusion, *_row(b, state, x, x_fuse, mask))
-        u[b] = torch.linalg.solve(system.mT, g[b].flatten()).view_as(u[b])
+    for b in range(len(g) // math.prod(joint)):
+        u_b, g_b, *rows = _problem(b, joint, u, g, state, x, x_fuse, mask)
+        system = _system(fusion, joint, *rows)
+        u_b.copy_(torch.linalg.solve(system.mT, g_b.flatten()).view_as(u_b))
     grads = torch.autograd.grad(
         image, list(leaves.values()), u, allow_unused=True, materialize_grads=True
     )
@@ -320,14 +347,16 @@ def gradient_errors(
         twin.solver = dataclasses.replace(twin.solver, rescue=True)
     if isinstance(twin.adjoint, Implicit):
         twin.adjoint = dataclasses.replace(twin.adjoint, tol=TIGHT, max_iter=2000)
-    rows = [feature.detach().double().reshape(-1, feature.shape[-1]) for feature in features]
+    joint = _joint(fusion, features)
+    rows = [f.detach().double().reshape(-1, *joint, f.shape[-1]) for f in features]
     good = _equilibrium(twin, rows)[2].converged
+    good = good.reshape(len(good), -1).all(1)  # of a sample all rows or none
     if not good.any():
         raise ConvergenceError(f"gradient_errors: no row of {len(good)} reached {TIGHT:.0e}")
     inputs = [row[good].requires_grad_() for row in rows]
 
     generator = torch.Generator().manual_seed(seed)
-    shape = (fusion.num_modalities + 1, len(inputs[0]), fusion.dim)
+    shape = (fusion.num_modalities + 1, *inputs[0].shape[:-1], fusion.dim)
     g = torch.randn(shape, generator=generator, dtype=torch.float64).to(inputs[0].device)
     with_cells = fusion.combine_kind != "weighted_sum"
     with torch.enable_grad():

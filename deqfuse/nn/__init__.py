@@ -8,6 +8,7 @@ from deqfuse.nn.prepared import PreparedFusion as PreparedFusion
 from deqfuse.nn.presence import ModalityDropout as ModalityDropout
 from deqfuse.nn.presence import present_from_nan as present_from_nan
 from deqfuse.nn.progressive import ProFusion as ProFusion
+from deqfuse.nn.warm import WarmStart as WarmStart
 from deqfuse.nn.with_info import WithInfo as WithInfo
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "ProFusion",
     "PurifyCombine",
     "ResidualCell",
+    "WarmStart",
     "WithInfo",
     "present_from_nan",
 ]

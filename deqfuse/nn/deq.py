@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import math
 from collections.abc import Callable
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from deqfuse import checks, functional
-from deqfuse.nn.inspection import modules_behind, refusing_batch_statistics
+from deqfuse.nn.inspection import modules_behind, refusing_at_first
 from deqfuse.reporting import OnFailure
 from deqfuse.result import SolvedMap, SolveInfo
 from deqfuse.solvers.anderson import Anderson
@@ -107,15 +106,13 @@ class DEQ(nn.Module):
             ConvergenceError: rows failed and ``on_failure="raise"``.
         """
         layout = _Layout(z0, joint=self.rows == "joint")
-        looked_at = self.rows == "joint" or layout.count < 2
 
         def rows(z: Tensor) -> Tensor:
-            nonlocal looked_at
-            with contextlib.ExitStack() as stack:
-                if not looked_at:
-                    stack.enter_context(refusing_batch_statistics(modules_behind(self.f)))
-                    looked_at = True
-                return layout.flatten(self.f(layout.unflatten(z), *args), "f(z, *args)")
+            return layout.flatten(self.f(layout.unflatten(z), *args), "f(z, *args)")
+
+        if self.rows == "separate" and layout.count > 1:
+            remedy = "rows='joint', eval() for this module, or LayerNorm or GroupNorm instead"
+            rows = refusing_at_first(rows, modules_behind(self.f), "f", remedy)
 
         z, block, backend = functional.fixed_point(
             rows,

@@ -18,11 +18,11 @@ from deqfuse import checks, functional
 from deqfuse.backends import BACKENDS, BackendName
 from deqfuse.backends.maps import VARIANTS, VariantName
 from deqfuse.backends.presence import only
-from deqfuse.nn import inputs, solving
+from deqfuse.nn import given, inputs, solving
 from deqfuse.nn.cells import INITS, Init, PurifyCombine, ResidualCell, dropout_mask
 from deqfuse.nn.fast import parameter
 from deqfuse.nn.parts import flat_parameters
-from deqfuse.nn.prepared import REFUSES_ABLATIONS, PreparedFusion, refuses_dropout
+from deqfuse.nn.prepared import PreparedFusion
 from deqfuse.reporting import OnFailure
 from deqfuse.solvers.anderson import Anderson
 from deqfuse.solvers.options import GradientOption, Implicit, SolverOption
@@ -47,6 +47,14 @@ class DEQFusion(nn.Module):
         combine: "purify" (Eqs. 9-12: each modality's gate, a learned weight per feature, multiplies
             the fused state before the N products are added up and combined), "sum"
             (z_f* = sum_i z_i*) or "weighted_sum" (z_f* = x_f and nothing else, Tables 6 and 7).
+        cells: a cell of your own for some modalities, one entry each: a module ``(z_i, x_i) ->
+            z_i`` that treats rows (R, d) one by one, or None for the layer's own. Solved like
+            ``DEQ(f)``, without batch statistics or random draws; shares the layer's dtype.
+        injection: a module that makes x_f of the list of the N injections (absent ones are zero),
+            in the place of ``sum_i w_i x_i + bias``.
+        cell_dims: how many of the last dimensions such modules get as one: 1 for rows (R, d), 2
+            for samples (R, T, d) of features (..., T, d). A cell then converges per sample, its T
+            rows sharing their statistics; the fuse step stays per row.
         gate: False leaves the purification out (z'_i = z_i, Table 8); z_f* is then in closed form.
         weight_tied_steps: k steps of all equations from zero with backpropagation through them,
             instead of the equilibrium (Table 7); ``solver`` and ``adjoint`` then have no part.
@@ -57,8 +65,10 @@ class DEQFusion(nn.Module):
         dropout: probability on W_f's output, in training mode; one draw per solve.
         init: "contractive" (from d = 64 up every row converges before training) or "torch", torch's
             own and the papers' draw.
-        injection_norm: normalises each injection x_i over its features (no parameters), which makes
-            the layer insensitive to the scale of its inputs.
+        injection_norm: divides each injection x_i by its root mean square over the features, which
+            makes the layer blind to the scale of its inputs: with the default ``init`` rows
+            converge before training at any scale. False leaves x_i as it comes, as the papers'
+            equations do; that ``init`` then wants x_i of about unit size.
         solver: how to solve forward: a solver's options, with its tolerance.
         adjoint: how gradients pass through the equilibrium.
         on_failure: "warn", "raise" or "ignore" when rows do not converge, forward or backward.
@@ -67,7 +77,7 @@ class DEQFusion(nn.Module):
         dtype: of the parameters, a floating one; torch's default when not given.
 
     Parameters that an ablation does not use are not created. The layer reads the parameters of its
-    cells and its combination and calls neither, nor their parts: forward hooks on them do not fire
+    own cells and combination and calls neither, nor their parts: forward hooks on them do not fire
     (on ``projections`` and on the layer they do), and parts that compute something of their own
     (adapters, ``torch.nn.utils.weight_norm``, another eps) are refused. Parametrisations work.
 
@@ -91,13 +101,16 @@ class DEQFusion(nn.Module):
         num_groups: int = 4,
         cell: Literal["residual", "identity"] = "residual",
         combine: Literal["purify", "sum", "weighted_sum"] = "purify",
+        cells: Sequence[nn.Module | Literal["residual"] | None] | None = None,
+        injection: nn.Module | None = None,
+        cell_dims: int = 1,
         gate: bool = True,
         weight_tied_steps: int | None = None,
         variant: VariantName = "paper",
         in_dims: Sequence[int] | None = None,
         dropout: float = 0.0,
         init: Init = "contractive",
-        injection_norm: bool = False,
+        injection_norm: bool = True,
         solver: SolverOption = Anderson(),  # noqa: B008 - frozen
         adjoint: GradientOption = Implicit(),  # noqa: B008 - frozen
         on_failure: OnFailure = "warn",
@@ -120,6 +133,8 @@ class DEQFusion(nn.Module):
         checks.flag("injection_norm", injection_norm)
         if combine != "purify" and not gate:
             raise ValueError(f"{_PURIFY_ONLY}, got combine={combine!r} with gate={gate!r}")
+        modules = given.check(cells, injection, cell_dims, num_modalities, cell, combine)
+        self._given = tuple(i for i, module in enumerate(modules) if module is not None)
         if num_groups == dim and combine != "weighted_sum":
             warnings.warn(
                 f"DEQFusion: num_groups={num_groups} makes groups of one feature, whose GroupNorm "
@@ -140,26 +155,27 @@ class DEQFusion(nn.Module):
         self.cell = "identity" if combine == "weighted_sum" else cell
         self.projections = _projections(in_dims, dim, num_modalities, like)
         self.cells = nn.ModuleList(
-            ResidualCell(dim, **common)
-            for _ in range(num_modalities if self.cell == "residual" else 0)
+            ResidualCell(dim, **common) if module is None else module
+            for module in (modules if self.cell == "residual" else ())
         )
         self.combine: PurifyCombine | None = None
         if combine == "purify":
             self.combine = PurifyCombine(dim, num_modalities, gate=gate, **common)
-        if combine == "sum":
+        self.injection, self.cell_dims = injection, cell_dims
+        if combine == "sum" or injection is not None:
             self.register_parameter("modality_weights", None)
         else:
             self.modality_weights = nn.Parameter(torch.ones(num_modalities, **like))
-        if VARIANTS[variant].bias and combine != "sum":
+        if VARIANTS[variant].bias and self.modality_weights is not None:
             self.injection_bias = nn.Parameter(torch.zeros(1, **like))  # FSDP2 takes no scalars
         else:
             self.register_parameter("injection_bias", None)
 
     def reset_parameters(self) -> None:
         """Draws every parameter anew, as at construction; what follows ``to_empty``."""
-        for part in (*(self.projections or ()), *self.cells, self.combine):
+        for part in (*(self.projections or ()), *self.cells, self.combine, self.injection):
             if part is not None:
-                part.reset_parameters()
+                given.reset(part)
         if self.modality_weights is not None:
             nn.init.ones_(self.modality_weights)
         if self.injection_bias is not None:
@@ -216,55 +232,45 @@ class DEQFusion(nn.Module):
             ValueError: a wrong number, shape or device of tensors; on the CPU also a row with
                 nothing present, which elsewhere ends as ``Outcome.EMPTY`` with an answer of NaN.
             BackendUnavailable: ``backend`` was named and cannot take the call.
+            NotImplementedError: given cells under ``torch.export`` or a ``torch.func`` transform.
             ConvergenceError: rows did not converge and ``on_failure="raise"``.
         """
         lead = inputs.check_features(features, self._widths(), self._like())
         if present is not None:
             present = inputs.check_present(present, (*lead, self.num_modalities), features[0])
         xs = self._injections(features, lead, present)  # N tensors (B, d)
-        x = xs[0]
+        x, joint = xs[0], given.positions(lead, self.cell_dims)
         functional.require_backend(x, self.num_groups, self.solver, self.adjoint, self.backend)
         if return_cells and self.combine_kind == "weighted_sum":
             raise ValueError("return_cells: combine='weighted_sum' has no cells to return")
         if self.weight_tied_steps is None:
             starts = inputs.check_start(z0, self.num_modalities, lead, self.dim, x)
-            rows = solving.Rows(self._mask(x), present)
+            rows = solving.Rows(self._mask(x), present, joint)
             found = solving.equilibrium(self._equations(), self._how(), xs, rows, *starts)
         elif z0 is not None:
             raise ValueError(
                 "z0: weight_tied_steps starts from zero by definition, got a warm start"
             )
         else:
-            rows, steps = solving.Rows(self._mask(x), present), self.weight_tied_steps
+            rows, steps = solving.Rows(self._mask(x), present, joint), self.weight_tied_steps
             equations = self._equations()
             found = solving.weight_tied(equations, self._how(), torch.stack(xs), rows, steps)
         return found.outputs(lead, x.dtype, return_info, return_cells)
 
     def prepare(self) -> PreparedFusion:
-        """This layer for serving: calls without gradients, with less work around the solve.
-
-        A call of a layer looks up its dozens of parameters and checks them; with few rows that
-        takes as long as the solve. The object that this returns has done so once. It stands for the
-        parameters and the options of this moment: once a parameter has been changed it refuses to
-        answer. The answers are those of the layer, bit for bit.
+        """This layer for serving: parameters looked up and checked once, calls without gradients.
 
         Returns:
-            A :class:`deqfuse.nn.PreparedFusion`, called as the layer is.
+            A :class:`deqfuse.nn.PreparedFusion`, called as the layer is, with its answers.
 
         Raises:
             TypeError: a part of the layer that it could not be called with either.
-            ValueError: training mode with dropout; an ablation, ``weight_tied_steps`` or
-                ``Unrolled()``; parameters made under ``torch.inference_mode()``, whose changes
-                torch does not count.
+            ValueError: training mode with dropout; an ablation, a given cell or injection,
+                ``weight_tied_steps`` or ``Unrolled()``; parameters without a version counter.
             BackendUnavailable: ``backend`` was named and cannot take these calls.
         """
-        like = self._like()
-        if self._drops and self.training:
-            raise ValueError(refuses_dropout(self.dropout))
-        if like is None or self.weight_tied_steps is not None:
-            raise ValueError(REFUSES_ABLATIONS)
         return PreparedFusion(
-            self._equations(), self._how(), like, self._widths(), self._injections, self
+            self._equations(), self._how(), self._like(), self._widths(), self._injections, self
         )
 
     def _like(self) -> Tensor | None:
@@ -286,7 +292,7 @@ class DEQFusion(nn.Module):
             dtype = functools.reduce(torch.promote_types, dtypes)
             xs = [x.to(dtype) for x in xs]
         if self.injection_norm:
-            xs = [_normalised(x) for x in xs]
+            xs = [inputs.unit_size(x) for x in xs]
         return xs
 
     def _widths(self) -> list[int]:
@@ -300,8 +306,9 @@ class DEQFusion(nn.Module):
         combine = parts.get("combine")  # not there where it is None
         gated = combine is not None and combine._modules.get("gate") is not None
         weights = parameter(self, "modality_weights")
+        own, by_user = given.split(parts["cells"]._modules, self._given)
         return solving.Equations(
-            cells=flat_parameters(parts["cells"]._modules, "cells."),
+            cells=flat_parameters(own, "cells."),
             fuse=flat_parameters({"combine": combine}) if gated else [],
             weights=weights,
             bias=parameter(self, "injection_bias"),
@@ -309,6 +316,8 @@ class DEQFusion(nn.Module):
             num_modalities=self.num_modalities,
             num_groups=self.num_groups,
             variant=self.variant,
+            given=by_user,
+            injection=parts.get("injection"),
         )
 
     def _how(self) -> solving.How:
@@ -327,6 +336,8 @@ class DEQFusion(nn.Module):
         }  # fmt: skip
         if self.combine is not None:
             shown |= {"gate": self.combine.gate is not None, "dropout": self.dropout}
+        if self.cell_dims != 1:
+            shown["cell_dims"] = self.cell_dims
         shown |= {"variant": self.variant, "injection_norm": self.injection_norm}
         if self.weight_tied_steps is None:
             shown |= {"solver": self.solver, "adjoint": self.adjoint}
@@ -349,7 +360,8 @@ class DEQFusion(nn.Module):
             state_dict: the released tensors by name, weights (d, d), (d,) or as 1x1 convolutions;
                 any prefix is removed.
             variant: "released" or "released-mmimdb".
-            **options: further arguments of :class:`DEQFusion`; sizes come from the state dict.
+            **options: further arguments of :class:`DEQFusion`; sizes come from the state dict, and
+                ``injection_norm`` is False when not given, as these weights were trained.
 
         Returns:
             A layer with these weights, in their dtype.
@@ -361,18 +373,10 @@ class DEQFusion(nn.Module):
 
         checks.one_of("variant", variant, ("released", "released-mmimdb"))
         sizes, renamed = read_released(state_dict)
+        options = {"injection_norm": False, **options}
         layer = cls(**sizes, variant=variant, **options).to(renamed["combine.norm.weight"].dtype)
         layer.load_state_dict(renamed)
         return layer
-
-
-def _normalised(x: Tensor) -> Tensor:
-    """Each row of x (B, d) less its mean, over its deviation; NaN where the variance overflows.
-
-    Torch's rstd is 0 there, and the row would be zeros, an input like any other.
-    """
-    normed, _, rstd = torch.native_layer_norm(x, x.shape[-1:], None, None, 1e-5)
-    return normed + torch.where(rstd > 0, 0.0, torch.nan).to(x.dtype)
 
 
 def _projections(

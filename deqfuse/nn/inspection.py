@@ -20,7 +20,7 @@ __all__ = [
     "modules_behind",
     "per_encoder",
     "refuse_scripted",
-    "refusing_batch_statistics",
+    "refusing_at_first",
     "takes_time_first",
     "uses_batch_statistics",
 ]
@@ -99,28 +99,53 @@ def _looked_into(value: Any, function: Any) -> bool:
     return isinstance(value, (nn.Module, functools.partial, list, tuple)) or inspect.ismethod(value)
 
 
-@contextlib.contextmanager
-def refusing_batch_statistics(modules: list[nn.Module]) -> Iterator[None]:
-    """Raises ``ValueError`` when one of these, or a part of it, is called with batch statistics.
+def refusing_at_first(
+    step: Callable[..., Any], modules: list[nn.Module], name: str, remedy: str
+) -> Callable[..., Any]:
+    """``step``, whose first call refuses batch statistics of these modules and of their parts.
 
     Only a call shows that a module has a part in the map: a method of a model may use a few of its
     parts, and batch norm in front of an equilibrium is an ordinary layer.
-    """
 
-    def refuse(name: str) -> Callable[..., None]:
+    Args:
+        step: a map whose rows must not depend on each other.
+        modules: what it may call.
+        name: of the map, as the error has it.
+        remedy: what to do instead, as the error has it.
+
+    Returns:
+        A function like ``step``, whose first call may raise ``ValueError``.
+    """
+    looked_at = False
+
+    def call(*args: Any) -> Any:
+        nonlocal looked_at
+        if looked_at:
+            return step(*args)
+        with _refusing_batch_statistics(modules, name, remedy):
+            out = step(*args)
+        looked_at = True
+        return out
+
+    return call
+
+
+@contextlib.contextmanager
+def _refusing_batch_statistics(modules: list[nn.Module], name: str, remedy: str) -> Iterator[None]:
+    def refuse(where: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any) -> None:
             raise ValueError(
-                f"f: expected rows that do not depend on each other, got {type(module).__name__}"
-                f"{f' ({name})' if name else ''} with statistics over the batch. Remedy: "
-                "rows='joint', eval() for this module, or LayerNorm or GroupNorm instead"
+                f"{name}: expected rows that do not depend on each other, got "
+                f"{type(module).__name__}{f' ({where})' if where else ''} with statistics over the "
+                f"batch. Remedy: {remedy}"
             )
 
         return hook
 
     handles = [
-        part.register_forward_pre_hook(refuse(name))
+        part.register_forward_pre_hook(refuse(where))
         for module in modules
-        for name, part in module.named_modules()
+        for where, part in module.named_modules()
         if uses_batch_statistics(part)
     ]
     try:

@@ -45,6 +45,13 @@ def flat_parameters(modules: Mapping[str, Any], prefix: str = "") -> list[Tensor
             flat += module.flat()
         except (TypeError, ValueError) as error:  # of its text Dynamo knows the arguments only
             raise type(error)(f"{prefix}{name}.{error.args[0]}") from None
+        except AttributeError:
+            if hasattr(module, "flat"):
+                raise
+            raise TypeError(
+                f"{prefix}{name}: expected what the layer built there, got "
+                f"{type(module).__name__}. Remedy: DEQFusion(cells=[...]) for a cell of your own"
+            ) from None
     return flat
 
 
@@ -70,7 +77,8 @@ def weights_and_biases(
     if type(module).forward is not owner.forward:
         raise TypeError(
             f"forward: expected that of {owner.__name__}, got one of {type(module).__name__}, "
-            "which the layer does not call. Remedy: deqfuse.DEQ for equations of your own"
+            "which the layer does not call. Remedy: DEQFusion(cells=[...]) for a cell of your own, "
+            "deqfuse.DEQ for other equations"
         )
     flat: list[Tensor] = []
     for name, kind in parts:

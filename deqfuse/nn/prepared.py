@@ -17,14 +17,14 @@ __all__ = ["PreparedFusion"]
 
 _VERSION = operator.attrgetter("_version")  # torch counts every write to a tensor there
 
-REFUSES_ABLATIONS = (
-    "prepare: expected cell='residual', combine='purify' with its gate, no weight_tied_steps and "
-    "no Unrolled(), got a layer whose equations are not one operator. Remedy: call the layer "
-    "itself under torch.no_grad()"
+_REFUSES_ABLATIONS = (
+    "prepare: expected cells and injection of the layer's own, combine='purify' with its gate, no "
+    "weight_tied_steps and no Unrolled(), got a layer whose equations are not one operator. "
+    "Remedy: call the layer itself under torch.no_grad()"
 )
 
 
-def refuses_dropout(p: float) -> str:
+def _refuses_dropout(p: float) -> str:
     """What is said of a layer that draws."""
     return (
         f"dropout: expected evaluation mode, got training mode with dropout={p:g}, of which every "
@@ -50,13 +50,14 @@ class PreparedFusion:
     Args:
         equations: of the layer, with its parameters.
         how: solver, gradient, ``on_failure`` and backend.
-        like: a parameter (...), of the dtype and device that features must have.
+        like: a parameter (...), of the dtype and device of the features; None without parameters.
         widths: of the N features.
         inject: (features, leading dimensions, present) -> N injections (B, d).
         owner: the layer.
 
     Raises:
-        ValueError: equations that are not one operator, or a parameter without a version.
+        ValueError: training mode with dropout, equations that are not one operator, or a parameter
+            without a version.
 
     Example:
         >>> import torch
@@ -72,13 +73,17 @@ class PreparedFusion:
         self,
         equations: solving.Equations,
         how: solving.How,
-        like: Tensor,
+        like: Tensor | None,
         widths: Sequence[int],
         inject: Callable[[Sequence[Tensor], torch.Size, Tensor | None], list[Tensor]],
         owner: nn.Module,
     ) -> None:
-        if not solving.is_whole(equations, how):
-            raise ValueError(REFUSES_ABLATIONS)
+        own: Any = owner
+        if own.training and own.dropout:
+            raise ValueError(_refuses_dropout(own.dropout))
+        whole = solving.is_whole(equations, how) and own.weight_tied_steps is None
+        if like is None or not whole:
+            raise ValueError(_REFUSES_ABLATIONS)
         self._watched = _watched(owner)
         self._how, self._like, self._widths = how, like, list(widths)
         self._inject, self._owner = inject, owner
@@ -86,7 +91,7 @@ class PreparedFusion:
         self._params, self._equations = held, _with_parameters(equations, held)
         dim = equations.fuse[0].shape[-1]
         self._solve, self._backend = layer.prepare_layer(
-            like.detach().new_empty(0, dim), held, **solving.options(equations, how)
+            like.detach().new_empty(0, dim), held, **solving.settings(equations, how)
         )
 
     def __call__(
@@ -131,7 +136,7 @@ class PreparedFusion:
         _check_fresh(self._watched)
         owner: Any = self._owner
         if owner.training and owner.dropout:
-            raise ValueError(refuses_dropout(owner.dropout))
+            raise ValueError(_refuses_dropout(owner.dropout))
         lead = inputs.check_features(features, self._widths, self._like)
         if traced(features[0]) or in_transform_or_forward_mode():
             raise TypeError(

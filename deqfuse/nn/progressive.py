@@ -16,7 +16,7 @@ from deqfuse.nn.inspection import (
     uses_batch_statistics,
 )
 from deqfuse.nn.sites import EncoderRun, RandomState, Site, find_site, tensors, version
-from deqfuse.nn.solving import last_step
+from deqfuse.nn.statistics import last_step
 from deqfuse.reporting import OnFailure
 from deqfuse.result import SolvedMap, SolveInfo
 from deqfuse.solvers.anderson import Anderson

@@ -7,11 +7,12 @@ Injections come as N tensors (B, d), or as one (N, B, d).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from deqfuse import functional, layer
 from deqfuse.backends import BackendName, maps
@@ -19,10 +20,11 @@ from deqfuse.backends.layer import fuse_injection
 from deqfuse.backends.linearization import CellLinearization, FuseLinearization
 from deqfuse.backends.maps import VARIANTS, CellParams, FuseParams, VariantName
 from deqfuse.backends.problem import SolvedLayer, compute_dtype
-from deqfuse.outcome import Outcome
+from deqfuse.nn import given
+from deqfuse.nn.found import Found
+from deqfuse.nn.statistics import last_step, marked, of_cell, together
 from deqfuse.reporting import OnFailure
 from deqfuse.result import BlockInfo, SolvedMap, SolveInfo
-from deqfuse.solvers import rows as solver_rows
 from deqfuse.solvers.options import GradientOption, SolverOption, Unrolled
 
 
@@ -36,7 +38,7 @@ class ClosedForm(NamedTuple):
 class Equations(NamedTuple):
     """What is to be solved, with the parameters of one call."""
 
-    cells: list[Tensor]  # ten for each of the N cells; none where z_i* = x_i
+    cells: list[Tensor]  # ten for each cell of the layer's own; none where z_i* = x_i
     fuse: list[Tensor]  # six; none where the combination is in closed form
     weights: Tensor | None  # (N,) of the injection x_f; None where nothing uses it
     bias: Tensor | None  # (1,) of x_f
@@ -44,18 +46,34 @@ class Equations(NamedTuple):
     num_modalities: int
     num_groups: int
     variant: VariantName
+    given: dict[int, nn.Module]  # cells of the user's own, by modality
+    injection: nn.Module | None  # makes x_f in the place of the weighted sum
 
     def flat(self) -> list[Tensor]:
         """All parameters as one list, for the operator of the whole layer."""
         joint = (self.weights, self.bias)
         return [*self.cells, *self.fuse, *(t for t in joint if t is not None)]
 
-    def x_fuse(self, x: Tensor, present: Tensor | None = None) -> Tensor | None:
+    def x_fuse(
+        self, x: Tensor, present: Tensor | None = None, joint: tuple[int, ...] = ()
+    ) -> Tensor | None:
         """Injection of the combination from all x (N, B, d) that are present: (B, d)."""
+        if self.injection is not None:
+            return given.inject(self.injection, _where(present, x), joint)
         if self.weights is None:
             return None
-        x = x if present is None else torch.where(present, x, 0.0)
-        return fuse_injection(x, self.weights, self.bias)
+        return fuse_injection(_where(present, x), self.weights, self.bias)
+
+    @property
+    def own(self) -> list[int]:
+        """The modalities with a cell of the layer's own, where some are given."""
+        return [i for i in range(self.num_modalities) if i not in self.given]
+
+    def solved_own(self, i: int, x: Tensor, z: Tensor, present: Tensor | None) -> SolvedMap:
+        """The layer's own cell of modality i at its equilibrium z (B, d), as one of them."""
+        k, size, at = self.own.index(i), len(CellParams._fields), slice(i, i + 1)
+        alone = self._replace(cells=self.cells[size * k : size * (k + 1)])
+        return alone.solved_cells(x[at], z[None], _at(present, at))
 
     def cells_map(self, x: Tensor, present: Tensor | None) -> Callable[[Tensor], Tensor]:
         """One step of the cells in the compute dtype, x (N, B, d); absent ones stay zero."""
@@ -128,34 +146,12 @@ class Rows(NamedTuple):
 
     mask: Tensor | None  # (B, d), dropout factors
     present: Tensor | None  # (N, B, 1), bool
+    joint: tuple[int, ...] = ()  # dimensions (T,) of the features that a given cell sees at once
 
     @property
     def counts(self) -> Tensor | None:
         """(B, 1) int64, how many modalities a row has."""
         return None if self.present is None else self.present.sum(0)
-
-
-class Found(NamedTuple):
-    """A solve; what few callers ask for is made when they do."""
-
-    z: Tensor  # (B, d), for the caller to keep
-    cells: Callable[[], Tensor]  # (N, B, d)
-    info: Callable[[], SolveInfo]
-
-    def outputs(
-        self, lead: torch.Size, dtype: torch.dtype, return_info: bool, return_cells: bool
-    ) -> Any:
-        """What a layer returns, for features of this dtype and these leading dimensions."""
-        z = self.z if self.z.dtype is dtype else self.z.to(dtype)
-        dim = z.shape[-1]
-        # Not even a reshape that changes nothing: it is one more node of the graph.
-        results: list[Any] = [z if len(lead) == 1 else z.reshape(*lead, dim)]
-        if return_cells:  # a copy: the backward pass keeps the original
-            cells = self.cells().to(dtype, copy=True)
-            results.append(cells.reshape(len(cells), *lead, dim))
-        if return_info:
-            results.append(self.info().reshape(*lead))
-        return results[0] if len(results) == 1 else tuple(results)
 
 
 def closed_form(combine: Callable[..., Tensor] | None, weights: Tensor | None) -> ClosedForm:
@@ -182,7 +178,10 @@ def equilibrium(
 
 def is_whole(equations: Equations, how: How) -> bool:
     """Whether one operator solves these equations: all of the paper's, an implicit gradient."""
-    return bool(equations.cells and equations.fuse) and not isinstance(how.adjoint, Unrolled)
+    own = not equations.given and equations.injection is None
+    return (
+        own and bool(equations.cells and equations.fuse) and not isinstance(how.adjoint, Unrolled)
+    )
 
 
 def _whole_layer(
@@ -194,9 +193,9 @@ def _whole_layer(
     start_cells: Tensor | None,
 ) -> Found:
     """All equations of the paper and an implicit gradient: one operator."""
-    params, (mask, present) = equations.flat(), rows
+    params, starts = equations.flat(), (start_fuse, start_cells)
     solved, backend = layer.solve_layer(
-        xs, params, mask, start_fuse, start_cells, present, **options(equations, how)
+        xs, params, rows.mask, *starts, rows.present, **settings(equations, how)
     )
     return of_layer(equations, how, xs, rows, params, solved, backend)
 
@@ -211,7 +210,7 @@ def of_layer(
     backend: str,
 ) -> Found:
     """What the solve of a whole layer found."""
-    mask, present = rows
+    mask, present = rows.mask, rows.present
 
     def info() -> SolveInfo:
         states = solved.states.detach()
@@ -246,19 +245,21 @@ def _block_by_block(
     start_fuse: Tensor | None,
     start_cells: Tensor | None,
 ) -> Found:
-    """The cells first; for the ablations, and for gradients through the steps."""
-    x, how_all = torch.stack(xs), options(equations, how)
-    blocks = []
-    if equations.cells:
+    """The cells first; for given cells, the ablations, and for gradients through the steps."""
+    x, options = torch.stack(xs), settings(equations, how)
+    blocks: list[Callable[[], SolvedMap]] = []
+    if equations.given:
+        zs, cells, backend, blocks = _mixed_cells(equations, how, x, rows, start_cells)
+    elif equations.cells:
         zs, cells, backend = functional.solve_cells(
-            x, equations.cells, z0=start_cells, present=rows.present, **how_all
+            x, equations.cells, z0=start_cells, present=rows.present, **options
         )
         blocks.append(lambda: equations.solved_cells(x, zs.detach(), rows.present))
     else:
         zs = _where(rows.present, x)
-        cells, backend = _marked(BlockInfo.exact(zs, 0), rows.present), "reference"
+        cells, backend = marked(BlockInfo.exact(zs, 0), rows.present), "reference"
 
-    x_fuse = equations.x_fuse(x, rows.present)
+    x_fuse = equations.x_fuse(x, rows.present, rows.joint)
     if equations.closed_form is None:
         assert x_fuse is not None
         cell_sum = zs.sum(0)
@@ -270,7 +271,7 @@ def _block_by_block(
             counts=rows.counts,
             mask=rows.mask,
             z0=start_fuse,
-            **how_all,
+            **options,
         )
         given = x_fuse, cell_sum.detach(), rows.mask, rows.counts
         blocks.append(lambda: equations.solved_fuse(*given, z.detach()))
@@ -281,6 +282,47 @@ def _block_by_block(
     info = SolveInfo(fuse, cells, backend, tuple(blocks))
     # A copy: the backward pass and `info` keep the original, and `z += ...` must be possible.
     return Found(z.clone(), lambda: zs, lambda: info)
+
+
+@given.outside_graphs
+def _mixed_cells(
+    equations: Equations,
+    how: How,
+    x: Tensor,  # (N, B, d)
+    rows: Rows,
+    start: Tensor | None,  # (N, B, d)
+) -> tuple[Tensor, BlockInfo, str, list[Callable[[], SolvedMap]]]:
+    """Given cells, each by itself, and the layer's own beside them in one operator."""
+    given.refuse_export(x)
+    own, present, found = equations.own, rows.present, {}
+    if own:
+        some = {"z0": _at(start, own), "present": _at(present, own), **settings(equations, how)}
+        zs, info, backend = functional.solve_cells(x[own], equations.cells, **some)
+        for k, i in enumerate(own):
+            block = functools.partial(equations.solved_own, i, x, zs[k].detach(), present)
+            found[i] = given.SolvedCell(zs[k], of_cell(info, k), backend, block)
+    options = how.solver, how.adjoint, how.on_failure
+    found |= given.solve(equations.given, x, present, rows.joint, start, *options)
+    ordered = [found[i] for i in range(equations.num_modalities)]
+    info = together([cell.info for cell in ordered])
+    zs = torch.stack([cell.z for cell in ordered])
+    return zs, info, ordered[-1].backend, [cell.block for cell in ordered]
+
+
+def _mixed_step(
+    equations: Equations, cells: dict[int, given.GivenCell], x: Tensor, present: Tensor | None
+) -> Callable[[Tensor], Tensor]:
+    """One step of given cells and the layer's own beside them, (N, B, d) to (N, B, d)."""
+    own = equations.own
+    step_own = equations.cells_map(x[own], _at(present, own)) if own else None
+
+    def step(z: Tensor) -> Tensor:
+        new = {i: cell.on_rows(z[i]) for i, cell in cells.items()}
+        if step_own is not None:
+            new |= zip(own, step_own(z[own]), strict=True)
+        return torch.stack([new[i] for i in range(len(z))])
+
+    return step
 
 
 def weight_tied(
@@ -294,12 +336,20 @@ def weight_tied(
     work = x.to(compute_dtype(x.dtype))
     z, zs = torch.zeros_like(work[0]), torch.zeros_like(work)
     absent_are_zero = _where(rows.present, work)
-    step_cells = (
-        equations.cells_map(x, rows.present) if equations.cells else (lambda _: absent_are_zero)
-    )
+    cells = {
+        i: given.GivenCell(i, module, x[i], _at(rows.present, i), rows.joint)
+        for i, module in equations.given.items()
+    }
+    if cells:
+        step_cells = _mixed_step(equations, cells, x, rows.present)
+    else:
+        step_cells = (
+            equations.cells_map(x, rows.present) if equations.cells else (lambda _: absent_are_zero)
+        )
+    x_fuse = equations.x_fuse(x, rows.present, rows.joint)
     for _ in range(steps):
         before = z, zs
-        zs, x_fuse = step_cells(zs), equations.x_fuse(x, rows.present)
+        zs = step_cells(zs)
         if equations.closed_form is None:
             assert x_fuse is not None
             step = equations.fuse_map(x_fuse, zs.sum(0), rows.mask, rows.counts)
@@ -312,20 +362,30 @@ def weight_tied(
     def info() -> SolveInfo:
         with torch.no_grad():
             fuse = last_step(before[0], z, how.solver, steps)
-            cells = _marked(last_step(before[1], zs, how.solver, steps), rows.present)
-        blocks = []
-        if equations.cells:
-            at, count = zs.detach(), _elements(zs, rows.present)
+            of_cells = marked(last_step(before[1], zs, how.solver, steps), rows.present)
+        blocks, at = [], zs.detach()
+        if cells:
+            own = functools.partial(equations.solved_own, x=x, present=rows.present)
+            for i, z_i in enumerate(at):
+                given_map = cells[i].measured(z_i) if i in cells else None
+                blocks.append(given_map or functools.partial(own, i, z=z_i))
+        elif equations.cells:
+            count = _elements(zs, rows.present)
             blocks.append(lambda: SolvedMap(step_cells, at, None, count))
         if equations.closed_form is None:
             blocks.append(lambda: SolvedMap(step, z.detach()))
-        return SolveInfo(fuse, cells, "reference", tuple(blocks))
+        return SolveInfo(fuse, of_cells, "reference", tuple(blocks))
 
     return Found(z.clone(), lambda: zs, info)
 
 
 def _where(present: Tensor | None, t: Tensor, rest: float = 0.0) -> Tensor:
     return t if present is None else torch.where(present, t, rest)
+
+
+def _at(t: Tensor | None, which: Any) -> Tensor | None:
+    """Of something for each modality that of some of them."""
+    return None if t is None else t[which]
 
 
 def _any(present: Tensor | None) -> Tensor | None:
@@ -338,24 +398,5 @@ def _elements(z: Tensor, present: Tensor | None) -> Tensor | int:
     return z.numel() if present is None else present.sum() * z.shape[-1]
 
 
-def _marked(cells: BlockInfo, present: Tensor | None) -> BlockInfo:
-    """Statistics of cells without those of absent ones."""
-    if present is None:
-        return cells
-    here = present[..., 0]
-    outcome = torch.where(here, cells.outcome, int(Outcome.ABSENT)).to(torch.int8)
-    return BlockInfo(
-        torch.where(here, cells.residual, 0.0), torch.where(here, cells.nfe, 0), outcome
-    )
-
-
-def last_step(old: Tensor, new: Tensor, solver: SolverOption, steps: int) -> BlockInfo:
-    """Residual of the last of some steps; converged only if it happens to meet the tolerance."""
-    judge = solver_rows.Rows(old.flatten(0, -2), solver.tol, max_iter=1)
-    judge.observe(old.flatten(0, -2), new.flatten(0, -2), cost=steps)
-    found, shape = judge.solution(), new.shape[:-1]
-    return BlockInfo(found.residual.view(shape), found.nfe.view(shape), found.outcome.view(shape))
-
-
-def options(equations: Equations, how: How) -> dict[str, Any]:
+def settings(equations: Equations, how: How) -> dict[str, Any]:
     return {"num_groups": equations.num_groups, "variant": equations.variant, **how._asdict()}

@@ -278,7 +278,8 @@ def enqueue(event: Event, failed: int, what: str = "the fuse block") -> None:
     outcome[:failed] = int(Outcome.MAX_ITER)
     statistics = reporting._Statistics(outcome, torch.full((8,), 0.25))
     option = Anderson(tol=1e-4, max_iter=50)
-    reporting._enqueue(reporting._Late(statistics, event, what, option))
+    late = reporting._Late(statistics, event, reporting.Part(what, ...), option)
+    reporting._enqueue(late)
 
 
 def messages_of(action: Any) -> list[str]:
@@ -323,7 +324,7 @@ def test_the_queue_is_bounded_and_tells_how_much_it_dropped() -> None:
     for i in range(200):
         enqueue(Event(True), 1, f"solve {i}")
     assert len(reporting._late) == 64
-    assert reporting._late[-1].what == "solve 199"
+    assert reporting._late[-1].part.name == "solve 199"
     said = messages_of(reporting.flush)
     assert len(said) == 65
     assert "136 older reports about solves on the GPU were dropped" in said[0]

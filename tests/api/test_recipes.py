@@ -206,17 +206,20 @@ def test_maps_of_ones_own_pass_it_by(toy: Toy) -> None:
     assert info.backend != "toy"  # takes_rows says no
 
 
-# ---- add a cell of your own ----------------------------------------------------------------------
+# ---- give the layer a cell of your own -----------------------------------------------------------
 
 
-def test_a_cell_of_ones_own_is_a_map_for_deq() -> None:
-    """The example of docs/how-to/extend.md: any module in the place of the residual cell."""
-    torch.manual_seed(0)
-    cell = torch.nn.GRUCell(8, 8).double()
-    x, g = randn(5, 8, seed=3).requires_grad_(), randn(5, 8, seed=4)
-    z, info = DEQ(lambda z, x: cell(x, z), solver=TIGHT, adjoint=EXACT)(torch.zeros_like(x), x)
+class GatedCell(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gru = torch.nn.GRUCell(8, 8)
+
+    def forward(self, z: Tensor, x: Tensor) -> Tensor:
+        return self.gru(x, z)
+
+
+def test_a_cell_of_ones_own_is_an_argument() -> None:
+    fusion = layer(solver=TIGHT, cells=[GatedCell(), None])
+    _, info = fusion(features(), return_info=True)
     assert info.converged.all()
-    wanted = [x, *cell.parameters()]
-    expected = dense_gradients(lambda z: cell(x, z), z.detach(), wanted, g)
-    for given, exact in zip(torch.autograd.grad(z, wanted, g), expected, strict=True):
-        torch.testing.assert_close(given, exact, rtol=LIMIT, atol=LIMIT)
+    assert max(gradient_errors(fusion, features()).values()) < LIMIT

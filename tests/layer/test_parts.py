@@ -122,7 +122,9 @@ class Louder(ResidualCell):
 def test_cells_with_a_forward_of_their_own_are_refused() -> None:
     layer = make()
     layer.cells[1] = Louder(DIM, num_groups=2)
-    with pytest.raises(TypeError, match=r"^cells\.1\.forward: .*Louder.*deqfuse\.DEQ"):
+    with pytest.raises(
+        TypeError, match=r"^cells\.1\.forward: .*Louder.*DEQFusion\(cells=.*deqfuse\.DEQ "
+    ):
         layer(draw())
 
 

@@ -184,9 +184,17 @@ def test_training_mode_with_dropout_is_refused_at_both_times() -> None:
     layer().train().prepare()(features(3))  # nothing is drawn
 
 
+class Given(nn.Module):
+    """A cell of the user's own."""
+
+    def forward(self, z: Tensor, x: Tensor) -> Tensor:
+        return 0.1 * z + x
+
+
 @pytest.mark.parametrize(
     "options",
     [
+        {"cells": [Given(), None]},
         {"cell": "identity"},
         {"combine": "sum"},
         {"combine": "weighted_sum"},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from given_cases import TanhCell
 from presence_cases import (
     DIM,
     EACH,
@@ -36,7 +37,16 @@ from deqfuse.backends.presence import only
 
 BACKENDS = [name for name in ("cpu", "reference") if backends.load(name).unavailable() is None]
 TIGHT = {"solver": Anderson(tol=1e-12, max_iter=300), "adjoint": Implicit(tol=1e-12, max_iter=300)}
+GIVEN = {"cells": [TanhCell(dim=DIM), None, TanhCell(0.3, DIM), "residual"]}
 ABLATIONS = {
+    "given": GIVEN,
+    "given, sum": {**GIVEN, "combine": "sum"},
+    "given, steps": {**GIVEN, "weight_tied_steps": 3},
+    "given, unrolled": {
+        **GIVEN,
+        "adjoint": Unrolled(),
+        "solver": Anderson(tol=1e-13, max_iter=200),
+    },
     "identity": {"cell": "identity"},
     "sum": {"combine": "sum"},
     "weighted sum": {"combine": "weighted_sum"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from typing import Any
 
@@ -19,7 +20,7 @@ PATTERNS = [
 
 def layer_of(**options: Any) -> DEQFusion:
     torch.manual_seed(0)
-    layer = DEQFusion(DIM, N, **{"num_groups": 2, **options}).double()
+    layer = DEQFusion(DIM, N, **{"num_groups": 2, **copy.deepcopy(options)}).double()
     scatter_norms(layer)
     scatter_injection(layer)
     return layer
@@ -27,6 +28,8 @@ def layer_of(**options: Any) -> DEQFusion:
 
 def sub_layer(layer: DEQFusion, kept: tuple[int, ...], **options: Any) -> DEQFusion:
     """The layer of some modalities, with copies of its parameters."""
+    if "cells" in options:
+        options["cells"] = [copy.deepcopy(options["cells"][i]) for i in kept]
     sub = DEQFusion(DIM, len(kept), **{"num_groups": 2, **options}).to(next(layer.parameters()))
     state = {}
     for name, value in layer.state_dict().items():
