@@ -178,10 +178,8 @@ def equilibrium(
 
 def is_whole(equations: Equations, how: How) -> bool:
     """Whether one operator solves these equations: all of the paper's, an implicit gradient."""
-    own = not equations.given and equations.injection is None
-    return (
-        own and bool(equations.cells and equations.fuse) and not isinstance(how.adjoint, Unrolled)
-    )
+    foreign = equations.given or equations.injection or isinstance(how.adjoint, Unrolled)
+    return bool(equations.cells and equations.fuse) and not foreign
 
 
 def _whole_layer(
@@ -399,4 +397,5 @@ def _elements(z: Tensor, present: Tensor | None) -> Tensor | int:
 
 
 def settings(equations: Equations, how: How) -> dict[str, Any]:
+    """The options of functions that solve, by name."""
     return {"num_groups": equations.num_groups, "variant": equations.variant, **how._asdict()}
