@@ -397,5 +397,4 @@ def _elements(z: Tensor, present: Tensor | None) -> Tensor | int:
 
 
 def settings(equations: Equations, how: How) -> dict[str, Any]:
-    """The options of functions that solve, by name."""
     return {"num_groups": equations.num_groups, "variant": equations.variant, **how._asdict()}
