@@ -90,7 +90,7 @@ Chunks chunks_of(int64_t rows, int64_t blocks, int threads) {
 // thread makes are not in the cache of another. Work is counted in weights times rows, and a matrix itself, which is
 // read and copied, as four rows.
 inline int threads_for(int64_t rows, int64_t blocks, int64_t d, bool prepared, int threads) {
-  const int64_t worth = prepared ? 1 << 16 : 1 << 18;
+  const int64_t worth = prepared ? 1 << 16 : 1 << 19;
   return (rows + 4) * blocks * d * d < worth ? 1 : threads;
 }
 
