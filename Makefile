@@ -13,6 +13,7 @@ PYTHON ?= python3
 VENV ?= $(if $(filter gpu gpu-test gpu-bench,$(MAKECMDGOALS)),none,.venv)
 CONSTRAINTS := constraints-dev.txt
 PINNED := $(shell grep -o '^torch==[^ ]*' $(CONSTRAINTS))
+BUILT_WITH := $(shell grep -om 1 'setuptools>=[0-9.]*' pyproject.toml)
 TORCH ?= $(PINNED)
 TORCH_PIP ?=
 ARGS ?=
@@ -175,7 +176,8 @@ ifneq ($(origin PYTHON),file)
 endif
 
 # The module is built in place, by the target above, hence DEQFUSE_BUILD=python in the installs below.
-# setuptools and triton are pinned for the pinned torch; another asks for others.
+# setuptools and triton are pinned for the pinned torch; another asks for others, hence torch is
+# named again beside setuptools. Python 3.10 and 3.11 put a setuptools that is too old into .venv.
 # An interrupted set-up leaves no .installed and is taken up again where it stopped.
 $(VENV)/.installed: pyproject.toml setup.py $(CONSTRAINTS) | check-python
 	@echo "== Setting up $(VENV) with $$($(BASE) -V); later runs reuse it"
@@ -184,7 +186,7 @@ $(VENV)/.installed: pyproject.toml setup.py $(CONSTRAINTS) | check-python
 	@echo "== Installing $(TORCH): 0.2 GB, or several GB where pip picks a CUDA build (TORCH=... chooses)"
 	@$(PY) -m pip install --disable-pip-version-check -c $(VENV)/constraints.txt $(TORCH_PIP) torch
 	@echo "== Installing what deqfuse builds and tests with"
-	@$(PY) -m pip install --disable-pip-version-check -q -c $(VENV)/constraints.txt setuptools
+	@$(PY) -m pip install --disable-pip-version-check -q -c $(VENV)/constraints.txt torch '$(BUILT_WITH)'
 	@DEQFUSE_BUILD=python $(PY) -m pip install --disable-pip-version-check -q -c $(VENV)/constraints.txt \
 	  --no-build-isolation -e '.[dev]'
 	@touch $@

@@ -102,6 +102,7 @@ def build(case: Case) -> Problem:
             case.modalities,
             num_groups=case.num_groups,
             init=case.init,  # type: ignore[arg-type]
+            injection_norm=False,  # the papers' equations, which all variants state
             on_failure="ignore",
         )
         drawn = torch.randn(case.modalities + 1, case.rows, case.dim)

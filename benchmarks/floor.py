@@ -119,6 +119,7 @@ def kernel_rate(case: Case = KERNEL_CASE, budget: float = 0.4, evaluations: int 
         case.modalities,
         num_groups=case.num_groups,
         solver=Picard(tol=1e-30, max_iter=evaluations),
+        injection_norm=False,  # its time would be counted
         on_failure="ignore",
         backend=fastest_backend().removeprefix("deqfuse-"),
     ).to(cases.DEVICE)

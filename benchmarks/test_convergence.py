@@ -65,7 +65,14 @@ def test_residual_per_step(solver: str, init: str, record: Any) -> None:
     """Median and 95th percentile of the residual of the fuse block after each step."""
     torch.manual_seed(0)
     option = dataclasses.replace(SOLVERS[solver], tol=1e-30, max_iter=TRACE_STEPS, trace=True)
-    layer = DEQFusion(64, 3, init=init, solver=option, on_failure="ignore")  # type: ignore[arg-type]
+    layer = DEQFusion(
+        64,
+        3,
+        init=init,
+        injection_norm=False,
+        solver=option,
+        on_failure="ignore",  # type: ignore[arg-type]
+    )
     with torch.no_grad():
         _, info = layer(draw_inputs(BASE), return_info=True)
     trace = info.fuse.trace.double().nan_to_num(nan=float("inf"))

@@ -20,6 +20,7 @@ from deqfuse.nn.fusion import DEQFusion as DEQFusion
 from deqfuse.nn.presence import ModalityDropout as ModalityDropout
 from deqfuse.nn.presence import present_from_nan as present_from_nan
 from deqfuse.nn.progressive import ProFusion as ProFusion
+from deqfuse.nn.warm import WarmStart as WarmStart
 from deqfuse.outcome import Outcome as Outcome
 from deqfuse.result import BlockInfo as BlockInfo
 from deqfuse.result import SolveInfo as SolveInfo
@@ -54,6 +55,7 @@ __all__ = [
     "ResidualCell",
     "SolveInfo",
     "Unrolled",
+    "WarmStart",
     "present_from_nan",
 ]
 

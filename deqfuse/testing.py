@@ -59,8 +59,7 @@ def naive_injections(
     if fusion.projections is not None:
         x = [project(x_i) for project, x_i in zip(fusion.projections, x, strict=True)]
     if fusion.injection_norm:
-        centred = [x_i - x_i.mean(1, keepdim=True) for x_i in x]
-        x = [c / (c.square().mean(1, keepdim=True) + 1e-5).sqrt() for c in centred]
+        x = [x_i / x_i.square().mean(1, keepdim=True).sqrt().clamp_min(1e-12) for x_i in x]
     x_fuse = torch.zeros_like(x[0])
     if fusion.injection is not None:
         shape = (-1, *_joint(fusion, features), fusion.dim)

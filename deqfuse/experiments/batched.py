@@ -51,7 +51,9 @@ class BatchedModel(nn.Module):
         if name.startswith("deq"):
             for seed in seeds:
                 torch.manual_seed(seed)
-                self.layers.append(DEQFusion(width, VIEWS, on_failure="ignore"))
+                self.layers.append(
+                    DEQFusion(width, VIEWS, injection_norm=False, on_failure="ignore")
+                )
         self.deq: DEQ | None = None
         if name == "pro equilibrium":
             # Rows are few numbers wide: GMRES would spend its time on its basis.

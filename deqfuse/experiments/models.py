@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -173,13 +173,18 @@ class FusionClassifier(CrossEntropyModel):
         return self.head(fused), None if self.key in ("weighted", "tied") else info
 
 
+def _layer(count: int, **options: Any) -> DEQFusion:
+    """With the papers' equations; the encoders' ReLU gives injections of about unit size."""
+    return DEQFusion(DIM, count, num_groups=GROUPS, injection_norm=False, **options)
+
+
 _FUSION: dict[str, Callable[[int], DEQFusion]] = {
-    "weighted": lambda n: DEQFusion(DIM, n, combine="weighted_sum"),
-    "tied": lambda n: DEQFusion(DIM, n, num_groups=GROUPS, weight_tied_steps=TIED_STEPS),
-    "deq": lambda n: DEQFusion(DIM, n, num_groups=GROUPS),
-    "no cell": lambda n: DEQFusion(DIM, n, num_groups=GROUPS, cell="identity"),
-    "no combine": lambda n: DEQFusion(DIM, n, num_groups=GROUPS, combine="sum"),
-    "no gate": lambda n: DEQFusion(DIM, n, num_groups=GROUPS, gate=False),
+    "weighted": lambda n: _layer(n, combine="weighted_sum"),
+    "tied": lambda n: _layer(n, weight_tied_steps=TIED_STEPS),
+    "deq": _layer,
+    "no cell": lambda n: _layer(n, cell="identity"),
+    "no combine": lambda n: _layer(n, combine="sum"),
+    "no gate": lambda n: _layer(n, gate=False),
 }
 
 

@@ -7,6 +7,7 @@ from deqfuse.nn.fusion import DEQFusion as DEQFusion
 from deqfuse.nn.presence import ModalityDropout as ModalityDropout
 from deqfuse.nn.presence import present_from_nan as present_from_nan
 from deqfuse.nn.progressive import ProFusion as ProFusion
+from deqfuse.nn.warm import WarmStart as WarmStart
 from deqfuse.nn.with_info import WithInfo as WithInfo
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "ProFusion",
     "PurifyCombine",
     "ResidualCell",
+    "WarmStart",
     "WithInfo",
     "present_from_nan",
 ]

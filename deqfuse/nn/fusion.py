@@ -64,8 +64,10 @@ class DEQFusion(nn.Module):
         dropout: probability on W_f's output, in training mode; one draw per solve.
         init: "contractive" (from d = 64 up every row converges before training) or "torch", torch's
             own and the papers' draw.
-        injection_norm: normalises each injection x_i over its features (no parameters), which makes
-            the layer insensitive to the scale of its inputs.
+        injection_norm: divides each injection x_i by its root mean square over the features, which
+            makes the layer blind to the scale of its inputs: with the default ``init`` rows
+            converge before training at any scale. False leaves x_i as it comes, as the papers'
+            equations do; that ``init`` then wants x_i of about unit size.
         solver: how to solve forward: a solver's options, with its tolerance.
         adjoint: how gradients pass through the equilibrium.
         on_failure: "warn", "raise" or "ignore" when rows do not converge, forward or backward.
@@ -107,7 +109,7 @@ class DEQFusion(nn.Module):
         in_dims: Sequence[int] | None = None,
         dropout: float = 0.0,
         init: Init = "contractive",
-        injection_norm: bool = False,
+        injection_norm: bool = True,
         solver: SolverOption = Anderson(),  # noqa: B008 - frozen
         adjoint: GradientOption = Implicit(),  # noqa: B008 - frozen
         on_failure: OnFailure = "warn",
@@ -281,7 +283,7 @@ class DEQFusion(nn.Module):
             dtype = functools.reduce(torch.promote_types, dtypes)
             xs = [x.to(dtype) for x in xs]
         if self.injection_norm:
-            xs = [_normalised(x) for x in xs]
+            xs = [inputs.unit_size(x) for x in xs]
         return xs
 
     def _widths(self) -> list[int]:
@@ -349,7 +351,8 @@ class DEQFusion(nn.Module):
             state_dict: the released tensors by name, weights (d, d), (d,) or as 1x1 convolutions;
                 any prefix is removed.
             variant: "released" or "released-mmimdb".
-            **options: further arguments of :class:`DEQFusion`; sizes come from the state dict.
+            **options: further arguments of :class:`DEQFusion`; sizes come from the state dict, and
+                ``injection_norm`` is False when not given, as these weights were trained.
 
         Returns:
             A layer with these weights, in their dtype.
@@ -361,18 +364,10 @@ class DEQFusion(nn.Module):
 
         checks.one_of("variant", variant, ("released", "released-mmimdb"))
         sizes, renamed = read_released(state_dict)
+        options = {"injection_norm": False, **options}
         layer = cls(**sizes, variant=variant, **options).to(renamed["combine.norm.weight"].dtype)
         layer.load_state_dict(renamed)
         return layer
-
-
-def _normalised(x: Tensor) -> Tensor:
-    """Each row of x (B, d) less its mean, over its deviation; NaN where the variance overflows.
-
-    Torch's rstd is 0 there, and the row would be zeros, an input like any other.
-    """
-    normed, _, rstd = torch.native_layer_norm(x, x.shape[-1:], None, None, 1e-5)
-    return normed + torch.where(rstd > 0, 0.0, torch.nan).to(x.dtype)
 
 
 def _projections(

@@ -1,15 +1,19 @@
-"""Checks on what ``DEQFusion.forward`` receives."""
+"""What ``DEQFusion.forward`` receives: checks, and the size of its injections."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from deqfuse import checks
+from deqfuse.backends.problem import compute_dtype
 from deqfuse.nn.fast import plain_lead
 from deqfuse.torch_private import in_transform, traced
+
+_LEAST_RMS = 1e-12  # of an injection, whose squares float32 can still hold
 
 
 def check_features(
@@ -80,3 +84,15 @@ def check_start(
     checks.operand("z0[0]", fused, like, (*lead, dim), "(..., dim)")
     checks.operand("z0[1]", cells, like, (num_modalities, *lead, dim), "(N, ..., dim)")
     return fused.reshape(-1, dim), cells.reshape(num_modalities, -1, dim)
+
+
+def unit_size(x: Tensor) -> Tensor:
+    """Each row of x (B, d) over its root mean square; NaN where its squares overflow.
+
+    A norm that is infinite would leave a row of zeros, an input like any other. Rows below the
+    floor, zeros among them, keep their direction and lose size.
+    """
+    dtype, width = compute_dtype(x.dtype), math.sqrt(x.shape[-1])
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype)
+    scale = torch.where(norm < math.inf, width / norm.clamp_min(_LEAST_RMS * width), math.nan)
+    return (x * scale).to(x.dtype)

@@ -48,6 +48,7 @@ PUBLIC = [
     "ResidualCell",
     "SolveInfo",
     "Unrolled",
+    "WarmStart",
     "present_from_nan",
 ]
 FUNCTIONAL = [

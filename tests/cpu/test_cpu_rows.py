@@ -129,7 +129,7 @@ def test_gradients_of_a_row_are_the_same_in_any_company(adjoint, dtype):
 @each_dtype
 def test_answers_do_not_depend_on_the_number_of_threads(dtype, rows, threads):
     fusion, answers = layer(dtype), []
-    for count in (1, 2, 3):
+    for count in (1, 2, 3, 64):
         threads(count)
         answers.append(run(fusion, features(dtype, rows), cotangent(dtype, rows)))
     for answer in answers[1:]:

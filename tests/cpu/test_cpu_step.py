@@ -208,7 +208,7 @@ def test_the_step_does_not_depend_on_threads_or_company(threads):
             lambda z: gain * torch.cos(z.roll(1, 1)) + x, torch.zeros_like(x), solver=solver
         )[:2]
 
-    for count in (1, 2, 3):
+    for count in (1, 2, 3, 64):
         threads(count)
         runs.append(elementwise(slice(None)))
     z, info = runs[0]

@@ -31,7 +31,7 @@ TIGHT = {"solver": Anderson(tol=1e-11, max_iter=300), "adjoint": Implicit(tol=1e
 
 def make(dtype: torch.dtype = torch.float64, **options) -> DEQFusion:
     torch.manual_seed(0)
-    given = {"num_groups": 3, "on_failure": "ignore", **TIGHT, **options}
+    given = {"num_groups": 3, "on_failure": "ignore", "injection_norm": False, **TIGHT, **options}
     layer = DEQFusion(DIM, N, **given).to(dtype)
     with torch.no_grad():
         for p in layer.parameters():

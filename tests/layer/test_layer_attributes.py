@@ -126,7 +126,7 @@ def test_a_gate_is_a_flag() -> None:
 def test_printed_layers_say_what_they_do() -> None:
     text = DEQFusion(8, 2, gate=False, dropout=0.25, backend="reference").extra_repr()
     for part in ("cell='residual'", "combine='purify'", "gate=False", "dropout=0.25",
-                 "injection_norm=False", "backend='reference'", "solver=Anderson(",
+                 "injection_norm=True", "backend='reference'", "solver=Anderson(",
                  "on_failure='warn'"):  # fmt: skip
         assert part in text
     tied = DEQFusion(8, 2, weight_tied_steps=3, solver=Picard()).extra_repr()

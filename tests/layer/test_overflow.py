@@ -147,14 +147,14 @@ def test_grad_scaler_skips_the_step_and_goes_on() -> None:
 # ---- inputs whose squares overflow ---------------------------------------------------------------
 
 LAYERS: dict[str, dict[str, Any]] = {
-    "paper": {},
+    "default": {},
     "released": {"variant": "released"},
     "released-mmimdb": {"variant": "released-mmimdb"},
-    "injection norm": {"injection_norm": True},
+    "papers' equations": {"injection_norm": False},
     "identity cells": {"cell": "identity"},
     "no gate": {"gate": False},
     "sum": {"combine": "sum"},
-    "weighted sum": {"combine": "weighted_sum"},
+    "weighted sum": {"combine": "weighted_sum", "injection_norm": False},
     "weight-tied steps": {"weight_tied_steps": 3},
 }
 
@@ -192,7 +192,7 @@ def test_what_is_called_converged_is_right(kind: str, dtype: torch.dtype, backen
 
 
 def test_a_closed_form_of_an_overflow_is_no_answer() -> None:
-    module = DEQFusion(D, N, combine="weighted_sum")
+    module = DEQFusion(D, N, combine="weighted_sum", injection_norm=False)
     xs = [torch.full((3, D), 1.0), torch.full((3, D), 1.0)]
     xs[0][1] = xs[1][1] = 3e38
     _, info = module(xs, return_info=True)

@@ -37,22 +37,37 @@ SLOW = [pytest.param(d, n, r, marks=pytest.mark.slow)
         if (d, n, r) not in CASES]  # fmt: skip
 
 
-@pytest.mark.parametrize("rectified", [False, True], ids=["gaussian", "rectified"])
+ANY = [(64, 6, 0.01), (300, 3, 100.0), (500, 2, None)]  # None: mixed
+ANY += [pytest.param(d, n, r, marks=pytest.mark.slow)
+        for d in (64, 300, 500) for n in (2, 3, 6) for r in (0.01, 1.0, 100.0, None)
+        if (d, n, r) not in ANY]  # fmt: skip
+each_kind = pytest.mark.parametrize("rectified", [False, True], ids=["gaussian", "rectified"])
+
+
+@each_kind
+@pytest.mark.parametrize(("dim", "n", "rms"), ANY)
+def test_default_layer_converges_at_any_scale(
+    dim: int, n: int, rms: float | None, rectified: bool
+) -> None:
+    """Mixed: from the first modality to the last, one is a thousand times as large."""
+    torch.manual_seed(0)
+    solver = Anderson(tol=TOL, max_iter=50, rescue=False)
+    layer = DEQFusion(dim, n, solver=solver, on_failure="ignore")
+    xs = inputs(dim, n, 1.0 if rms is None else rms, rectified)
+    if rms is None:
+        xs = [x * 10 ** (3 * i / (n - 1) - 1.5) for i, x in enumerate(xs)]
+    assert min(shares(layer, xs)) >= 0.996  # of 256 rows all but one; the study has more of them
+
+
+@each_kind
 @pytest.mark.parametrize(("dim", "n", "rms"), [*CASES, *SLOW])
-def test_default_init_converges_in_every_block(
+def test_default_init_converges_with_the_papers_equations(
     dim: int, n: int, rms: float, rectified: bool
 ) -> None:
     torch.manual_seed(0)
-    layer = DEQFusion(dim, n, solver=Anderson(tol=TOL, max_iter=50), on_failure="ignore")
-    assert min(shares(layer, inputs(dim, n, rms, rectified))) >= 0.999
-
-
-@pytest.mark.parametrize("rms", [0.01, 1.0, 100.0])
-def test_injection_norm_takes_any_scale(rms: float) -> None:
-    torch.manual_seed(0)
     solver = Anderson(tol=TOL, max_iter=50)
-    layer = DEQFusion(64, 3, injection_norm=True, solver=solver, on_failure="ignore")
-    assert min(shares(layer, inputs(64, 3, rms, rectified=True))) >= 0.999
+    layer = DEQFusion(dim, n, injection_norm=False, solver=solver, on_failure="ignore")
+    assert min(shares(layer, inputs(dim, n, rms, rectified))) >= 0.999
 
 
 @pytest.mark.parametrize("injection_norm", [False, True])
@@ -103,7 +118,7 @@ def test_rescue_finds_rows_that_anderson_lost() -> None:
     for rescue in (False, True):
         torch.manual_seed(0)
         solver = Anderson(tol=TOL, max_iter=50, rescue=rescue)
-        layer = DEQFusion(16, 3, solver=solver, on_failure="ignore")
+        layer = DEQFusion(16, 3, injection_norm=False, solver=solver, on_failure="ignore")
         with torch.no_grad():
             _, info = layer(xs, return_info=True)
         found.append(int(info.converged.sum()))

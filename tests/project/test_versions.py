@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -150,6 +152,17 @@ def test_a_pair_is_set_up_by_make_and_tested_in_a_copy(
     copied = {p.relative_to(pair / "source").as_posix() for p in (pair / "source").rglob("*")}
     assert copied == {"Makefile", "deqfuse", "deqfuse/layer.py"}
     assert (pair / "environment" / "kept").exists()
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_an_environment_gets_a_setuptools_that_builds(tmp_path: Path) -> None:
+    """Python 3.10 and 3.11 put an older one into it, which pip leaves there unless told more."""
+    venv, needed = tmp_path / "venv", "setuptools>=77.0.3"
+    assert f'requires = ["{needed}"]' in (versions.ROOT / "pyproject.toml").read_text()
+    command = ["make", "-n", f"{venv}/.installed", f"VENV={venv}", f"PYTHON={sys.executable}"]
+    command += ["TORCH=torch==2.12.*"]
+    text = subprocess.run(command, capture_output=True, text=True, cwd=versions.ROOT).stdout
+    assert f"constraints.txt torch '{needed}'" in text
 
 
 def test_unknown_pairs_are_refused(

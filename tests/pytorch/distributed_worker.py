@@ -76,7 +76,8 @@ def uneven(strategy: str) -> dict[str, Any]:
     """Three steps in which rank 0 has few easy rows and the others many hard ones, or none."""
     torch.manual_seed(0)
     rank = dist.get_rank()
-    options = {"init": "torch", "on_failure": "ignore", "solver": Anderson(max_iter=200)}
+    options = {"init": "torch", "on_failure": "ignore", "solver": Anderson(max_iter=200),
+               "injection_norm": False}  # fmt: skip
     model = wrapped(Model(torch.float32, **options), strategy)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     evaluations = []

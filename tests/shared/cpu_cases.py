@@ -53,7 +53,8 @@ class Case:
         """Every parameter is away from its initial zeros and ones."""
         torch.manual_seed(1000 * self.dim + self.n)
         given = {"num_groups": self.groups, "variant": self.variant, "init": self.init}
-        layer = DEQFusion(self.dim, self.n, on_failure="ignore", **{**given, **options})
+        given |= {"on_failure": "ignore", "injection_norm": False}  # x is what kernels are given
+        layer = DEQFusion(self.dim, self.n, **{**given, **options})
         scatter_norms(layer)
         return layer.to(DTYPES[self.dtype])
 

@@ -45,8 +45,9 @@ class Inputs:
 def layer_like(layer: DEQFusion) -> DEQFusion:
     """The same equations with parameters of its own."""
     twin = DEQFusion(
-        layer.dim, layer.num_modalities, num_groups=layer.num_groups, variant=layer.variant
-    )
+        layer.dim, layer.num_modalities, num_groups=layer.num_groups, variant=layer.variant,
+        injection_norm=layer.injection_norm,
+    )  # fmt: skip
     twin.load_state_dict(layer.state_dict())
     return twin
 
