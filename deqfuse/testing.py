@@ -59,7 +59,8 @@ def naive_injections(
     if fusion.projections is not None:
         x = [project(x_i) for project, x_i in zip(fusion.projections, x, strict=True)]
     if fusion.injection_norm:
-        x = [x_i / x_i.square().mean(1, keepdim=True).sqrt().clamp_min(1e-12) for x_i in x]
+        sizes = [x_i.square().mean(1, keepdim=True).sqrt() for x_i in x]
+        x = [x_i / size.where(size > 0, 1.0) for x_i, size in zip(x, sizes, strict=True)]
     x_fuse = torch.zeros_like(x[0])
     if fusion.injection is not None:
         shape = (-1, *_joint(fusion, features), fusion.dim)

@@ -89,10 +89,10 @@ def check_start(
 def unit_size(x: Tensor) -> Tensor:
     """Each row of x (B, d) over its root mean square; NaN where its squares overflow.
 
-    A norm that is infinite would leave a row of zeros, an input like any other. Rows below the
-    floor, zeros among them, keep their direction and lose size.
+    A norm that is infinite would leave a row of zeros, an input like any other. Rows of zeros, and
+    those too small to have a direction, become zeros without a gradient, which would be huge.
     """
     dtype, width = compute_dtype(x.dtype), math.sqrt(x.shape[-1])
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype)
-    scale = torch.where(norm < math.inf, width / norm.clamp_min(LEAST_RMS * width), math.nan)
-    return (x * scale).to(x.dtype)
+    norm, least = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype), LEAST_RMS * width
+    scale = torch.where(norm > least, width / norm.clamp_min(least), 0.0)
+    return (x * torch.where(norm < math.inf, scale, math.nan)).to(x.dtype)

@@ -32,6 +32,7 @@ from deqfuse import (
     Outcome,
     ResidualCell,
     Unrolled,
+    WarmStart,
 )
 from deqfuse.testing import gradient_errors, naive_root
 
@@ -43,7 +44,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "released": {"variant": "released"},
     "no gate": {"gate": False},
     "sum": {"combine": "sum"},
-    "normed": {"injection_norm": True},
+    "not normed": {"injection_norm": False},
     "projected": {"in_dims": (5, 5, 5)},
     "unrolled": {"adjoint": Unrolled()},
     "broyden": {"solver": Broyden()},
@@ -119,7 +120,7 @@ def test_none_and_residual_are_the_layer_itself() -> None:
 
 
 def test_dropout_start_and_leading_dimensions() -> None:
-    layer = layer_of("convolution", dropout=0.3, **TIGHT)
+    layer = layer_of("convolution", dropout=0.3, solver=Anderson(tol=1e-10, max_iter=200))
     xs = [x.reshape(2, 3, T, DIM) for x in features("convolution", rows=6)]
     torch.manual_seed(0)
     z, zs, info = layer(xs, return_cells=True, return_info=True)
@@ -128,8 +129,9 @@ def test_dropout_start_and_leading_dimensions() -> None:
     assert info.cells.outcome.shape == (N, 2, 3, T)
     torch.manual_seed(0)
     again, warm = layer(xs, z0=(z, zs), return_info=True)
-    torch.testing.assert_close(again, z, rtol=0, atol=1e-9)
-    assert (warm.nfe <= 2).all()
+    torch.testing.assert_close(again, z, rtol=0, atol=1e-8)
+    assert (warm.cells.nfe[[0, 2]] == 1).all()  # they contract: f(z), the start, is nearer still
+    assert (warm.nfe < info.nfe).all()
     assert layer([x[:, :0] for x in xs]).shape == (2, 0, T, DIM)
 
 
@@ -164,6 +166,14 @@ def test_a_cell_may_work_in_place() -> None:
             torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
 
 
+def test_warm_starts_of_a_training() -> None:
+    layer, xs = layer_of("convolution"), features("convolution")
+    warm, rows = WarmStart(layer, num_rows=5 * T), torch.arange(5 * T).reshape(5, T)
+    counts = [warm(xs, rows, return_info=True)[1].cells.nfe for _ in range(2)]
+    assert (counts[1][[0, 2]] <= 2).all()
+    assert (counts[0][[0, 2]] > 3).all()
+
+
 # ---- what is said of them ------------------------------------------------------------------------
 
 
@@ -178,8 +188,9 @@ def test_the_record_has_each_cell_in_its_place() -> None:
 
 
 def test_a_sample_is_one_problem_and_its_rows_share_the_statistics() -> None:
-    options = {"cells": [ScaleCell(0.3), None, ScaleCell(-0.6)], "cell_dims": 2}
-    layer = layer_of("convolution", **{**TIGHT, **options, "solver": Anderson(trace=True)})
+    options: dict[str, Any] = {"cells": [ScaleCell(0.3), None, ScaleCell(-0.6)]}
+    options |= {"solver": Anderson(trace=True), "injection_norm": False}
+    layer = layer_of("convolution", **options)
     xs = features("convolution")
     _, info = layer(xs, return_info=True)
     for block in (info.cells.residual, info.cells.nfe, info.cells.trace.nan_to_num(-1.0)):

@@ -42,7 +42,11 @@ def run(problem: Problem, kind: str, cut: str, seed: int = SEED, **options):
 
 
 def check(case: Case, cut: str, kind: str, **options: bool) -> None:
-    """As exact as the host policy, in as many applications of J^T."""
+    """As exact as the host policy, in as many applications of J^T.
+
+    By rounding, a row whose checked residual is near the tolerance may go one round more: the
+    direction's application, the residual's, and the check's (common/bicgstab.h).
+    """
     problem = Problem(case, mask=True)
     truth, _ = problem.run(kind, cpu_native, dtype=torch.float64, tol=1e-13)
     with device(limit_for(cut, case)):
@@ -50,7 +54,7 @@ def check(case: Case, cut: str, kind: str, **options: bool) -> None:
     given, (residual, ours, outcome) = run(problem, kind, cut, **options)
     assert (outcome == Outcome.CONVERGED).all()
     assert (residual <= options.get("tol", problem.tol)).all()
-    assert (ours - nfe).abs().max() <= 2
+    assert (ours - nfe).abs().max() <= 3
     unit = torch.finfo(torch.float64 if case.dtype == "f64" else torch.float32).eps
     assert distance(given, truth) <= 4 * distance(host, truth) + 64 * unit
 
@@ -128,6 +132,6 @@ def test_other_solvers_and_budgets_are_those_of_the_host_policy(cut, kind, optio
     with device(limit_for(cut, problem.case)):
         host, (_, nfe, outcome) = problem.run(kind, cuda_native, **options)
     given, (_, ours, ended) = run(problem, kind, cut, **options)
-    assert (ours - nfe).abs().max() <= 2
+    assert (ours - nfe).abs().max() <= 3
     assert torch.equal(ended, outcome)
     assert distance(given, host) <= 1e-4
