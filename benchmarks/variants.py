@@ -70,7 +70,8 @@ def deqfuse_variant(backend: str) -> Callable[[Problem, float], Contender]:
 
     def build(problem: Problem, tol: float) -> Contender:
         layer = copy.copy(problem.layer)  # shares the parameters
-        layer.solver = Anderson(tol=tol, max_iter=MAX_ITER, m=problem.case.m)
+        # Everybody has the same budget: no rescue of rows that are out of reach.
+        layer.solver = Anderson(tol=tol, max_iter=MAX_ITER, m=problem.case.m, rescue=False)
         layer.adjoint = Implicit(tol=tol, max_iter=ADJOINT_MAX_ITER)
         layer.backend = backend
 
