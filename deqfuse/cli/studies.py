@@ -64,7 +64,12 @@ def _numerals(options: argparse.Namespace) -> Study:
 
 
 def _omics(options: argparse.Namespace) -> Study:
-    study = OmicsStudy(Path(options.data), seeds=_seeds(options))
+    study = OmicsStudy(
+        Path(options.data),
+        seeds=_seeds(options),
+        learning_rates=tuple(options.learning_rates),
+        ablations=options.ablations,
+    )
     study = replace(study, recipe=_recipe(options, study.recipe))
     return replace(study, dim=32) if options.quick else study
 
