@@ -6,6 +6,8 @@ import argparse
 import math
 
 import deqfuse
+from deqfuse.experiments.mmdynamics import ABLATIONS as OMICS_ABLATIONS
+from deqfuse.experiments.mmdynamics import FUSIONS as OMICS
 
 __all__ = ["parser"]
 
@@ -233,9 +235,13 @@ def _add_experiment(commands: argparse._SubParsersAction[argparse.ArgumentParser
                 help="those that every fusion tries (default 3e-4 1e-3)",
             )
             one.add_argument(
-                "--ablations",
-                action="store_true",
-                help="also DEQ Fusion without cells, without combination and without gate",
+                "--fusions",
+                nargs="*",
+                choices=(*OMICS, *OMICS_ABLATIONS),
+                default=OMICS,
+                metavar="NAME",
+                help="what is run besides concatenation and DEQ Fusion, of "
+                f"{', '.join((*OMICS, *OMICS_ABLATIONS))} (default {' '.join(OMICS)})",
             )
         if name == "audiovisual":
             one.add_argument(

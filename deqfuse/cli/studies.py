@@ -68,7 +68,7 @@ def _omics(options: argparse.Namespace) -> Study:
         Path(options.data),
         seeds=_seeds(options),
         learning_rates=tuple(options.learning_rates),
-        ablations=options.ablations,
+        fusions=tuple(options.fusions),
     )
     study = replace(study, recipe=_recipe(options, study.recipe))
     return replace(study, dim=32) if options.quick else study

@@ -28,29 +28,29 @@ LABELS = {
     "concat": "concatenation",
     "weighted": "weighted sum",
     "norm": "GN(relu(x_f)), injections as they come",
-    "unit norm": "GN(relu(x_f)), injections of unit size",
+    "unit-norm": "GN(relu(x_f)), injections of unit size",
     "tied": f"{TIED_STEPS} tied steps",
     "paper": "DEQ Fusion, papers' equations",
     "deq": "DEQ Fusion",
-    "no cell": "no cell (z_i = x_i)",
-    "no combine": "no combine (z_f = sum z_i)",
-    "no gate": "no gate",
+    "no-cell": "no cell (z_i = x_i)",
+    "no-combine": "no combine (z_f = sum z_i)",
+    "no-gate": "no-gate",
 }
 # Arguments of DEQFusion; x_f is the weighted sum. The papers' equations take injections as they
-# come, so "norm" is the control of "paper" and "unit norm" that of "deq".
+# come, so "norm" is the control of "paper" and "unit-norm" that of "deq".
 _LAYERS: dict[str, dict[str, Any]] = {
     "weighted": {"combine": "weighted_sum", "injection_norm": False},
     "norm": {"combine": "weighted_sum", "injection_norm": False},
-    "unit norm": {"combine": "weighted_sum"},
+    "unit-norm": {"combine": "weighted_sum"},
     "tied": {"weight_tied_steps": TIED_STEPS},
     "paper": {"injection_norm": False},
     "deq": {},
-    "no cell": {"cell": "identity"},
-    "no combine": {"combine": "sum"},
-    "no gate": {"gate": False},
+    "no-cell": {"cell": "identity"},
+    "no-combine": {"combine": "sum"},
+    "no-gate": {"gate": False},
 }
-FUSIONS = ("concat", "weighted", "norm", "unit norm", "tied", "paper", "deq")
-ABLATIONS = ("no cell", "no combine", "no gate")  # of "deq": Tables 6 and 7 of arXiv 2306.16645
+FUSIONS = ("weighted", "norm", "unit-norm", "tied", "paper")  # besides "concat" and "deq"
+ABLATIONS = ("no-cell", "no-combine", "no-gate")  # of "deq": Tables 6 and 7 of arXiv 2306.16645
 SOLVED = ("paper", "deq", *ABLATIONS)  # those with an equilibrium
 
 
@@ -77,7 +77,7 @@ class MMDynamics(nn.Module):
             options = {"num_groups": GROUPS, "solver": SOLVER, "adjoint": ADJOINT}
             self.fusion = DEQFusion(dim, len(widths), **options, **_LAYERS[fusion])
         self.norm: nn.Module = nn.Identity()
-        if fusion in ("norm", "unit norm"):
+        if fusion in ("norm", "unit-norm"):
             self.norm = nn.Sequential(nn.ReLU(), nn.GroupNorm(GROUPS, dim))
         self.head = _linear(dim * (len(widths) if fusion == "concat" else 1), num_classes)
 
