@@ -6,8 +6,6 @@ import argparse
 import math
 
 import deqfuse
-from deqfuse.experiments.mmdynamics import ABLATIONS as OMICS_ABLATIONS
-from deqfuse.experiments.mmdynamics import FUSIONS as OMICS
 
 __all__ = ["parser"]
 
@@ -237,11 +235,9 @@ def _add_experiment(commands: argparse._SubParsersAction[argparse.ArgumentParser
             one.add_argument(
                 "--fusions",
                 nargs="*",
-                choices=(*OMICS, *OMICS_ABLATIONS),
-                default=OMICS,
                 metavar="NAME",
-                help="what is run besides concatenation and DEQ Fusion, of "
-                f"{', '.join((*OMICS, *OMICS_ABLATIONS))} (default {' '.join(OMICS)})",
+                help="what is run besides concatenation and DEQ Fusion: weighted norm unit-norm "
+                "tied paper (the default), no-cell no-combine no-gate",
             )
         if name == "audiovisual":
             one.add_argument(
