@@ -122,7 +122,8 @@ def _reading(groups: _Groups, main: Sequence[str]) -> tuple[str, ...]:
             result = paired(
                 _test(groups["deq"], "accuracy"), _test(groups[control], "accuracy"), 100
             )
-            lines.append(f"DEQ Fusion against {text}, accuracy in points: {result}.")
+            if result is not None:
+                lines.append(f"DEQ Fusion against {text}, accuracy in points: {result}.")
     return tuple(lines)
 
 
@@ -165,9 +166,9 @@ def _differences(
     headers = ("fusion", *(METRICS[name].header.replace(" %", "") for name in metrics))
     note = (
         f"Minus {LABELS[baseline]}, seed by seed (same validation rows, same initial values of the "
-        "shared parts): mean, and in brackets two standard errors to either side, which for normal "
-        "differences hold the truth with 92% for ten seeds and 88% for five. Points, cross-entropy "
-        "in nats; of cross-entropy and ECE less is better. All seeds share the test rows, so the "
+        "shared parts): mean, and in brackets two standard errors to either side (for normal "
+        "differences an interval of 92% with ten seeds, 88% with five). Points, cross-entropy in "
+        "nats; of cross-entropy and ECE less is better. All seeds share the test rows, so the "
         "interval leaves out what other test rows would change."
     )
     return Table(headers, tuple(rows), (note,))
@@ -291,10 +292,10 @@ def _method(
         "its fuse map. It divides every injection by its root mean square, so that of a confidence "
         "only the sign enters; the papers' equations take injections as they come.",
         f"Every fusion has the same budget: learning rates {rates}, Adam, weight decay "
-        f"{settings['weight_decay']:g}, gradient norm clipped at {settings['clip_norm']:g}, at most "
-        f"{settings['epochs']} epochs of one full-batch step, ended after {settings['patience']} "
-        f"epochs without a better one, Jacobian weight {settings['jacobian_weight']:g} where there "
-        "is an equilibrium.",
+        f"{settings['weight_decay']:g}, gradient norm clipped at {settings['clip_norm']:g}, "
+        f"{settings['epochs']} epochs of one full-batch step at most, ended after "
+        f"{settings['patience']} epochs without a better one; Jacobian weight "
+        f"{settings['jacobian_weight']:g} where there is an equilibrium.",
         f"Each seed holds out {100 * settings['validation']:.0f}% of the training rows. The epoch "
         f"(every {settings['evaluate_every']} epochs) and the learning rate of lowest "
         "cross-entropy on them are chosen, and this one model is tested once. Test rows decide "
