@@ -228,9 +228,9 @@ def _add_experiment(commands: argparse._SubParsersAction[argparse.ArgumentParser
                 "--learning-rates",
                 type=_positive_number,
                 nargs="+",
-                default=[3e-4, 1e-3],
+                default=[1e-3, 3e-3],
                 metavar="RATE",
-                help="those that every fusion tries (default 3e-4 1e-3)",
+                help="those that every fusion tries (default 1e-3 3e-3)",
             )
             one.add_argument(
                 "--fusions",
