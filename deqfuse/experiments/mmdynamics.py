@@ -74,8 +74,8 @@ class MMDynamics(nn.Module):
         self.confidences = nn.ModuleList(_linear(dim, 1) for _ in widths)
         self.fusion: DEQFusion | None = None
         if fusion != "concat":
-            options = {"num_groups": GROUPS, "solver": SOLVER, "adjoint": ADJOINT}
-            self.fusion = DEQFusion(dim, len(widths), **options, **_LAYERS[fusion])
+            how: dict[str, Any] = {"num_groups": GROUPS, "solver": SOLVER, "adjoint": ADJOINT}
+            self.fusion = DEQFusion(dim, len(widths), **how, **_LAYERS[fusion])
         self.norm: nn.Module = nn.Identity()
         if fusion in ("norm", "unit-norm"):
             self.norm = nn.Sequential(nn.ReLU(), nn.GroupNorm(GROUPS, dim))
