@@ -59,7 +59,7 @@ def build(
         ),
         Section("What was chosen", (_at_the_end(groups, settings),), _choices(groups, settings)),
         Section("Convergence and cost", (), _solves(groups), _curves(groups)),
-        Section("What was done", _method(settings, learning, test)),
+        Section("What was done", _method(groups, settings, learning, test)),
     ]
     if ablations:
         table = _differences(groups, ablations, "deq", metrics)
@@ -109,11 +109,11 @@ def _reading(groups: _Groups, main: Sequence[str]) -> tuple[str, ...]:
         result = paired(_test(groups[fusion], "accuracy"), baseline)
         if fusion != "concat" and result is not None:
             found[result.sign].append(LABELS[fusion])
-    words = {1: "above", -1: "below", 0: "undecided"}
-    listed = "; ".join(
-        f"{words[sign]}: {', '.join(names) or 'none'}" for sign, names in found.items()
+    words = {1: "Above", -1: "Below", 0: "Undecided"}
+    listed = ". ".join(
+        f"{words[sign]}: {'; '.join(names) or 'none'}" for sign, names in found.items()
     )
-    lines = [f"Accuracy against concatenation, decided beyond two standard errors: {listed}."]
+    lines = [f"Accuracy against concatenation, decided beyond two standard errors. {listed}."]
     for control, text in (
         ("unit-norm", "the same sum with a GroupNorm and without an equilibrium"),
         ("paper", "the papers' equations"),
@@ -143,7 +143,7 @@ def _scores(groups: _Groups, main: Sequence[str], metrics: Sequence[str]) -> Tab
     seeds = len(groups["concat"])
     one = ", F1: of class 1, AUC: of its probability" if "f1" in metrics else ""
     note = (
-        f"Test rows; mean ± standard error over {seeds} seeds{one}. Cross-entropy in nats. ECE: "
+        f"Test rows; mean ± standard error, seeds: {seeds}{one}. Cross-entropy in nats. ECE: "
         f"expected calibration error, {BINS} bins. GN(relu(x_f)): the weighted sum with ReLU and "
         "GroupNorm before the head, as at the end of DEQ Fusion, and no equilibrium; the control "
         "of the papers' equations has injections as they come, that of DEQ Fusion of unit size."
@@ -204,7 +204,7 @@ def _at_the_end(groups: _Groups, settings: dict[str, Any]) -> str:
         fusion: sum(record.values["chosen_epoch"] == epochs for record in group)
         for fusion, group in groups.items()
     }
-    named = ", ".join(f"{LABELS[fusion]} ({count})" for fusion, count in late.items() if count)
+    named = "; ".join(f"{LABELS[fusion]} ({count})" for fusion, count in late.items() if count)
     total = sum(map(len, groups.values()))
     fast = sum(r.values["learning_rate"] == highest for group in groups.values() for r in group)
     return (
@@ -279,10 +279,12 @@ def _resampled(curve: Sequence[float], points: int) -> list[float]:
 
 
 def _method(
-    settings: dict[str, Any], learning: MultiviewData, test: MultiviewData
+    groups: _Groups, settings: dict[str, Any], learning: MultiviewData, test: MultiviewData
 ) -> tuple[str, ...]:
     rates = " and ".join(f"{rate:g}" for rate in settings["learning_rate"])
+    trained = "; ".join(LABELS[fusion] for fusion in groups)
     return (
+        f"Trained (seeds each: {len(groups['deq'])}): {trained}.",
         f"Data: {learning.num_rows} training and {test.num_rows} test rows, views of "
         f"{', '.join(map(str, learning.widths))} features, {learning.num_classes} classes; every "
         "feature scaled to [0, 1] on the training rows.",
