@@ -103,17 +103,19 @@ def _lead(groups: _Groups, settings: dict[str, Any]) -> str:
 
 def _reading(groups: _Groups, main: Sequence[str]) -> tuple[str, ...]:
     """What the numbers say, in sentences that hold whatever they are."""
-    baseline = _test(groups["concat"], "accuracy")
-    found: dict[int, list[str]] = {1: [], -1: [], 0: []}
-    for fusion in main:
-        result = paired(_test(groups[fusion], "accuracy"), baseline)
-        if fusion != "concat" and result is not None:
-            found[result.sign].append(LABELS[fusion])
-    words = {1: "Above", -1: "Below", 0: "Undecided"}
-    listed = ". ".join(
-        f"{words[sign]}: {'; '.join(names) or 'none'}" for sign, names in found.items()
-    )
-    lines = [f"Accuracy against concatenation, decided beyond two standard errors. {listed}."]
+    lines = []
+    for metric, better in (("accuracy", 1), ("cross_entropy", -1)):
+        found: dict[int, list[str]] = {better: [], -better: [], 0: []}
+        for fusion in main:
+            result = paired(_test(groups[fusion], metric), _test(groups["concat"], metric))
+            if fusion != "concat" and result is not None:
+                found[result.sign].append(LABELS[fusion])
+        words = {better: "Better", -better: "Worse", 0: "Undecided"}
+        listed = ". ".join(
+            f"{words[sign]}: {'; '.join(names) or 'none'}" for sign, names in found.items()
+        )
+        name = METRICS[metric].header.replace(" %", "").capitalize()
+        lines.append(f"{name} against concatenation, decided beyond two standard errors. {listed}.")
     for control, text in (
         ("unit-norm", "the same sum with a GroupNorm and without an equilibrium"),
         ("paper", "the papers' equations"),
