@@ -77,18 +77,22 @@ def test_omics_gives_every_fusion_the_same_budget(folders: dict[str, Path]) -> N
     assert splits.train.num_rows + splits.validation.num_rows == learning.num_rows
 
 
+def of_seeds(name: str, scores: dict[str, list[float]]) -> dict[str, list[Record]]:
+    """Trials by fusion that have these test scores, a value per seed."""
+    return {
+        fusion: [
+            Record(f"{fusion} {i}", {}, 0.0, {"test": {"accuracy": 0.5, name: score}})
+            for i, score in enumerate(found)
+        ]
+        for fusion, found in scores.items()
+    }
+
+
 def test_omics_report_says_whether_the_layer_is_below() -> None:
-    """The first line, by the paired difference; and the interval of the table."""
+    """The first line, by the paired difference."""
 
     def lead(ours: list[float], theirs: list[float]) -> str:
-        scores = {"deq": ours, "concat": theirs}
-        groups = {
-            fusion: [
-                Record(f"{fusion} {i}", {}, 0.0, {"test": {"accuracy": score}})
-                for i, score in enumerate(found)
-            ]
-            for fusion, found in scores.items()
-        }
+        groups = of_seeds("accuracy", {"deq": ours, "concat": theirs})
         return omics_report._lead(groups, {"data": "X"})
 
     below = lead([0.5, 0.6, 0.7], [0.6, 0.71, 0.8])
@@ -97,6 +101,15 @@ def test_omics_report_says_whether_the_layer_is_below() -> None:
     assert "is not below concatenation" in lead([0.5, 0.7, 0.9], [0.6, 0.71, 0.8])
     assert "is not below, but above, concatenation" in lead([0.9, 0.9, 0.91], [0.6, 0.71, 0.8])
     assert "+10.0 points of accuracy (one seed)" in lead([0.8], [0.7])
+
+
+def test_omics_report_prefers_low_cross_entropy() -> None:
+    scores = {"concat": [1.0, 1.1], "weighted": [0.8, 0.9], "tied": [1.2, 1.31], "deq": [0.8, 1.4]}
+    groups = of_seeds("cross_entropy", scores)
+    assert omics_report._reading(groups, [*scores])[1] == (
+        "Cross-entropy against concatenation, decided beyond two standard errors. Better: weighted "
+        "sum. Worse: 5 tied steps. Undecided: DEQ Fusion."
+    )
 
 
 def test_omics_refuses_unknown_fusions(
