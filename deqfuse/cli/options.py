@@ -228,7 +228,6 @@ def _add_experiment(commands: argparse._SubParsersAction[argparse.ArgumentParser
                 "--learning-rates",
                 type=_positive_number,
                 nargs="+",
-                default=[1e-3, 3e-3],
                 metavar="RATE",
                 help="those that every fusion tries (default 1e-3 3e-3)",
             )

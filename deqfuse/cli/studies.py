@@ -17,7 +17,7 @@ from deqfuse.data import DataWarning
 from deqfuse.experiments.audiovisual import AudiovisualStudy
 from deqfuse.experiments.mmdynamics import ABLATIONS, FUSIONS
 from deqfuse.experiments.numerals import NumeralsStudy
-from deqfuse.experiments.omics import OmicsStudy
+from deqfuse.experiments.omics import LEARNING_RATES, OmicsStudy
 from deqfuse.experiments.provenance import run_facts
 from deqfuse.experiments.runner import run_trials
 from deqfuse.experiments.store import TrialStore
@@ -73,7 +73,7 @@ def _omics(options: argparse.Namespace) -> Study:
     study = OmicsStudy(
         Path(options.data),
         seeds=_seeds(options),
-        learning_rates=tuple(options.learning_rates),
+        learning_rates=tuple(options.learning_rates or LEARNING_RATES),
         fusions=fusions,
     )
     study = replace(study, recipe=_recipe(options, study.recipe))

@@ -34,8 +34,9 @@ from deqfuse.experiments.training import Recipe, evaluate, fit
 from deqfuse.reports.errors import UserError
 from deqfuse.reports.page import Report
 
-__all__ = ["RECIPE", "OmicsStudy"]
+__all__ = ["LEARNING_RATES", "RECIPE", "OmicsStudy"]
 
+LEARNING_RATES = (1e-3, 3e-3)
 VALIDATION = 0.2  # of the training rows, drawn anew for every seed
 
 STUDY_VERSION = 3  # rises when the same settings give other results; older trials are refused
@@ -71,7 +72,7 @@ class OmicsStudy(Study):
     folder: Path
     seeds: int = 10
     recipe: Recipe = field(default_factory=lambda: RECIPE)
-    learning_rates: tuple[float, ...] = (1e-3, 3e-3)
+    learning_rates: tuple[float, ...] = LEARNING_RATES
     fusions: tuple[str, ...] = FUSIONS
     dim: int = 300
     name = "omics"
