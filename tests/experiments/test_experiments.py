@@ -233,6 +233,7 @@ def test_nan_is_not_written(tmp_path: Path) -> None:
         (["omics"], "the following arguments are required: --data"),
         (["audiovisual"], "the following arguments are required: --images, --audio"),
         (["numerals", "--jobs", "0"], "expected a whole number >= 1, got '0'"),
+        (["omics", "--learning-rates", "1e-3", "-1"], "expected a number > 0, got '-1'"),
     ],
 )
 def test_options_are_checked(

@@ -16,6 +16,7 @@ import torch
 from deqfuse.cli.main import main
 from deqfuse.data import MultiviewData
 from deqfuse.experiments import audiovisual, numerals, omics, omics_report, synthetic
+from deqfuse.experiments.mmdynamics import LABELS
 from deqfuse.experiments.study import Record, Study, Trial
 
 SIZE = synthetic.Size(dim=3, rows=12, width=8)
@@ -119,6 +120,21 @@ def test_omics_refuses_unknown_fusions(
     assert main([*arguments, "--out", str(tmp_path / "out")]) == 2
     assert "--fusions: expected some of weighted, norm," in (told := capsys.readouterr().err)
     assert "got 'sum'" in told
+
+
+def test_omics_ablations_have_a_table_of_their_own(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    arguments = ["experiment", "omics", "--data", str(folders["data"]), "--quick", "--seeds", "1"]
+    ablations = ["no-cell", "no-combine", "no-gate"]
+    assert main([*arguments, "--fusions", *ablations, "--out", str(tmp_path / "out")]) == 0
+    page = (tmp_path / "out" / "README.md").read_text()
+    results, after = page.split("## Ablations: difference to DEQ Fusion")
+    table = after.split("##")[0]
+    for name in ablations:
+        label = LABELS[name]
+        assert f"| {label} |" in table
+        assert f"| {label} |" not in results
 
 
 STUDIES = {
