@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
-from typing import Literal
 
 import torch
 
@@ -25,12 +24,12 @@ from deqfuse import ConvergenceWarning
 from deqfuse.backends import BackendName
 from deqfuse.data import MultiviewData
 from deqfuse.experiments.mmdynamics import MMDynamics
-from deqfuse.experiments.omics import FUSE_DROPOUT, FUSED_GAIN, PAPER
+from deqfuse.experiments.omics import RECIPE
 from deqfuse.experiments.training import History, Recipe, collect_warnings, train_step
 
 ROWS, WIDTHS, CLASSES, DIM = 196, (200, 200, 200), 2, 300
 STEPS_BEFORE = 100
-WITHOUT = dataclasses.replace(PAPER, jacobian_weight=0.0)
+WITHOUT = dataclasses.replace(RECIPE, jacobian_weight=0.0)
 
 
 def draw_data() -> MultiviewData:
@@ -44,11 +43,10 @@ def draw_data() -> MultiviewData:
     )
 
 
-def build(fusion: Literal["concat", "deq"]) -> MMDynamics:
+def build(fusion: str) -> MMDynamics:
     """The study's model with its initial values."""
     torch.manual_seed(0)
-    options = {"fuse_dropout": FUSE_DROPOUT["deq"], "fused_gain": FUSED_GAIN}
-    return MMDynamics(WIDTHS, CLASSES, fusion, DIM, **options)
+    return MMDynamics(WIDTHS, CLASSES, fusion, DIM)
 
 
 def adam(model: MMDynamics, recipe: Recipe) -> torch.optim.Adam:
@@ -62,9 +60,9 @@ def trained(data: MultiviewData, steps: int) -> dict[str, MMDynamics]:
     """Both fusions after some steps of the study's training."""
     models = {"deq": build("deq"), "concat": build("concat")}
     for model in models.values():
-        optimizer = adam(model, PAPER)
+        optimizer = adam(model, RECIPE)
         for _ in range(steps):
-            train_step(model, data, optimizer, PAPER, History())
+            train_step(model, data, optimizer, RECIPE, History())
     return models
 
 
@@ -101,10 +99,10 @@ def measure(steps: int, budget: float, turns: tuple[int, int]) -> str:
     with collect_warnings(ConvergenceWarning):
         models = trained(data, steps)
         made = {
-            "DEQ Fusion with penalty": step_of(models["deq"], data, PAPER, "auto"),
+            "DEQ Fusion with penalty": step_of(models["deq"], data, RECIPE, "auto"),
             "DEQ Fusion without": step_of(models["deq"], data, WITHOUT, "auto"),
-            "with penalty, reference": step_of(models["deq"], data, PAPER, "reference"),
-            "concatenation": step_of(models["concat"], data, PAPER, "auto"),
+            "with penalty, reference": step_of(models["deq"], data, RECIPE, "reference"),
+            "concatenation": step_of(models["concat"], data, RECIPE, "auto"),
         }
         calls = {name: call for name, (call, _) in made.items()}
         samples = interleave(calls, budget, turns)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 
 import deqfuse
 
@@ -62,7 +63,7 @@ Examples:
 
   deqfuse experiment synthetic              progressive fusion's Appendix B.1
   deqfuse experiment numerals               fusions, ablations, robustness, probes (shipped data)
-  deqfuse experiment omics --data DIR       MM-Dynamics with and without DEQ Fusion (MOGONET layout)
+  deqfuse experiment omics --data DIR       MM-Dynamics with several fusions (MOGONET layout)
   deqfuse experiment audiovisual --images DIR --audio DIR     digits seen and spoken
 """
 
@@ -88,7 +89,7 @@ SHELLS = ("bash", "zsh", "tcsh")
 _HELP = {
     "synthetic": "progressive fusion and DEQ Fusion on two dependent views (Appendix B.1)",
     "numerals": "all fusions and ablations on the handwritten numerals",
-    "omics": "MM-Dynamics with concatenation against DEQ Fusion",
+    "omics": "MM-Dynamics with concatenation, DEQ Fusion and what lies between",
     "audiovisual": "digits seen (MNIST format) and spoken (free-spoken-digit format)",
 }
 _EXAMPLES = {
@@ -223,6 +224,20 @@ def _add_experiment(commands: argparse._SubParsersAction[argparse.ArgumentParser
             one.add_argument(
                 "--data", required=True, metavar="DIR", help="folder in MOGONET layout"
             )
+            one.add_argument(
+                "--learning-rates",
+                type=_positive_number,
+                nargs="+",
+                metavar="RATE",
+                help="those that every fusion tries (default 1e-3 3e-3)",
+            )
+            one.add_argument(
+                "--fusions",
+                nargs="*",
+                metavar="NAME",
+                help="what is run besides concatenation and DEQ Fusion: weighted norm unit-norm "
+                "tied paper (the default), no-cell no-combine no-gate",
+            )
         if name == "audiovisual":
             one.add_argument(
                 "--images",
@@ -282,6 +297,16 @@ def _positive(text: str) -> int:
         value = 0
     if value < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number >= 1, got {text!r}")
+    return value
+
+
+def _positive_number(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number > 0, got {text!r}")
     return value
 
 

@@ -15,14 +15,16 @@ import torch
 from deqfuse.cli.progress import Stage, make_console
 from deqfuse.data import DataWarning
 from deqfuse.experiments.audiovisual import AudiovisualStudy
+from deqfuse.experiments.mmdynamics import ABLATIONS, FUSIONS
 from deqfuse.experiments.numerals import NumeralsStudy
-from deqfuse.experiments.omics import OmicsStudy
+from deqfuse.experiments.omics import LEARNING_RATES, OmicsStudy
 from deqfuse.experiments.provenance import run_facts
 from deqfuse.experiments.runner import run_trials
 from deqfuse.experiments.store import TrialStore
 from deqfuse.experiments.study import Record, Study, Trial
 from deqfuse.experiments.synthetic import Size, SyntheticStudy
 from deqfuse.experiments.training import Recipe, collect_warnings
+from deqfuse.reports.errors import UserError
 from deqfuse.reports.facts import machine_facts
 from deqfuse.reports.folder import MANIFEST, OutputFolder
 from deqfuse.reports.page import Section
@@ -64,7 +66,16 @@ def _numerals(options: argparse.Namespace) -> Study:
 
 
 def _omics(options: argparse.Namespace) -> Study:
-    study = OmicsStudy(Path(options.data), seeds=_seeds(options))
+    fusions = FUSIONS if options.fusions is None else tuple(options.fusions)
+    known = (*FUSIONS, *ABLATIONS)
+    if unknown := [name for name in fusions if name not in known]:
+        raise UserError(f"--fusions: expected some of {', '.join(known)}, got {unknown[0]!r}")
+    study = OmicsStudy(
+        Path(options.data),
+        seeds=_seeds(options),
+        learning_rates=tuple(options.learning_rates or LEARNING_RATES),
+        fusions=fusions,
+    )
     study = replace(study, recipe=_recipe(options, study.recipe))
     return replace(study, dim=32) if options.quick else study
 

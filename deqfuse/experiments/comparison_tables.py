@@ -171,7 +171,9 @@ def runs_as_json(runs: Sequence[Run]) -> list[dict[str, Any]]:
 
 
 def _metrics(run: Run) -> list[str]:
-    return [name for name in METRIC_NAMES if name in run.test]
+    """With two classes F1 is that of class 1, without averages over classes."""
+    names = [name for name in METRIC_NAMES if name in run.test]
+    return [n for n in names if "f1" not in names or n not in ("weighted_f1", "macro_f1")]
 
 
 def _steps(kind: FusionKind, group: Sequence[Run]) -> tuple[str, ...]:

@@ -3,9 +3,20 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["METRIC_NAMES", "accuracy", "auc", "evaluate_metrics", "f1_scores"]
+__all__ = [
+    "METRIC_NAMES",
+    "accuracy",
+    "auc",
+    "calibration_error",
+    "evaluate_metrics",
+    "f1_scores",
+    "probability_metrics",
+]
+
+BINS = 15  # of the calibration error
 
 # Of what evaluate_metrics() computes, as headers of a table.
 METRIC_NAMES = {
@@ -57,10 +68,44 @@ def auc(scores: Tensor, positive: Tensor) -> float:
     return ((below + not_above).double() / 2).mean().item() / len(down)
 
 
-def evaluate_metrics(logits: Tensor, labels: Tensor) -> dict[str, float]:
-    """Accuracy and F1 of (B, classes) logits: F1 of class 1 and AUC if binary, else two averages.
+def calibration_error(logits: Tensor, labels: Tensor, bins: int = BINS) -> float:
+    """Expected calibration error: how far confidence is from accuracy, in probability.
 
-    The keys are ``accuracy`` and, for two classes, ``f1`` and ``auc``; for more, ``weighted_f1``
+    Rows fall into ``bins`` equal intervals of their highest probability; the differences between
+    the mean of it and the accuracy in an interval are averaged over the rows (Guo et al., "On
+    Calibration of Modern Neural Networks", ICML 2017, Eq. 3).
+
+    Args:
+        logits: (B, classes).
+        labels: (B,) int64.
+        bins: number of intervals, closed above: the first is (0, 1/bins].
+
+    Returns:
+        0 for perfect calibration, at most 1; NaN if a logit is not finite.
+    """
+    if not logits.isfinite().all():
+        return float("nan")
+    confidence, predicted = logits.double().softmax(1).max(1)
+    which = (confidence * bins).ceil().long().clamp(1, bins) - 1
+    gaps = confidence - (predicted == labels).double()
+    return gaps.new_zeros(bins).index_add(0, which, gaps).abs().sum().item() / len(labels)
+
+
+def probability_metrics(logits: Tensor, labels: Tensor) -> dict[str, float]:
+    """``cross_entropy`` (nats) and ``ece``, what :func:`calibration_error` gives.
+
+    Args:
+        logits: (B, classes).
+        labels: (B,) int64.
+    """
+    loss = F.cross_entropy(logits.double(), labels).item()
+    return {"cross_entropy": loss, "ece": calibration_error(logits, labels)}
+
+
+def evaluate_metrics(logits: Tensor, labels: Tensor) -> dict[str, float]:
+    """Accuracy and F1 of (B, classes) logits, as shares of 1.
+
+    The keys are ``accuracy``, for two classes ``f1`` (of class 1) and ``auc``, and ``weighted_f1``
     (classes weighted by their rows) and ``macro_f1`` (all classes alike). All are NaN if a logit is
     not finite.
     """
@@ -72,7 +117,6 @@ def evaluate_metrics(logits: Tensor, labels: Tensor) -> dict[str, float]:
     if num_classes == 2:
         metrics["f1"] = f1[1].item()
         metrics["auc"] = auc(logits[:, 1] - logits[:, 0], labels == 1)
-    else:
-        metrics["weighted_f1"] = ((f1 * support).sum() / support.sum().clamp(min=1)).item()
-        metrics["macro_f1"] = f1.mean().item()
+    metrics["weighted_f1"] = ((f1 * support).sum() / support.sum().clamp(min=1)).item()
+    metrics["macro_f1"] = f1.mean().item()
     return metrics

@@ -1,121 +1,110 @@
-"""MM-Dynamics (Han et al., CVPR 2022), the omics baseline of DEQ Fusion, with either fusion.
+"""MM-Dynamics (Han et al., CVPR 2022), the omics baseline of DEQ Fusion, with any fusion.
 
 Per view: a gate per feature, an encoder, a classifier, and a confidence that is trained to be the
 probability which this classifier gives to the true class. Encodings times their confidence are
-fused, by concatenation or by DEQ Fusion (Section 4.1 and Appendix B of arXiv 2306.16645), and
+fused (Section 4.1 and Appendix B of arXiv 2306.16645: by concatenation or by DEQ Fusion), and
 classified.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deqfuse import (
-    Anderson,
-    DEQFusion,
-    Implicit,
-    ModalityDropout,
-    SolveInfo,
-    present_from_nan,
-)
+from deqfuse import Anderson, DEQFusion, Implicit, SolveInfo
 from deqfuse.data import MultiviewData
+from deqfuse.experiments.models import GROUPS, TIED_STEPS
 
-__all__ = ["MMDynamics"]
+__all__ = ["ABLATIONS", "DROPOUT", "FUSIONS", "LABELS", "SOLVED", "MMDynamics"]
 
 DROPOUT = 0.5  # of the encodings
 SOLVER, ADJOINT = Anderson(tol=1e-4, max_iter=50), Implicit(tol=1e-4)  # the library's own
+
+LABELS = {
+    "concat": "concatenation",
+    "weighted": "weighted sum",
+    "norm": "GN(relu(x_f)), injections as they come",
+    "unit-norm": "GN(relu(x_f)), injections of unit size",
+    "tied": f"{TIED_STEPS} tied steps",
+    "paper": "DEQ Fusion, papers' equations",
+    "deq": "DEQ Fusion",
+    "no-cell": "no cell (z_i = x_i)",
+    "no-combine": "no combine (z_f = sum z_i)",
+    "no-gate": "no-gate",
+}
+# Arguments of DEQFusion; x_f is the weighted sum. The papers' equations take injections as they
+# come, so "norm" is the control of "paper" and "unit-norm" that of "deq".
+_LAYERS: dict[str, dict[str, Any]] = {
+    "weighted": {"combine": "weighted_sum", "injection_norm": False},
+    "norm": {"combine": "weighted_sum", "injection_norm": False},
+    "unit-norm": {"combine": "weighted_sum"},
+    "tied": {"weight_tied_steps": TIED_STEPS},
+    "paper": {"injection_norm": False},
+    "deq": {},
+    "no-cell": {"cell": "identity"},
+    "no-combine": {"combine": "sum"},
+    "no-gate": {"gate": False},
+}
+FUSIONS = ("weighted", "norm", "unit-norm", "tied", "paper")  # besides "concat" and "deq"
+ABLATIONS = ("no-cell", "no-combine", "no-gate")  # of "deq": Tables 6 and 7 of arXiv 2306.16645
+SOLVED = ("paper", "deq", *ABLATIONS)  # those with an equilibrium
 
 
 class MMDynamics(nn.Module):
     """The model; ``fusion`` is what the comparison is about.
 
-    A row lacks a view where all of its features are NaN. DEQ Fusion is told so; concatenation gets
-    something in its place.
-
     Args:
         widths: features of each view.
         num_classes: C.
-        fusion: "concat" or "deq".
+        fusion: a key of ``LABELS``.
         dim: width d of the encodings.
-        fuse_dropout: of W_f's output; DEQ Fusion only.
-        fused_gain: see :meth:`loss`.
-        means: per view the training rows' mean (features,), which concatenation gets in place of
-            an absent view; zeros in place of its encoding when not given.
-        modality_dropout: probability of a view to be absent in training.
     """
 
-    def __init__(
-        self,
-        widths: Sequence[int],
-        num_classes: int,
-        fusion: Literal["concat", "deq"],
-        dim: int = 300,
-        fuse_dropout: float = 0.0,
-        fused_gain: float = 1.0,
-        means: Sequence[Tensor] | None = None,
-        modality_dropout: float = 0.0,
-    ) -> None:
+    def __init__(self, widths: Sequence[int], num_classes: int, fusion: str, dim: int) -> None:
         super().__init__()
-        self.fused_gain, self.means = fused_gain, means
-        self.drop = ModalityDropout(modality_dropout)
+        self.key = fusion
         # Everything that the fusions share first: under one seed it starts from the same values.
         self.gates = nn.ModuleList(_linear(width, width) for width in widths)
         self.encoders = nn.ModuleList(_linear(width, dim) for width in widths)
         self.classifiers = nn.ModuleList(_linear(dim, num_classes) for _ in widths)
         self.confidences = nn.ModuleList(_linear(dim, 1) for _ in widths)
         self.fusion: DEQFusion | None = None
-        if fusion == "deq":
-            self.fusion = DEQFusion(
-                dim, len(widths), dropout=fuse_dropout, solver=SOLVER, adjoint=ADJOINT
-            )
-        self.head = _linear(dim * (1 if fusion == "deq" else len(widths)), num_classes)
+        if fusion != "concat":
+            how: dict[str, Any] = {"num_groups": GROUPS, "solver": SOLVER, "adjoint": ADJOINT}
+            self.fusion = DEQFusion(dim, len(widths), **how, **_LAYERS[fusion])
+        self.norm: nn.Module = nn.Identity()
+        if fusion in ("norm", "unit-norm"):
+            self.norm = nn.Sequential(nn.ReLU(), nn.GroupNorm(GROUPS, dim))
+        self.head = _linear(dim * (len(widths) if fusion == "concat" else 1), num_classes)
 
     def logits(self, views: Sequence[Tensor]) -> tuple[Tensor, SolveInfo | None]:
         """Per view (B, features) -> (B, C), and how the solve went."""
-        views, present = self._seen(views)
         encodings = self._encodings(views, self._gates(views))
-        return self._fuse(encodings, self._confidences(encodings), present)
+        return self._fuse(encodings, self._confidences(encodings))
 
     def loss(self, batch: MultiviewData) -> tuple[Tensor, SolveInfo | None]:
         """Cross-entropy of the fusion and of every view, mean gates, errors of the confidences.
 
-        Han et al. (MM-Dynamics) add them up: ``fused_gain`` 1. The code of DEQ Fusion for BRCA adds
-        them view after view and multiplies what is there by 1.5 before each, so that the fused
-        loss counts 1.5^N and the first view 1.5^(N-1): ``fused_gain`` 1.5. The terms of a view are
-        those of the rows that have it.
+        Han et al. (MM-Dynamics) add them up, and so does this. The code of DEQ Fusion for BRCA adds
+        them view after view and multiplies what is there by 1.5 before each.
         """
-        views, present = self._seen(batch.views)
-        gates = self._gates(views)
-        encodings = self._encodings(views, gates)
+        gates = self._gates(batch.views)
+        encodings = self._encodings(batch.views, gates)
         confidences = self._confidences(encodings)
-        logits, info = self._fuse(encodings, confidences, present)
+        logits, info = self._fuse(encodings, confidences)
         total = F.cross_entropy(logits, batch.labels)
-        for gate, encoding, confidence, classifier, here in zip(
-            gates, encodings, confidences, self.classifiers, present.T, strict=True
+        for gate, encoding, confidence, classifier in zip(
+            gates, encodings, confidences, self.classifiers, strict=True
         ):
-            total = self.fused_gain * total
-            if not here.any():
-                continue
-            labels, own = batch.labels[here], classifier(encoding[here])
-            of_truth = own.softmax(1).gather(1, labels[:, None])
-            total = total + gate[here].mean()  # a small mean gate: few features
-            total = total + F.mse_loss(confidence[here], of_truth) + F.cross_entropy(own, labels)
+            own = classifier(encoding)
+            of_truth = own.softmax(1).gather(1, batch.labels[:, None])
+            total = total + gate.mean()  # a small mean gate: few features
+            total = total + F.mse_loss(confidence, of_truth) + F.cross_entropy(own, batch.labels)
         return total, info
-
-    def _seen(self, views: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
-        """The views without NaN, and which of them the fusion is to count: (B, N)."""
-        present = self.drop(views, present_from_nan(views))
-        means = self.means or [view.new_zeros(()) for view in views]
-        seen = [
-            torch.where(here[:, None], view, mean)
-            for view, here, mean in zip(views, present.T, means, strict=True)
-        ]
-        return seen, present if self.means is None else torch.ones_like(present)
 
     def _gates(self, views: Sequence[Tensor]) -> list[Tensor]:
         return [torch.sigmoid(gate(x)) for gate, x in zip(self.gates, views, strict=True)]
@@ -130,14 +119,13 @@ class MMDynamics(nn.Module):
         return [layer(x) for layer, x in zip(self.confidences, encodings, strict=True)]
 
     def _fuse(
-        self, encodings: Sequence[Tensor], confidences: Sequence[Tensor], present: Tensor
+        self, encodings: Sequence[Tensor], confidences: Sequence[Tensor]
     ) -> tuple[Tensor, SolveInfo | None]:
         weighted = [x * c for x, c in zip(encodings, confidences, strict=True)]
         if self.fusion is None:
-            weighted = [x * here[:, None] for x, here in zip(weighted, present.T, strict=True)]
             return self.head(torch.cat(weighted, dim=1)), None
-        fused, info = self.fusion(weighted, present=present, return_info=True)
-        return self.head(fused), info
+        fused, info = self.fusion(weighted, return_info=True)
+        return self.head(self.norm(fused)), info if self.key in SOLVED else None
 
 
 def _linear(width: int, out: int) -> nn.Linear:

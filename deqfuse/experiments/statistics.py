@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import isfinite, nan
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
 from deqfuse.reports.page import NOTHING
 
-__all__ = ["Paired", "describe", "numbers", "paired", "percent", "spread", "versus"]
+__all__ = [
+    "Paired",
+    "describe",
+    "mean_error",
+    "numbers",
+    "paired",
+    "percent",
+    "spread",
+    "versus",
+]
 
 
 def numbers(values: Sequence[float | None], scale: float = 1.0) -> list[float]:
@@ -29,17 +38,29 @@ def describe(values: Sequence[float | None]) -> dict[str, Any]:
 
 def spread(values: Sequence[float | None], digits: int = 3, scale: float = 1.0) -> str:
     """``mean ± standard deviation`` as text; the value alone when there is one."""
-    known = [v for v in numbers(values, scale) if isfinite(v)]
-    if not known or len(known) < len(values):
-        return NOTHING
-    if len(known) == 1:
-        return f"{known[0]:.{digits}f}"
-    return f"{fmean(known):.{digits}f} ± {stdev(known):.{digits}f}"
+    return _mean(values, digits, scale, lambda count: 1.0)
 
 
 def percent(values: Sequence[float | None]) -> str:
     """Shares as percentages with their spread."""
     return spread(values, digits=1, scale=100.0)
+
+
+def mean_error(values: Sequence[float | None], digits: int = 3, scale: float = 1.0) -> str:
+    """``mean ± standard error of the mean`` as text; the value alone when there is one."""
+    return _mean(values, digits, scale, lambda count: count**-0.5)
+
+
+def _mean(
+    values: Sequence[float | None], digits: int, scale: float, factor: Callable[[int], float]
+) -> str:
+    """The mean and, times ``factor(count)``, the standard deviation."""
+    known = [v for v in numbers(values, scale) if isfinite(v)]
+    if not known or len(known) < len(values):
+        return NOTHING
+    if len(known) == 1:
+        return f"{known[0]:.{digits}f}"
+    return f"{fmean(known):.{digits}f} ± {factor(len(known)) * stdev(known):.{digits}f}"
 
 
 class Paired(NamedTuple):
@@ -56,6 +77,13 @@ class Paired(NamedTuple):
         if self.error is None or abs(self.mean) <= 2 * self.error:
             return 0
         return 1 if self.mean > 0 else -1
+
+    def interval(self, digits: int = 1) -> str:
+        """``mean [low, high]``: two standard errors to either side; one seed has no interval."""
+        if self.error is None:
+            return f"{self.mean:+.{digits}f}"
+        low, high = self.mean - 2 * self.error, self.mean + 2 * self.error
+        return f"{self.mean:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
 
     def __str__(self) -> str:
         if self.error is None:

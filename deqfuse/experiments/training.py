@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from deqfuse import ConvergenceWarning, Outcome, SolveInfo
 from deqfuse.data import MultiviewData
-from deqfuse.experiments.metrics import accuracy, evaluate_metrics
+from deqfuse.experiments.metrics import accuracy, evaluate_metrics, probability_metrics
 
 __all__ = [
     "Classifier",
@@ -35,6 +35,7 @@ __all__ = [
 ]
 
 CURVE_POINTS = 50  # of what is recorded through training
+BEGINNING = 0.02  # of the steps: in the first ones of a training rows may not converge yet
 
 
 class Classifier(Protocol):
@@ -68,6 +69,19 @@ class Recipe:
     jacobian_weight: float = 20.0  # of SolveInfo.jacobian_penalty
     evaluate_every: int = 1  # epochs
     patience: int | None = None  # epochs without a better one after which training ends
+    choose_by: Literal["accuracy", "cross_entropy"] = "accuracy"  # on the validation rows
+
+    def rank(self, accuracy: float, cross_entropy: float) -> tuple[float, float]:
+        """How good answers on validation rows are, more is better.
+
+        The one rule by which an epoch is chosen, and a training among several. The other of the two
+        numbers decides ties. NaN compares with nothing: any finite answers are better.
+        """
+        if not math.isfinite(accuracy):
+            return -math.inf, -math.inf
+        if self.choose_by == "cross_entropy":
+            return -cross_entropy, accuracy
+        return accuracy, -cross_entropy
 
 
 @dataclass
@@ -76,9 +90,12 @@ class History:
 
     chosen_epoch: int = 0  # counted from 1
     epochs: int = 0  # that were trained
+    rank: tuple[float, float] = (-math.inf, -math.inf)  # of the chosen epoch, see Recipe.rank
     validation: list[float] = field(default_factory=list)  # accuracy at every evaluation
+    validation_loss: list[float] = field(default_factory=list)  # cross-entropy, likewise
     train_loss: list[float] = field(default_factory=list)  # per epoch, without the penalty
     converged: list[Tensor] = field(default_factory=list)  # per step: which rows
+    rescued: list[Tensor] = field(default_factory=list)  # per step: share of rows
     fuse_nfe: list[Tensor] = field(default_factory=list)  # per step: mean over rows
     step_seconds: list[float] = field(default_factory=list)
     epoch_seconds: list[float] = field(default_factory=list)  # training only
@@ -97,13 +114,19 @@ class History:
             "chosen_epoch": self.chosen_epoch,
             "epochs": self.epochs,
             "validation_accuracy": max(filter(math.isfinite, self.validation), default=None),
+            "validation_cross_entropy": min(
+                filter(math.isfinite, self.validation_loss), default=None
+            ),
             "step_ms": round(1000 * median(self.step_seconds), 3),
         }
         if self.converged:
             shares = torch.stack([rows.double().mean() for rows in self.converged])
+            settled = shares[min(math.ceil(BEGINNING * len(shares)), len(shares) - 1) :]
             out |= {
                 "train_converged": shares.mean().item(),
-                "train_converged_worst_step": shares.min().item(),
+                "train_converged_settled": settled.mean().item(),
+                "train_converged_worst_step": settled.min().item(),
+                "train_rescued": torch.stack(self.rescued).mean().item(),
                 "train_converged_curve": _curve(shares),
                 "train_fuse_nfe_curve": _curve(torch.stack(self.fuse_nfe).double()),
                 "convergence_warnings": len(self.warnings),
@@ -119,7 +142,7 @@ def fit(
     seed: int,
     on_epoch: Callable[[int, float], None] = lambda epoch, validation: None,
 ) -> History:
-    """Train; keep the epoch of best validation accuracy, the validation loss deciding ties.
+    """Train; keep the epoch that :meth:`Recipe.rank` calls the best on the validation rows.
 
     Args:
         model: a :class:`Classifier`, trained in place.
@@ -134,7 +157,7 @@ def fit(
     schedule = _schedule(optimizer, recipe)
     order = torch.Generator().manual_seed(seed)  # its own stream: same batches for every model
     history = History()
-    best, best_state = (-1.0, -math.inf), copy.deepcopy(model.state_dict())
+    best_state = copy.deepcopy(model.state_dict())
     with collect_warnings(ConvergenceWarning) as messages:
         for epoch in range(1, recipe.epochs + 1):
             started = time.perf_counter()
@@ -155,10 +178,10 @@ def fit(
             score = accuracy(logits, validation.labels)
             loss = nn.functional.cross_entropy(logits, validation.labels).item()
             history.validation.append(score)
-            # NaN compares with nothing: any epoch with finite answers is better.
-            rank = (score, -loss) if math.isfinite(score) else (-1.0, -math.inf)
-            if history.chosen_epoch == 0 or rank > best:
-                best, best_state = rank, copy.deepcopy(model.state_dict())
+            history.validation_loss.append(loss)
+            rank = recipe.rank(score, loss)
+            if history.chosen_epoch == 0 or rank > history.rank:
+                history.rank, best_state = rank, copy.deepcopy(model.state_dict())
                 history.chosen_epoch = epoch
             on_epoch(epoch, score)
             if recipe.patience is not None and epoch - history.chosen_epoch >= recipe.patience:
@@ -183,6 +206,7 @@ def train_step(
     plain = loss.detach()
     if info is not None:
         history.converged.append(info.converged.flatten())
+        history.rescued.append(info.rescued.double().mean())
         history.fuse_nfe.append(info.fuse.nfe.double().mean())
         if recipe.jacobian_weight and info.blocks:
             loss = loss + recipe.jacobian_weight * info.jacobian_penalty()
@@ -205,16 +229,18 @@ def evaluate(model: nn.Module, data: MultiviewData) -> dict[str, Any]:
     """Metrics of a trained model on rows that it has not seen, and how their solves went.
 
     Returns:
-        The metrics of :func:`evaluate_metrics`, None where undefined; ``non_finite_rows``, if there
-        are rows whose logits are not finite; for an equilibrium ``converged``, the share of rows
-        whose every block converged, and ``fuse_nfe`` and (where there are cells) ``cells_nfe``:
-        median and maximum over the rows of the evaluations, cells of absent views left out.
+        The metrics of :func:`evaluate_metrics` and :func:`probability_metrics`, None where
+        undefined; ``non_finite_rows``, if there are rows whose logits are not finite; for an
+        equilibrium ``converged``, the share of rows whose every block converged, and ``fuse_nfe``
+        and (where there are cells) ``cells_nfe``: median and maximum over the rows of the
+        evaluations, cells of absent views left out.
     """
     with collect_warnings(ConvergenceWarning):  # the share of converged rows says it
         logits, info = predict(model, data)
     values: dict[str, Any] = {
         name: value if math.isfinite(value) else None  # NaN is no JSON
-        for name, value in evaluate_metrics(logits, data.labels).items()
+        for metrics in (evaluate_metrics, probability_metrics)
+        for name, value in metrics(logits, data.labels).items()
     }
     broken = int((~logits.isfinite().all(1)).sum())
     if broken:

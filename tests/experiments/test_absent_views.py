@@ -17,8 +17,7 @@ from torch import Tensor, nn
 
 from deqfuse.cli.main import main
 from deqfuse.data import MultiviewData
-from deqfuse.experiments import absence, numerals, omics
-from deqfuse.experiments.mmdynamics import MMDynamics
+from deqfuse.experiments import absence, numerals
 from deqfuse.experiments.models import LABELS, MASKED, FusionClassifier
 from deqfuse.experiments.study import Record
 from deqfuse.experiments.training import evaluate
@@ -88,39 +87,6 @@ def test_the_others_get_the_mean_or_zeros(key: str) -> None:
     encoders = model.encoders if model.pro is None else model.pro.encoders
     for encoder, view, here in zip(encoders, data.views, data.present.T, strict=True):
         assert (encoder(view + 1.5)[~here] == 0).all()  # also with a context added
-
-
-@pytest.mark.parametrize("fusion", ["concat", "deq"])
-def test_mm_dynamics_counts_the_rows_that_have_a_view(fusion: Any) -> None:
-    """The loss once more, row by row; zeros for what concatenation lacks."""
-    torch.manual_seed(0)
-    model, data = MMDynamics(WIDTHS, 3, fusion, dim=16).eval(), batch()
-    weighted, own = [], []
-    for i, (x, here) in enumerate(zip(data.views, data.present.T, strict=True)):
-        seen, labels = x[here], data.labels[here]
-        gate = torch.sigmoid(model.gates[i](seen))
-        h = F.relu(model.encoders[i](gate * seen))
-        confidence, answer = model.confidences[i](h), model.classifiers[i](h)
-        truth = answer.softmax(1)[torch.arange(len(labels)), labels]
-        own.append(gate.mean() + (confidence[:, 0] - truth).square().mean() - truth.log().mean())
-        weighted.append(
-            torch.zeros(len(x), 16).index_copy(0, torch.nonzero(here)[:, 0], h * confidence)
-        )
-    if model.fusion is None:
-        logits = model.head(torch.cat(weighted, 1))
-    else:
-        logits = model.head(model.fusion(weighted, present=data.present))
-    torch.testing.assert_close(model.logits(data.views)[0], logits)
-    loss, _ = model.loss(data)
-    torch.testing.assert_close(loss, F.cross_entropy(logits, data.labels) + sum(own))
-
-
-def test_mm_dynamics_may_get_the_mean() -> None:
-    torch.manual_seed(0)
-    means = [torch.randn(n) for n in WIDTHS]
-    model, data = MMDynamics(WIDTHS, 3, "concat", dim=16, means=means).eval(), batch()
-    filled = [torch.where(x.isnan(), m, x) for x, m in zip(data.views, means, strict=True)]
-    torch.testing.assert_close(model.logits(data.views)[0], model.logits(filled)[0])
 
 
 def test_cells_of_absent_views_have_no_steps_to_count() -> None:
@@ -210,22 +176,11 @@ def test_section_compares_with_the_baseline() -> None:
     assert section.picture.name == absence.FILE
 
 
-@pytest.mark.parametrize("study", ["numerals", "omics"])
 @pytest.mark.parametrize("key", ["concat", "deq"])
-def test_trial_of_a_study(study: str, key: str, tmp_path: Path) -> None:
+def test_trial_of_a_study(key: str) -> None:
     """The same curve every time; with complete rows the accuracy of the study's own trial."""
-    if study == "numerals":
-        recipe = replace(numerals.RECIPE, epochs=2)
-        whole: Any = numerals.NumeralsStudy(
-            1, recipe, (100,), held_rows=50, models=("concat", "deq")
-        )
-        own = {"rows": 100, "model": key, "seed": 0}
-    else:
-        folder = write_mogonet(tmp_path / "data")
-        whole = omics.OmicsStudy(
-            folder, 1, replace(omics.PAPER, epochs=4, learning_rate=0.01), dim=16
-        )
-        own = {"views": [0, 1], "fusion": key, "seed": 0}
+    recipe = replace(numerals.RECIPE, epochs=2)
+    whole = numerals.NumeralsStudy(1, recipe, (100,), held_rows=50, models=("concat", "deq"))
     trials = whole.trials()
     mine = [t for t in trials if t.params.get("absent") == key]
     assert [t.params["dropout"] for t in mine] == [False, True]
@@ -233,6 +188,7 @@ def test_trial_of_a_study(study: str, key: str, tmp_path: Path) -> None:
     expected = {"mask"} if key == "deq" else {"zeros", "mean"}
     assert [*map(set, found)] == [expected, expected]
     assert whole.run(mine[1])["curves"] == found[1]
+    own = {"rows": 100, "model": key, "seed": 0}
     reference = next(t for t in trials if dict(t.params) == own)
     score = whole.run(reference)["test"]["accuracy"]
     assert {curve[0] for curve in found[0].values()} == {score}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import signal
 import subprocess
@@ -349,6 +350,23 @@ def test_metrics_against_hand_counted_values() -> None:
     assert scores["accuracy"] == pytest.approx(4 / 6)
     assert scores["macro_f1"] == pytest.approx((0.8 + 0.5 + 2 / 3) / 3)
     assert scores["weighted_f1"] == pytest.approx((3 * 0.8 + 2 * 0.5 + 2 / 3) / 6)
+
+
+def test_calibration_error_against_hand_counted_values() -> None:
+    """Of 15 bins, 0.61 to 0.65 share one and 0.9 has its own."""
+    sure = torch.tensor([0.61, 0.65, 0.65, 0.9]).double()
+    logits = torch.stack([sure, 1 - sure], 1).log()
+    labels = torch.tensor([0, 0, 1, 1])
+    expected = (abs(0.61 + 0.65 + 0.65 - 2) + abs(0.9 - 0)) / 4
+    assert metrics.calibration_error(logits, labels) == pytest.approx(expected)
+    one = metrics.calibration_error(logits, labels, bins=1)
+    assert one == pytest.approx(abs(0.61 + 0.65 + 0.65 + 0.9 - 2) / 4)
+    scores = metrics.probability_metrics(logits, labels)
+    assert scores["ece"] == pytest.approx(expected)
+    chances = 0.61 * 0.65 * (1 - 0.65) * (1 - 0.9)
+    assert scores["cross_entropy"] == pytest.approx(-math.log(chances) / 4)
+    certain = torch.tensor([[0.0, 500.0]])  # probability 1: the last bin holds it
+    assert metrics.calibration_error(certain, torch.tensor([1])) == 0.0
 
 
 def test_auc_counts_pairs_and_halves_ties() -> None:

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ import deqfuse
 from deqfuse.cli.main import main
 from deqfuse.cli.studies import run_study
 from deqfuse.data import MultiviewData
-from deqfuse.experiments.statistics import describe, percent, versus
+from deqfuse.experiments.statistics import describe, mean_error, paired, percent, versus
 from deqfuse.experiments.store import TRIALS, TrialStore
 from deqfuse.experiments.study import Record, Study, Trial, select
 from deqfuse.experiments.synthetic import Size, SyntheticStudy
@@ -233,6 +233,7 @@ def test_nan_is_not_written(tmp_path: Path) -> None:
         (["omics"], "the following arguments are required: --data"),
         (["audiovisual"], "the following arguments are required: --images, --audio"),
         (["numerals", "--jobs", "0"], "expected a whole number >= 1, got '0'"),
+        (["omics", "--learning-rates", "1e-3", "-1"], "expected a number > 0, got '-1'"),
     ],
 )
 def test_options_are_checked(
@@ -293,6 +294,35 @@ def test_best_epoch_on_validation_rows_is_kept(scores: list[float], chosen: int)
     assert round(model.step.item()) == chosen
 
 
+def test_epochs_are_chosen_by_cross_entropy_where_the_recipe_says_so() -> None:
+    """Accuracy prefers the second epoch, cross-entropy the third, which is less sure of errors."""
+
+    class Sure(Constant):
+        def logits(self, views: list[Tensor]) -> tuple[Tensor, None]:
+            logits, _ = super().logits(views)
+            return logits * [9.0, 9.0, 1.0][round(self.step.item()) - 1], None
+
+    data = MultiviewData(
+        [torch.zeros(10, 1)], torch.zeros(10, dtype=torch.int64), ("a",), ("0", "1")
+    )
+    recipe = Recipe(3, 1.0, 0.0, 9.0, schedule="step", decay_every=9)
+    chosen = {}
+    for choose_by in ("accuracy", "cross_entropy"):
+        model = Sure([0.5, 0.9, 0.8])
+        history = fit(model, data, data, replace(recipe, choose_by=choose_by), seed=0)
+        chosen[choose_by] = history.chosen_epoch
+        assert round(model.step.item()) == history.chosen_epoch
+        assert history.rank == max(
+            replace(recipe, choose_by=choose_by).rank(*pair)
+            for pair in zip(history.validation, history.validation_loss, strict=True)
+        )
+    assert chosen == {"accuracy": 2, "cross_entropy": 3}
+    by_loss = replace(recipe, choose_by="cross_entropy")
+    assert by_loss.rank(math.nan, math.nan) < by_loss.rank(
+        0.0, 1e9
+    )  # any finite answers are better
+
+
 def test_training_ends_when_patience_does() -> None:
     data = MultiviewData(
         [torch.zeros(10, 1)], torch.zeros(10, dtype=torch.int64), ("a",), ("0", "1")
@@ -340,6 +370,11 @@ def test_statistics() -> None:
     assert percent([0.5, 0.7]) == "60.0 ± 14.1"
     assert percent([0.5, None]) == "-"
     assert versus([0.5, 0.75, 0.5], [0.25, 0.75, 0.0], 100) == "+25.0 ± 14.4 (2 up, 0 down)"
+    assert mean_error([0.5, 0.7], 1, 100) == "60.0 ± 10.0"
+    assert mean_error([0.5, None]) == "-"
+    result = paired([0.5, 0.75, 0.5], [0.25, 0.75, 0.0], 100)
+    assert result is not None
+    assert result.interval() == "+25.0 [-3.9, +53.9]"
 
 
 def test_page_has_tables_and_pictures(tmp_path: Path) -> None:

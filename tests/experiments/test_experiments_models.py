@@ -11,15 +11,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deqfuse import Anderson, Implicit, ProFusion
+from deqfuse import Anderson, ConvergenceWarning, Implicit, ProFusion
 from deqfuse.data import MultiviewData, Splits
 from deqfuse.experiments import audiovisual, measurements, omics, synthetic
 from deqfuse.experiments.audiovisual_models import LABELS as SENSES
 from deqfuse.experiments.audiovisual_models import AudiovisualModel
 from deqfuse.experiments.batched import MODELS, BatchedModel, initial_parameters
-from deqfuse.experiments.mmdynamics import MMDynamics
+from deqfuse.experiments.mmdynamics import LABELS as OMICS_LABELS
+from deqfuse.experiments.mmdynamics import SOLVED, MMDynamics
 from deqfuse.experiments.models import ABLATIONS, LABELS, FusionClassifier
 from deqfuse.experiments.study import Trial
+from deqfuse.experiments.training import collect_warnings
 
 # --- synthetic ---
 
@@ -138,30 +140,39 @@ def test_penalty_of_the_batch_reaches_the_gradients() -> None:
 # --- omics ---
 
 
-@pytest.mark.parametrize("gain", [1.0, 1.5])
-def test_mmdynamics_loss_is_the_written_one(gain: float) -> None:
-    """Against the sum, term by term: plain as Han et al. have it, with DEQ Fusion's factors."""
+VIEWS = MultiviewData(
+    [torch.linspace(0, 1, 6 * n).reshape(n, 6).T.contiguous() for n in (5, 3)],
+    torch.tensor([0, 1, 2, 0, 1, 2]), ("a", "b"), ("0", "1", "2"),
+)  # fmt: skip
+
+
+def weighted_encodings(model: MMDynamics, views: list[Tensor]) -> list[Tensor]:
+    """What is fused, by the model's parts."""
+    found = []
+    for i, x in enumerate(views):
+        h = F.relu(model.encoders[i](torch.sigmoid(model.gates[i](x)) * x))
+        found.append(h * model.confidences[i](h))
+    return found
+
+
+@pytest.mark.parametrize("fusion", ["concat", "deq"])
+def test_mmdynamics_loss_is_the_written_one(fusion: str) -> None:
+    """Against the sum, term by term, as Han et al. have it."""
     torch.manual_seed(0)
-    model = MMDynamics([5, 3], 3, "concat", dim=8, fused_gain=gain).eval()
-    batch = MultiviewData(
-        [torch.rand(6, 5), torch.rand(6, 3)],
-        torch.tensor([0, 1, 2, 0, 1, 2]),
-        ("a", "b"),
-        ("0", "1", "2"),
-    )
-    weighted, own = [], []
-    for i, x in enumerate(batch.views):
+    model = MMDynamics([5, 3], 3, fusion, dim=8).eval()
+    own = []
+    for i, x in enumerate(VIEWS.views):
         gate = torch.sigmoid(model.gates[i](x))
         h = F.relu(model.encoders[i](gate * x))
-        confidence = model.confidences[i](h)
         probabilities = F.softmax(model.classifiers[i](h), dim=1)
-        truth = probabilities[torch.arange(6), batch.labels]
-        weighted.append(h * confidence)
-        own.append(gate.mean() + (confidence[:, 0] - truth).square().mean() - truth.log().mean())
-    fused = F.cross_entropy(model.head(torch.cat(weighted, 1)), batch.labels)
-    loss, info = model.loss(batch)
-    expected = gain**2 * fused + gain * own[0] + own[1]
-    assert info is None
+        truth = probabilities[torch.arange(6), VIEWS.labels]
+        error = model.confidences[i](h)[:, 0] - truth
+        own.append(gate.mean() + error.square().mean() - truth.log().mean())
+    weighted = weighted_encodings(model, VIEWS.views)
+    fused = torch.cat(weighted, 1) if model.fusion is None else model.fusion(weighted)
+    loss, info = model.loss(VIEWS)
+    expected = F.cross_entropy(model.head(fused), VIEWS.labels) + sum(own)
+    assert (info is None) == (fusion == "concat")
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     parameters = list(model.parameters())
     for found, wanted in zip(
@@ -174,12 +185,40 @@ def test_mmdynamics_loss_is_the_written_one(gain: float) -> None:
 
 def test_fusions_share_their_initial_values() -> None:
     states = []
-    for fusion in ("concat", "deq"):
+    for fusion in OMICS_LABELS:
         torch.manual_seed(3)
-        states.append(MMDynamics([5, 3], 2, fusion, dim=8).state_dict())  # type: ignore[arg-type]
-    for name in states[0]:
-        if not name.startswith(("head", "fusion")):
-            assert torch.equal(states[0][name], states[1][name])
+        states.append(MMDynamics([5, 3], 2, fusion, dim=8).state_dict())
+    for state in states[1:]:
+        for name in states[0]:
+            if not name.startswith("head"):
+                assert torch.equal(states[0][name], state[name])
+
+
+def test_fusions_of_mmdynamics_are_what_they_are_called() -> None:
+    models = {}
+    for fusion in OMICS_LABELS:
+        torch.manual_seed(3)
+        models[fusion] = MMDynamics([5, 3], 3, fusion, dim=8).eval()
+    layers = {fusion: model.fusion for fusion, model in models.items() if model.fusion is not None}
+    plain = {fusion for fusion, layer in layers.items() if not layer.injection_norm}
+    assert plain == {"weighted", "norm", "paper"}
+    assert {"concat", *layers} == {*OMICS_LABELS}
+    assert layers["tied"].weight_tied_steps == 5
+    assert (layers["no-cell"].cell, layers["no-combine"].combine_kind) == ("identity", "sum")
+    assert layers["no-gate"].combine is not None
+    assert layers["no-gate"].combine.gate is None
+    for fusion, model in models.items():
+        with collect_warnings(ConvergenceWarning):  # a layer this small need not converge
+            logits, info = model.logits(VIEWS.views)
+        assert logits.shape == (6, 3)
+        assert (info is not None) == (fusion in SOLVED)
+    # The controls: GroupNorm of the ReLU of the sum, with and without unit injections.
+    for fusion in ("norm", "unit-norm"):
+        xs = weighted_encodings(models[fusion], VIEWS.views)
+        if fusion == "unit-norm":
+            xs = [x / x.square().mean(1, keepdim=True).sqrt() for x in xs]
+        expected = models[fusion].head(F.group_norm(F.relu(xs[0] + xs[1]), 4))
+        torch.testing.assert_close(models[fusion].logits(VIEWS.views)[0], expected)
 
 
 def test_omics_scales_on_training_rows() -> None:

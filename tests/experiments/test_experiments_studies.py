@@ -15,8 +15,9 @@ import torch
 
 from deqfuse.cli.main import main
 from deqfuse.data import MultiviewData
-from deqfuse.experiments import audiovisual, numerals, omics, synthetic
-from deqfuse.experiments.study import Study, Trial
+from deqfuse.experiments import audiovisual, numerals, omics, omics_report, synthetic
+from deqfuse.experiments.mmdynamics import LABELS
+from deqfuse.experiments.study import Record, Study, Trial
 
 SIZE = synthetic.Size(dim=3, rows=12, width=8)
 
@@ -52,27 +53,88 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {"data": root, "images": root, "audio": root / "audio"}
 
 
-def test_omics_trains_by_the_stated_recipe(folders: dict[str, Path]) -> None:
-    """The paper's numbers, and that the models of the study have them."""
-    recipe = omics.PAPER
-    assert (recipe.learning_rate, recipe.optimizer, recipe.schedule) == (1e-4, "adam", "step")
-    assert (recipe.decay_every, recipe.decay_factor, recipe.epochs) == (500, 0.2, 1000)
-    assert (recipe.jacobian_weight, recipe.batch_size, recipe.weight_decay) == (20.0, None, 1e-4)
-    study = omics.OmicsStudy(folders["data"], seeds=1)
-    learning = omics._read(folders["data"])[0]
-    for fusion, dropout in (("deq", 0.2), ("deq without dropout", 0.0)):
-        model = study._model(learning, fusion)
-        assert model.fusion is not None
-        assert model.fusion.dropout == dropout
-        assert model.fused_gain == 1.0
-    assert omics.RELEASED == {"released": "concat", "deq released": "deq"}
-    assert study.settings()["dropout"] == 0.5
-    released = study._splits([0, 1], 0, hold_out=False)
-    assert released.train.num_rows == learning.num_rows
-    assert released.validation.num_rows == 0
-    assert {t.params["fusion"] for t in study.trials() if t.params.get("views") == [0, 1]} == {
-        "released", "deq released", "concat", "deq", "deq without dropout"
-    }  # fmt: skip
+def test_omics_gives_every_fusion_the_same_budget(folders: dict[str, Path]) -> None:
+    """Every fusion tries all rates with the same epochs; the lowest cross-entropy is kept."""
+    recipe = replace(omics.RECIPE, epochs=10, evaluate_every=2)
+    study = omics.OmicsStudy(
+        folders["data"], 2, recipe, (3e-4, 1e-1), fusions=("paper", "no-gate"), dim=16
+    )
+    assert [tuple(t.params.values()) for t in study.trials()] == [
+        (fusion, seed) for seed in range(2) for fusion in ("concat", "paper", "deq", "no-gate")
+    ]
+    for trial in study.trials()[:4]:
+        values = study.run(trial)
+        assert [one["learning_rate"] for one in values["tried"]] == [3e-4, 1e-1]
+        assert {one["epochs"] for one in values["tried"]} == {10}
+        best = min(values["tried"], key=lambda one: one["validation_cross_entropy"])
+        assert values["learning_rate"] == best["learning_rate"]
+        assert values["chosen_epoch"] == best["chosen_epoch"]
+        assert values["validation_cross_entropy"] == best["validation_cross_entropy"]
+        assert len({one["validation_cross_entropy"] for one in values["tried"]}) == 2
+    assert study.settings()["learning_rate"] == [3e-4, 1e-1]
+    assert (omics.RECIPE.choose_by, omics.RECIPE.jacobian_weight) == ("cross_entropy", 20.0)
+    learning, splits = omics._read(folders["data"])[0], study._splits(0)
+    assert splits.validation.num_rows == round(0.2 * learning.num_rows)
+    assert splits.train.num_rows + splits.validation.num_rows == learning.num_rows
+
+
+def of_seeds(name: str, scores: dict[str, list[float]]) -> dict[str, list[Record]]:
+    """Trials by fusion that have these test scores, a value per seed."""
+    return {
+        fusion: [
+            Record(f"{fusion} {i}", {}, 0.0, {"test": {"accuracy": 0.5, name: score}})
+            for i, score in enumerate(found)
+        ]
+        for fusion, found in scores.items()
+    }
+
+
+def test_omics_report_says_whether_the_layer_is_below() -> None:
+    """The first line, by the paired difference."""
+
+    def lead(ours: list[float], theirs: list[float]) -> str:
+        groups = of_seeds("accuracy", {"deq": ours, "concat": theirs})
+        return omics_report._lead(groups, {"data": "X"})
+
+    below = lead([0.5, 0.6, 0.7], [0.6, 0.71, 0.8])
+    assert below.startswith("On X DEQ Fusion is below concatenation by more than two standard")
+    assert "-10.3 ± 0.3 points (mean ± standard error, 3 seeds)" in below
+    assert "is not below concatenation" in lead([0.5, 0.7, 0.9], [0.6, 0.71, 0.8])
+    assert "is not below, but above, concatenation" in lead([0.9, 0.9, 0.91], [0.6, 0.71, 0.8])
+    assert "+10.0 points of accuracy (one seed)" in lead([0.8], [0.7])
+
+
+def test_omics_report_prefers_low_cross_entropy() -> None:
+    scores = {"concat": [1.0, 1.1], "weighted": [0.8, 0.9], "tied": [1.2, 1.31], "deq": [0.8, 1.4]}
+    groups = of_seeds("cross_entropy", scores)
+    assert omics_report._reading(groups, [*scores])[1] == (
+        "Cross-entropy against concatenation, decided beyond two standard errors. Better: weighted "
+        "sum. Worse: 5 tied steps. Undecided: DEQ Fusion."
+    )
+
+
+def test_omics_refuses_unknown_fusions(
+    folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["experiment", "omics", "--data", str(folders["data"]), "--fusions", "norm", "sum"]
+    assert main([*arguments, "--out", str(tmp_path / "out")]) == 2
+    assert "--fusions: expected some of weighted, norm," in (told := capsys.readouterr().err)
+    assert "got 'sum'" in told
+
+
+def test_omics_ablations_have_a_table_of_their_own(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    arguments = ["experiment", "omics", "--data", str(folders["data"]), "--quick", "--seeds", "1"]
+    ablations = ["no-cell", "no-combine", "no-gate"]
+    assert main([*arguments, "--fusions", *ablations, "--out", str(tmp_path / "out")]) == 0
+    page = (tmp_path / "out" / "README.md").read_text()
+    results, after = page.split("## Ablations: difference to DEQ Fusion")
+    table = after.split("##")[0]
+    for name in ablations:
+        label = LABELS[name]
+        assert f"| {label} |" in table
+        assert f"| {label} |" not in results
 
 
 STUDIES = {
@@ -81,7 +143,10 @@ STUDIES = {
         [],
         ["no combine", "RobustAUC", "Table 10", "solver stops after", "5 of 6 absent"],
     ),
-    "omics": (["data"], ["Minus concatenation", "reference", "1+2", "1 of 2 absent"]),
+    "omics": (
+        ["data"],
+        ["two standard errors", "Minus concatenation", "ECE %", "seeds with rate 0.001"],
+    ),
     "audiovisual": (["images", "audio"], ["recording only", "overhead"]),
 }
 
@@ -128,10 +193,10 @@ def scrambled(data: MultiviewData) -> MultiviewData:
 
 
 def omics_case(folders: dict[str, Path], patch: pytest.MonkeyPatch) -> tuple[Study, Trial]:
-    study = omics.OmicsStudy(folders["data"], recipe=replace(omics.PAPER, epochs=20), dim=16)
+    study = omics.OmicsStudy(folders["data"], recipe=replace(omics.RECIPE, epochs=20), dim=16)
     learning, test = omics._read(folders["data"])
     patch.setattr(omics, "_read", lambda folder: (learning, scrambled(test)))
-    return study, Trial("x", {"views": [0, 1], "fusion": "deq", "seed": 1})
+    return study, Trial("x", {"fusion": "deq", "seed": 1})
 
 
 def numerals_case(folders: dict[str, Path], patch: pytest.MonkeyPatch) -> tuple[Study, Trial]:
@@ -177,7 +242,8 @@ def test_selection_never_reads_the_test_rows(
         changed = study.run(trial)
     torch.manual_seed(0)
     values = study.run(trial)
-    measured = {"test", "test_mse", "noise", "step_ms", "probes", "residuals", "stopped"}
+    times = {"step_ms", "processor_ms"}
+    measured = {"test", "test_mse", "noise", "probes", "residuals", "stopped", *times}
     decided = {"chosen_epoch", "chosen_step", "validation_accuracy", "validation_mse"}
     assert decided & {*values}
     for name in {*values} - measured:

@@ -178,7 +178,8 @@ def test_metrics_of_non_finite_scores_are_nan(value: float, classes: int) -> Non
     assert all(score == 1.0 for score in metrics.evaluate_metrics(logits, labels).values())
     logits[2, 0] = value
     scores = metrics.evaluate_metrics(logits, labels)
-    assert len(scores) == 3
+    assert len(scores) == (5 if classes == 2 else 3)
+    scores |= {"ece": metrics.calibration_error(logits, labels)}
     assert all(score != score for score in scores.values())
     up = metrics.auc(torch.tensor([0.0, value, 1.0]), torch.tensor([False, True, True]))
     assert up != up
@@ -256,7 +257,7 @@ def test_study_names_models_that_are_not_finite(
     if study == "omics":
         _break(monkeypatch, MMDynamics, "_fuse")
         arguments += ["--data", str(write_mogonet(tmp_path / "data"))]
-        named = r"views 1\+2, concat, seed 0;"
+        named = "concatenation, seed 0;"
     else:
         _break(monkeypatch, FusionClassifier, "logits", "pro penalised")
         named = r"100 rows, Pro-Fusion, equilibrium, penalty, seed 0\."
