@@ -169,9 +169,9 @@ def _differences(
     note = (
         f"Minus {LABELS[baseline]}, seed by seed (same validation rows, same initial values of the "
         "shared parts): mean, and in brackets two standard errors to either side (for normal "
-        "differences an interval of 92% with ten seeds, 88% with five). Points, cross-entropy in "
-        "nats; of cross-entropy and ECE less is better. All seeds share the test rows, so the "
-        "interval leaves out what other test rows would change."
+        "differences an interval of 92% with ten seeds, 88% with five, 82% with three). Points, "
+        "cross-entropy in nats; of cross-entropy and ECE less is better. All seeds share the test "
+        "rows, so the interval leaves out what other test rows would change."
     )
     return Table(headers, tuple(rows), (note,))
 
