@@ -80,7 +80,7 @@ def _contender(problem: Any, args: argparse.Namespace) -> Any:
     contender = BUILDERS[args.variant](problem, problem.case.tol)
     if args.max_iter is not None:
         layer: Any = contender.fused
-        layer.solver = Anderson(tol=1e-30, max_iter=args.max_iter)
+        layer.solver = Anderson(tol=1e-30, max_iter=args.max_iter, rescue=False)
     return contender
 
 

@@ -19,7 +19,7 @@ BASE = Case(dim=64, num_modalities=3)
 TOLERANCES = (1e-2, 1e-3, 1e-4, 1e-5)
 SOLVERS = {
     "Picard": Picard(max_iter=100),
-    "Anderson": Anderson(max_iter=100),
+    "Anderson": Anderson(max_iter=100, rescue=False),
     "Broyden": Broyden(max_iter=100),
     "NewtonKrylov": NewtonKrylov(max_iter=200),
 }
