@@ -112,7 +112,7 @@ class DEQ(nn.Module):
 
         if self.rows == "separate" and layout.count > 1:
             remedy = "rows='joint', eval() for this module, or LayerNorm or GroupNorm instead"
-            rows = refusing_at_first(rows, modules_behind(self.f), "f", remedy)
+            rows = refusing_at_first(rows, lambda: modules_behind(self.f), "f", remedy)
 
         z, block, backend = functional.fixed_point(
             rows,

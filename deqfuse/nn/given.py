@@ -222,7 +222,10 @@ class GivenCell:
         step = self.step
         if len(self.x) > 1:  # a single one has no other whose statistics it could take
             step = refusing_at_first(
-                step, [self.module], self.name, "eval() for this module, LayerNorm or GroupNorm"
+                step,
+                lambda: [self.module],
+                self.name,
+                "eval() for this module, LayerNorm or GroupNorm",
             )
         x = self.x.detach().flatten(1)
         z0 = torch.zeros_like(x) if start is None else self._pick(start).to(x.dtype)

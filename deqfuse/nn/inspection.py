@@ -100,7 +100,7 @@ def _looked_into(value: Any, function: Any) -> bool:
 
 
 def refusing_at_first(
-    step: Callable[..., Any], modules: list[nn.Module], name: str, remedy: str
+    step: Callable[..., Any], modules: Callable[[], list[nn.Module]], name: str, remedy: str
 ) -> Callable[..., Any]:
     """``step``, whose first call refuses batch statistics of these modules and of their parts.
 
@@ -109,7 +109,8 @@ def refusing_at_first(
 
     Args:
         step: a map whose rows must not depend on each other.
-        modules: what it may call.
+        modules: what it may call; asked for in the first call, as compilers cannot follow a look
+            into code.
         name: of the map, as the error has it.
         remedy: what to do instead, as the error has it.
 
@@ -122,7 +123,7 @@ def refusing_at_first(
         nonlocal looked_at
         if looked_at:
             return step(*args)
-        with _refusing_batch_statistics(modules, name, remedy):
+        with _refusing_batch_statistics(modules(), name, remedy):
             out = step(*args)
         looked_at = True
         return out
