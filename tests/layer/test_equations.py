@@ -169,6 +169,18 @@ def test_injection_norm_removes_the_scale_of_the_inputs():
     assert distance(make(12, 2)(louder), make(12, 2)(xs)) > 0.1
 
 
+def test_rows_of_zeros_get_no_gradient_from_the_injection_norm():
+    """Their size is no number to divide by: the gradient would be a million million times g."""
+    fusion = make(12, 2, injection_norm=True, on_failure="ignore")
+    xs = [x.requires_grad_() for x in features(fusion, 3)]
+    with torch.no_grad():
+        xs[0][1] = 0.0
+    fusion(xs).square().sum().backward()
+    assert xs[0].grad[1].eq(0).all()
+    assert xs[0].grad[0].ne(0).any()
+    assert xs[1].grad.isfinite().all()
+
+
 def weight_tied(fusion: DEQFusion, xs: list[Tensor], steps: int) -> tuple[Tensor, list[Tensor]]:
     """Eqs. 8-12 from zero; the combination of a step sees the cells of that step."""
     x, x_fuse = testing.naive_injections(fusion, xs)
