@@ -38,7 +38,8 @@ help:
 	@echo "make test-integrations  the examples under Lightning, Hugging Face, skorch and ONNX; installs those"
 	@echo "make test-versions  the same as make test without lint, for every supported Python and torch (hours,"
 	@echo "                10 GB): PAIRS='3.12-2.11 3.13-*' picks, PYTHONS='paths' names interpreters that are"
-	@echo "                not on PATH, KEEP=1 keeps environments, AGAIN=1 repeats; tables in build/versions"
+	@echo "                not on PATH, KEEP=1 keeps environments, AGAIN=1 repeats, WHEEL=FILE tests that wheel's"
+	@echo "                C++ instead of building it for each; tables in build/versions"
 	@echo "make wheel      dist/: a source distribution and the wheel for this kind of machine, all supported"
 	@echo "                versions of Python and torch (DEQFUSE_BUILD=python: for any machine, without the C++)"
 	@echo "make lint       ruff and mypy only"
@@ -98,7 +99,7 @@ PYTHONS ?=
 test-versions: check-python
 	@$(BASE) -m tools.versions $(foreach pair,$(PAIRS),'$(pair)') $(foreach path,$(PYTHONS),--python $(path)) \
 	  $(if $(TORCH_PIP),--torch-pip='$(TORCH_PIP)') $(if $(ARGS),--tests="$(ARGS)") $(if $(LIMIT),--limit $(LIMIT)) \
-	  $(if $(KEEP),--keep) $(if $(AGAIN),--again)
+	  $(if $(KEEP),--keep) $(if $(AGAIN),--again) $(if $(WHEEL),--wheel $(WHEEL))
 
 # What an earlier build left in build/ would go into the wheel.
 wheel: $(SETUP)

@@ -4,6 +4,11 @@ Every variant is asked which probes it draws, and is held to the value and the g
 very probes have at the float64 equilibrium, by the naive equations of ``deqfuse.testing``, block by
 block, differentiated twice. That the probes are Gaussian is looked at, too: so the expectation is
 everybody's.
+
+The penalty's gradient jumps wherever a relu has another sign than at the float64 equilibrium. An
+equilibrium that is off by ``tol`` has a share of about ``tol`` of other signs, whose contributions,
+independent of each other, move the gradient by ``sqrt(tol)``: its limit as one vector. (Taken at
+the very equilibrium that a float32 solver found, the float64 gradient is 4e-7 from the solver's.)
 """
 
 from __future__ import annotations
@@ -58,7 +63,7 @@ def judge_penalty(
     """Whether a contender that passed the gate may be timed with the penalty.
 
     Output and penalty of the step that is timed, and the gradients of both, each by itself, have
-    the limits that the gate has for a training step's.
+    the limits that the gate has for a training step's, but for the penalty's gradient as a whole.
 
     Args:
         verdict: of the gate, without the penalty; what is found is added to it.
@@ -83,7 +88,7 @@ def judge_penalty(
     off_output = row_error(z.detach(), truth.z)
     worst, leaf, whole = errors(penalty, None, gradients)
     worst_output, leaf_output, whole_output = errors(z, problem.cotangent, truth.gradients)
-    limits = Limits.at(problem.case.tol)
+    limits, kinks = Limits.at(problem.case.tol), math.sqrt(problem.case.tol)
     reason = None
     if not _gaussian(probes):
         reason = "penalty: its probes are no Gaussian ones of unit variance"
@@ -91,8 +96,8 @@ def judge_penalty(
         reason = f"penalty off by {off:.1e}, above {limits.fused:g}"
     elif not worst <= LEAF_ERROR:
         reason = f"penalty: gradient of {leaf} off by {worst:.1e}, above {LEAF_ERROR:g}"
-    elif not whole <= limits.gradient:
-        reason = f"penalty: gradient off by {whole:.1e} as a whole, above {limits.gradient:g}"
+    elif not whole <= kinks:
+        reason = f"penalty: gradient off by {whole:.1e} as a whole, above {kinks:g}"
     elif not off_output <= limits.fused:
         reason = f"with penalty: output off by {off_output:.1e}, above {limits.fused:g}"
     elif not worst_output <= LEAF_ERROR or not whole_output <= limits.gradient:

@@ -1,20 +1,24 @@
 """The tests with every supported version of Python and torch: `make test-versions`.
 
     python -m tools.versions [PAIR ...] [--python PATH ...] [--torch-pip OPTIONS] [--tests ARGS]
-                             [--keep] [--again] [--list] [--limit SECONDS] [--out FOLDER]
+                             [--wheel FILE] [--keep] [--again] [--list] [--limit SECONDS]
+                             [--out FOLDER]
 
 A pair is named as in "3.12-2.11" (Python 3.12, torch 2.11), "*" stands for any text, and no name
 means all. Each gets a copy of this tree below FOLDER, an environment of its own made by the
 Makefile, the C++ module built there (a pair without it fails), and runs the tests that `make test`
-runs. versions.md and versions.json in FOLDER hold how each pair ended, also those that have never
-run. A pair that has passed the same tests on these sources is not run again. Exit status: 0 if
-every pair asked for has passed, 1 if not, an interpreter that is missing included.
+runs. With a wheel of `make wheel`, its C++ module is put there instead of one built for the pair:
+this proves that one wheel serves them all. versions.md and versions.json in FOLDER hold how each
+pair ended, also those that have never run. A pair that has passed the same tests on these sources
+is not run again. Exit status: 0 if every pair asked for has passed, 1 if not, an interpreter that
+is missing included.
 """
 
 from __future__ import annotations
 
 import argparse
 import fnmatch
+import hashlib
 import json
 import shlex
 import shutil
@@ -23,6 +27,7 @@ import subprocess
 import sys
 import time
 import xml.etree.ElementTree as ElementTree
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -88,11 +93,18 @@ def _version_of(path: str) -> str:
 
 
 def run(
-    python: str, torch: str, folder: Path, torch_pip: str, tests: Sequence[str], limit: float
+    python: str,
+    torch: str,
+    folder: Path,
+    torch_pip: str,
+    tests: Sequence[str],
+    limit: float,
+    wheel: Path | None,
 ) -> Result:
     """The tests of one pair in ``folder``, where environment, copy and log stay.
 
     An environment that is there already, kept or left by a run that was stopped, is used again.
+    The C++ module is the wheel's, or without one is built.
     """
     start = time.monotonic()
     source, report = folder / "source", folder / "tests.xml"
@@ -101,11 +113,15 @@ def run(
     shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(*LEFT_OUT))
     environment = folder / "environment"
     own = environment / "bin" / "python"
-    make = ["make", "module", f"PYTHON={python}", f"VENV={environment}", f"TORCH=torch=={torch}.*"]
+    goal = "module" if wheel is None else str(environment / ".installed")
+    make = ["make", goal, f"PYTHON={python}", f"VENV={environment}", f"TORCH=torch=={torch}.*"]
     spread = ["--numprocesses", "auto", "--maxprocesses", "8", "--dist", "worksteal"]
     pytest = [str(own), "-m", "pytest", "-q", "-rfE", *spread, f"--junitxml={report}", *tests]
     # A module that cannot be built is a failure. Options of a `make` above are none of this one's.
     settings = {"DEQFUSE_BUILD": "cpu", "MAKEFLAGS": ""}
+    if wheel is not None:
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extract("deqfuse/_cpu.so", source)
     status: int | None = 0
     with (folder / "log").open("w", encoding="utf-8") as log:
         for command in ([*make, f"TORCH_PIP={torch_pip}"], pytest):
@@ -164,7 +180,10 @@ def prove(
     """Run the pairs that were asked for and have not passed yet; saved after every one."""
     out, end = args.out, time.monotonic() + args.limit
     tests = [*TESTS, *shlex.split(args.tests)]
-    key, state = key_of({"tests": shlex.join(tests)}), out / "versions.json"
+    asked_for = {"tests": shlex.join(tests)}
+    if args.wheel is not None:
+        asked_for["wheel"] = hashlib.sha256(args.wheel.read_bytes()).hexdigest()
+    key, state = key_of(asked_for), out / "versions.json"
     saved = json.loads(state.read_text(encoding="utf-8")) if state.exists() else {}
     results = {name: Result(**result) for name, result in saved.items()}
     for python, torch in asked:
@@ -179,7 +198,7 @@ def prove(
             result = Result("not run", "no time left: give the same command again")
         else:
             print(f"== {name} ... log: {out / name / 'log'}", flush=True)
-            result = run(found[python], torch, out / name, args.torch_pip, tests, left)
+            result = run(found[python], torch, out / name, args.torch_pip, tests, left, args.wheel)
             result = replace(result, seconds=round(result.seconds, 1), key=key)
             if not args.keep:
                 for made in ("environment", "source"):
@@ -208,6 +227,8 @@ def main() -> int:
     pip_help = "options of pip where it installs torch, such as '--index-url ...' of CPU builds"
     parser.add_argument("--torch-pip", default="", metavar="OPTIONS", help=pip_help)
     parser.add_argument("--tests", default="", metavar="ARGS", help="more arguments of pytest")
+    wheel_help = "a wheel whose C++ module all pairs get, instead of one that each builds"
+    parser.add_argument("--wheel", type=Path, metavar="FILE", help=wheel_help)
     parser.add_argument("--keep", action="store_true", help="keep environments (some GB each)")
     parser.add_argument("--again", action="store_true", help="also what has passed already")
     parser.add_argument("--list", action="store_true", help="only the pairs and interpreters")

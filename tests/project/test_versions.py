@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -35,7 +36,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, list[str]]]:
     """The calls of ``run``, which pass except with torch 2.13."""
     calls: list[tuple[str, str, list[str]]] = []
 
-    def run(python, torch, folder, torch_pip, tests, limit) -> Result:
+    def run(python, torch, folder, torch_pip, tests, limit, wheel) -> Result:
         calls.append((python, torch, list(tests)))
         for made in ("environment", "source"):
             (folder / made).mkdir(parents=True, exist_ok=True)
@@ -47,6 +48,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, list[str]]]:
 
 def prove(out: Path, asked, found, **given) -> dict[str, Result]:
     options = {"torch_pip": "", "tests": "", "keep": False, "again": False, "limit": ENDLESS}
+    options["wheel"] = None
     return versions.prove(asked, found, argparse.Namespace(out=out, **options | given))
 
 
@@ -103,6 +105,11 @@ def test_a_run_is_taken_up_where_it_stopped(
     assert "| 3.11 | 2.13.1 | failed (other sources or tests) |" in table
     prove(tmp_path, asked[:1], found, tests="tests/api -k 'a b'", again=True)
     assert len(ran) == 5
+    wheel = tmp_path / "a.whl"
+    for content in (b"one", b"one", b"other"):  # what another module has passed proves nothing
+        wheel.write_bytes(content)
+        prove(tmp_path, asked[:1], found, tests="tests/api -k 'a b'", wheel=wheel)
+    assert len(ran) == 7
 
 
 def test_no_pair_begins_when_the_time_is_up(tmp_path: Path, ran: list) -> None:
@@ -116,9 +123,14 @@ def test_counts_of_a_report(tmp_path: Path) -> None:
     assert versions.counted(tmp_path / "tests.xml") == (3, 3, 3)
 
 
+@pytest.mark.parametrize("from_wheel", [False, True])
 @pytest.mark.parametrize(("status", "passes"), [(0, "passed"), (1, "failed"), (None, "not run")])
 def test_a_pair_is_set_up_by_make_and_tested_in_a_copy(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: int | None, passes: str
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    status: int | None,
+    passes: str,
+    from_wheel: bool,
 ) -> None:
     root, commands = tmp_path / "root", []
     (root / "deqfuse").mkdir(parents=True)
@@ -139,18 +151,31 @@ def test_a_pair_is_set_up_by_make_and_tested_in_a_copy(
     for left in ("source/stale", "environment/kept"):  # by a run that was stopped
         (pair / left).mkdir(parents=True)
     (pair / "tests.xml").write_text("of that run")
-    result = versions.run(sys.executable, "2.12", pair, "--index-url x", ["-k", "a"], ENDLESS)
+    wheel = tmp_path / "a.whl" if from_wheel else None
+    if wheel is not None:
+        with zipfile.ZipFile(wheel, "w") as archive:
+            archive.writestr("deqfuse/_cpu.so", "the wheel's")
+            archive.writestr("deqfuse/layer.py", "not the tree's")
+    result = versions.run(
+        sys.executable, "2.12", pair, "--index-url x", ["-k", "a"], ENDLESS, wheel
+    )
     assert result.status == passes
     if status is not None:
         assert (result.note, result.passed, result.failed) == ("3 passed in 1s", 3, 3)
     (make, settings), (pytest_command, _) = commands
-    assert make[:2] == ["make", "module"]
+    environment = pair / "environment"
+    assert make[:2] == ["make", str(environment / ".installed") if from_wheel else "module"]
     assert {"TORCH=torch==2.12.*", "TORCH_PIP=--index-url x"} <= set(make)
     assert settings["DEQFUSE_BUILD"] == "cpu"
-    assert pytest_command[0] == str(pair / "environment" / "bin" / "python")
+    assert pytest_command[0] == str(environment / "bin" / "python")
     assert pytest_command[-2:] == ["-k", "a"]
     copied = {p.relative_to(pair / "source").as_posix() for p in (pair / "source").rglob("*")}
-    assert copied == {"Makefile", "deqfuse", "deqfuse/layer.py"}
+    module = pair / "source" / "deqfuse" / "_cpu.so"
+    assert copied == {"Makefile", "deqfuse", "deqfuse/layer.py"} | (
+        {"deqfuse/_cpu.so"} if from_wheel else set()
+    )
+    assert not from_wheel or module.read_text() == "the wheel's"
+    assert (pair / "source" / "deqfuse" / "layer.py").read_text() == ""
     assert (pair / "environment" / "kept").exists()
 
 
