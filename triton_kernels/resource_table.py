@@ -40,9 +40,10 @@ def cells(entries: Iterable[dict[str, Any]]) -> dict[Row, dict[str, str]]:
     """By row and target: the most that any variant and stage takes."""
     most: dict[Row, dict[str, list[int]]] = {}
     for e in entries:
-        where = f"{e['dim']} in {e['groups']}" if e["kind"] != "anderson" else str(e["dim"])
-        history = "" if e["kind"] in ("step", "penalty") else f", m = {e['m']}"
-        arithmetic = e["dtype"] if e["kind"] == "anderson" else f"{e['dtype']} {e['precision']}"
+        plain = e["kind"] in ("anderson", "unit")  # neither groups nor products
+        where = str(e["dim"]) if plain else f"{e['dim']} in {e['groups']}"
+        history = f", m = {e['m']}" if e["kind"] in ("solve", "anderson") else ""
+        arithmetic = e["dtype"] if plain else f"{e['dtype']} {e['precision']}"
         kernel = e["kernel"].strip("_").removesuffix("_kernel")
         row = most.setdefault((kernel, where + history, arithmetic), {})
         numbers = e["registers"], e["spilled"], e["shared"]

@@ -39,6 +39,7 @@ from deqfuse.triton_kernels import (
     fuse_vjp,
     solve,
     tiles,
+    unit,
 )
 from deqfuse.triton_kernels.launch import Launch, intercept
 from deqfuse.triton_kernels.resource_table import SHARED, markdown
@@ -54,7 +55,7 @@ TARGETS = {
 }
 # Consumer cards, with less shared memory: one size of each kind is compiled for them.
 SAMPLED = ("sm_86", "sm_89", "sm_120")
-SAMPLE = {"step": 128, "solve": 50, "penalty": 128, "anderson": 512}
+SAMPLE = {"step": 128, "solve": 50, "penalty": 128, "anderson": 512, "unit": 512}
 _POINTERS = {
     torch.float32: "*fp32",
     torch.float64: "*fp64",
@@ -147,7 +148,7 @@ def measure(run: Callable[[], Any], targets: Iterable[str]) -> list[Resources]:
 class Problem:
     """What the kernels are compiled for. ``released`` has skip, relu_last and a dropout mask."""
 
-    kind: str  # "step", "penalty", "anderson" or "solve"
+    kind: str  # "step", "penalty", "anderson", "unit" or "solve"
     dim: int
     groups: int = 4
     dtype: str = "float32"
@@ -180,6 +181,10 @@ class Problem:
             rows = anderson.AndersonState(z[0], self.m, steps=3)
             options = {"tol": 1e-4, "max_iter": 50, "beta": 0.5 if self.released else 1.0}
             anderson.anderson_step(z[0], rows, 0, lam=1e-6, **options)
+            return
+        if self.kind == "unit":
+            for grad in (None, x[1]):
+                unit.unit_size(x[0], grad)
             return
         packed = x.new_zeros(2 * cell.packed_size(d))
         square, vector = x.new_zeros(d, d), x.new_zeros(d)
@@ -221,6 +226,7 @@ SMALL = [
         ("solve", 50, 2, "ieee"),
         ("solve", 128, 4, "tf32"),
         ("anderson", 512, 4, "ieee"),
+        ("unit", 512, 4, "ieee"),
     )
     for released in (False, True)
 ]
@@ -272,6 +278,11 @@ FULL = [
         for p in ("tf32", "ieee")
     ),
     *PENALTIES,
+    *(
+        Problem("unit", d, dtype=t)
+        for d in (50, 512, 4000)
+        for t in ("float32", "float64", "bfloat16")
+    ),
 ]
 
 

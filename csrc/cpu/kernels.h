@@ -106,6 +106,15 @@ struct PenaltyProblem {
   T *dweights, *dbias;                  // dbias also null without a bias
 };
 
+// Rows of N tensors (B, d), each divided by its root mean square, or the gradient of that.
+template <class T>
+struct UnitProblem {
+  int64_t tensors, rows, d;
+  const T* const* x;
+  const T* const* grads;  // of the results; null where these are asked for
+  T* const* out;
+};
+
 // One Anderson step of rows whose map is evaluated elsewhere; all arrays are updated in place.
 template <class T>
 struct StepProblem {
@@ -164,6 +173,7 @@ struct Kernels {
   void (*adjoint_fuse)(const FuseAdjointProblem<T>&, int threads, ParallelFor);
   void (*adjoint_layer)(const LayerAdjointProblem<T>&, int threads, ParallelFor);
   void (*penalty_layer)(const PenaltyProblem<T>&, int threads, ParallelFor);
+  void (*unit_size)(const UnitProblem<T>&, int threads, ParallelFor);
   void (*anderson_step)(const StepProblem<T>&, int threads, ParallelFor);
   void (*rescue_cells)(const RescueProblem<T, SomeCellRows<T>>&, int threads, ParallelFor);
   void (*rescue_fuse)(const RescueProblem<T, SomeFuseRows<T>>&, int threads, ParallelFor);

@@ -77,6 +77,10 @@ class Backend:
         prepare: ``(params, num_groups, variant, solver) -> solve(x, present)``, a layer's solve
             for many calls with parameters that stay as they are, or None where there is nothing to
             gain by it. That solve may return None, where ``layer.solve`` has to do it.
+        unit_size: ``(x, grads) -> N tensors (B, d)``: the rows of x, N tensors (B, d) of one dtype,
+            each over its root mean square (``operators/unit.py``); with N tensors ``grads`` their
+            gradient instead, with none of them (an empty list) the rows. None where torch's
+            operations do it.
     """
 
     summary: str
@@ -92,3 +96,4 @@ class Backend:
     captures_adjoint: Callable[[torch.device, GradientOption], bool] = _never
     solve_present: Callable[..., Any] | None = None
     prepare: Callable[..., Any] | None = None
+    unit_size: Callable[[list[Tensor], list[Tensor]], list[Tensor]] | None = None

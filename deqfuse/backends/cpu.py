@@ -356,6 +356,7 @@ BACKEND = Backend(
     penalty=penalty_layer,
     takes_rows=takes_rows,
     anderson=anderson,
+    unit_size=cpu_native.unit_size,
 )
 
 

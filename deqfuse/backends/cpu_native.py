@@ -59,6 +59,7 @@ _SCHEMAS = {
         "(Tensor probes, Tensor states, Tensor[] x, Tensor[] params, bool want_params, "
         "Tensor? mask, int num_groups, bool skip, bool relu_last) -> (Tensor, Tensor[], Tensor[])"
     ),
+    "cpu_unit_size": "(Tensor[] x, Tensor[] grads) -> Tensor[]",
     "cpu_rescue_cells": (
         "(Tensor x, Tensor[] params, Tensor z, Tensor residual, Tensor nfe, Tensor outcome, "
         "Tensor which, int num_groups, bool skip, float tol, int max_jacobians) "
@@ -123,6 +124,11 @@ def _fake_penalty_layer(probes, states, x, params, want, *rest):  # type: ignore
     return states.new_empty(states.shape[:-1]), *grads
 
 
+@torch.library.register_fake("deqfuse::cpu_unit_size")
+def _fake_unit_size(x, grads):  # type: ignore[no-untyped-def]
+    return [t.new_empty(t.shape) for t in x]
+
+
 def _fake_rescue(*args):  # type: ignore[no-untyped-def]
     found = args[2:6] if isinstance(args[1], list) else args[4:8]
     return tuple(t.new_empty(t.shape) for t in found)
@@ -147,6 +153,7 @@ adjoint_cells = torch.ops.deqfuse.cpu_adjoint_cells.default
 adjoint_fuse = torch.ops.deqfuse.cpu_adjoint_fuse.default
 adjoint_layer = torch.ops.deqfuse.cpu_adjoint_layer.default
 penalty_layer = torch.ops.deqfuse.cpu_penalty_layer.default
+unit_size = torch.ops.deqfuse.cpu_unit_size.default
 rescue_cells = torch.ops.deqfuse.cpu_rescue_cells.default
 rescue_fuse = torch.ops.deqfuse.cpu_rescue_fuse.default
 anderson_step = torch.ops.deqfuse.cpu_anderson_step.default

@@ -251,6 +251,16 @@ def anderson(f: Map, z0: Tensor, option: Anderson) -> Solution:
     return Solution(state.best, state.best_residual, state.nfe, state.outcome, trace)
 
 
+def unit_size(x: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
+    """Rows of unit size, or their gradient: one launch for each modality."""
+    from deqfuse.triton_kernels import unit
+
+    with _on(x[0]):
+        if not grads:
+            return [unit.unit_size(t, None) for t in x]
+        return [unit.unit_size(t, grad) for t, grad in zip(x, grads, strict=True)]
+
+
 def captures_solve(problem: Problem) -> bool:
     """Whole solves: steps keep memory for the next one, the rescue looks at the rows left over."""
     rescue = isinstance(problem.solver, Anderson) and problem.solver.rescue
@@ -295,6 +305,7 @@ BACKEND = Backend(
     anderson=anderson,
     captures_solve=captures_solve,
     captures_adjoint=cuda_adjoint.library_takes,
+    unit_size=unit_size,
 )
 
 

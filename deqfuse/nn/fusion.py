@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from deqfuse import checks, functional
+from deqfuse import checks, functional, operators
 from deqfuse.backends import BACKENDS, BackendName
 from deqfuse.backends.maps import VARIANTS, VariantName
 from deqfuse.backends.presence import only
@@ -292,7 +292,8 @@ class DEQFusion(nn.Module):
             dtype = functools.reduce(torch.promote_types, dtypes)
             xs = [x.to(dtype) for x in xs]
         if self.injection_norm:
-            xs = [inputs.unit_size(x) for x in xs]
+            options = self.num_groups, self.solver, self.adjoint, self.backend
+            xs = operators.unit_size(xs, functional.choose_backend(xs[0], *options))
         return xs
 
     def _widths(self) -> list[int]:

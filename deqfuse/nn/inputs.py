@@ -1,19 +1,15 @@
-"""Checks on what ``DEQFusion.forward`` receives, and the size of its injections."""
+"""Checks on what ``DEQFusion.forward`` receives."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from deqfuse import checks
-from deqfuse.backends.problem import compute_dtype
 from deqfuse.nn.fast import plain_lead
 from deqfuse.torch_private import in_transform, traced
-
-LEAST_RMS = 1e-12  # whose squares float32 can still hold
 
 
 def check_features(
@@ -84,15 +80,3 @@ def check_start(
     checks.operand("z0[0]", fused, like, (*lead, dim), "(..., dim)")
     checks.operand("z0[1]", cells, like, (num_modalities, *lead, dim), "(N, ..., dim)")
     return fused.reshape(-1, dim), cells.reshape(num_modalities, -1, dim)
-
-
-def unit_size(x: Tensor) -> Tensor:
-    """Each row of x (B, d) over its root mean square; NaN where its squares overflow.
-
-    A norm that is infinite would leave a row of zeros, an input like any other. Rows of zeros, and
-    those too small to have a direction, become zeros without a gradient, which would be huge.
-    """
-    dtype, width = compute_dtype(x.dtype), math.sqrt(x.shape[-1])
-    norm, least = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype), LEAST_RMS * width
-    scale = torch.where(norm > least, width / norm.clamp_min(least), 0.0)
-    return (x * torch.where(norm < math.inf, scale, math.nan)).to(x.dtype)

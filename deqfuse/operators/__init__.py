@@ -1,5 +1,5 @@
 """The operators: kinds of block (``blocks``), what runs (``bodies``), the gradient (``rule``), and
-the Jacobian penalty (``penalty``), which is no solve.
+the Jacobian penalty (``penalty``) and the size of injections (``unit``), which are no solves.
 
 :func:`solve` is the one way in. It takes a call to the form that those who look at it can follow:
 the registered operator for compilers, a ``torch.autograd.Function`` in eager mode or under
@@ -18,9 +18,10 @@ from deqfuse import checks
 from deqfuse.operators import bodies, captures, eager, registered, transforms
 from deqfuse.operators.blocks import CELLS, FUSE, LAYER, Block
 from deqfuse.operators.penalty import penalty_layer
+from deqfuse.operators.unit import unit_size
 from deqfuse.torch_private import in_transform_or_forward_mode, traced
 
-__all__ = ["CELLS", "FUSE", "LAYER", "Block", "penalty_layer", "registered", "solve"]
+__all__ = ["CELLS", "FUSE", "LAYER", "Block", "penalty_layer", "registered", "solve", "unit_size"]
 
 
 def solve(

@@ -43,7 +43,45 @@ void check_steps(const KernelTable& table, int64_t rows, int64_t n, int m, T tol
   check(same(answers[0], answers[1]), "step depends on the thread count");
 }
 
+// Rows of unit size against a naive norm in double; the gradient is orthogonal to the row.
+template <class T>
+void check_unit(const KernelTable& table, int64_t rows, int64_t d, double tol) {
+  now = std::string(table.name) + " unit_size B=" + std::to_string(rows) + " d=" + std::to_string(d);
+  const Array<T> x[2] = {cast<T>(normal(rows * d, 1)), cast<T>(normal(rows * d, 2))};
+  const Array<T> g[2] = {cast<T>(normal(rows * d, 3)), cast<T>(normal(rows * d, 4))};
+  const T *from[] = {x[0].data(), x[1].data()}, *grads[] = {g[0].data(), g[1].data()};
+  Array<T> answers[2][2];
+  for (int threads : {1, 3}) {
+    Array<T> y[2] = {Array<T>(rows * d), Array<T>(rows * d)}, dx[2] = {y[0], y[0]};
+    T *to[] = {y[0].data(), y[1].data()}, *back[] = {dx[0].data(), dx[1].data()};
+    of(table, T{}).unit_size({2, rows, d, from, nullptr, to}, threads, parallel);
+    of(table, T{}).unit_size({2, rows, d, from, grads, back}, threads, parallel);
+    for (int i = 0; i < 2; ++i)
+      for (int64_t r = 0; r < rows; ++r) {
+        double squares = 0, along = 0, size = 0;
+        for (int64_t k = r * d; k < (r + 1) * d; ++k) {
+          squares += double(x[i][k]) * x[i][k];
+          along += double(x[i][k]) * dx[i][k];
+          size += std::fabs(double(x[i][k]) * dx[i][k]) + std::fabs(double(x[i][k]) * g[i][k]);
+        }
+        for (int64_t k = r * d; k < (r + 1) * d; ++k) {
+          const double right = x[i][k] * std::sqrt(d / squares);
+          check(std::fabs(y[i][k] - right) <= tol * std::fabs(right), "row is not of unit size", y[i][k] - right);
+        }
+        check(std::fabs(along) <= tol * size * std::sqrt(1 + d / squares), "gradient along the row", along);
+      }
+    answers[threads > 1][0] = y[1];
+    answers[threads > 1][1] = dx[1];
+  }
+  for (int i = 0; i < 2; ++i) check(same(answers[0][i], answers[1][i]), "unit size depends on the thread count");
+}
+
 void check_table(const KernelTable& table) {
+  for (int64_t d : {1, 15, 16, 33})
+    for (int64_t rows : {0, 1, 1100}) {
+      check_unit<float>(table, rows, d, 1e-5);
+      check_unit<double>(table, rows, d, 1e-13);
+    }
   const int64_t dims[][2] = {{4, 2}, {12, 4}, {20, 4}, {50, 2}};
   int history = 0, turn = 0;  // history runs through 0 .. 8, the rest turns with it
   for (auto [d, groups] : dims)

@@ -28,6 +28,7 @@ INTERPRETED = (
     "test_triton_penalty.py",
     "test_triton_gpu_penalty.py",
     "test_triton_presence.py",
+    "test_triton_unit.py",
 )
 SLOW = (
     "test_triton_steps.py",

@@ -42,6 +42,7 @@ KERNELS = {
     "penalty": {"_residual_cell_penalty_kernel", "_purify_combine_penalty_kernel"},
     "solve": {"_solve_cells_kernel", "_solve_fuse_kernel"},
     "anderson": {"_anderson_step_kernel"},
+    "unit": {"_unit_size_kernel"},
 }
 
 

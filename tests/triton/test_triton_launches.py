@@ -52,21 +52,29 @@ def test_a_forward_is_two_launches_and_two_for_packing(monkeypatch: pytest.Monke
     assert operations.names == ["stack", "cat"], "packing the features and the cells' parameters"
 
 
-def test_nothing_in_the_module_adds_to_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All of ``DEQFusion.forward``, on the backend that tensors on a GPU would take."""
+@pytest.mark.parametrize("unit_size", [False, True])
+def test_nothing_in_the_module_adds_to_them(
+    unit_size: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of ``DEQFusion.forward``, on the backend that tensors on a GPU would take.
+
+    But for a launch for each modality where injections are brought to unit size.
+    """
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
     answers = {"unavailable": lambda: None, "refuses": cuda.refuses_problem}
     monkeypatch.setitem(BACKENDS, "cuda", dataclasses.replace(cuda.BACKEND, **answers))
     layer = DEQFusion(
-        12, 3, num_groups=2, injection_norm=False, on_failure="ignore", backend="cuda"
+        12, 3, num_groups=2, injection_norm=unit_size, on_failure="ignore", backend="cuda"
     )
     xs = list(torch.randn(3, 5, 12))
+    first = ["_unit_size_kernel"] * 3 if unit_size else []
     for params_need_gradients in (False, True):
         layer.requires_grad_(params_need_gradients)
         launches: list[Launch] = []
         with intercept(launches.append), Operations() as operations:
             layer(xs)
-        assert [call.name for call in launches] == ["_solve_cells_kernel", "_solve_fuse_kernel"]
+        names = [call.name for call in launches]
+        assert names == [*first, "_solve_cells_kernel", "_solve_fuse_kernel"]
         assert operations.names == ["stack", "cat"]
 
 
