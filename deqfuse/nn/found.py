@@ -30,5 +30,7 @@ class Found(NamedTuple):
             cells = self.cells().to(dtype, copy=True)
             results.append(cells.reshape(len(cells), *lead, dim))
         if return_info:
-            results.append(self.info().reshape(*lead))
+            # First: a graph that breaks in it cannot keep a bound `append` (Dynamo of torch 2.11).
+            info = self.info().reshape(*lead)
+            results.append(info)
         return results[0] if len(results) == 1 else tuple(results)

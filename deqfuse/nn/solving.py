@@ -179,7 +179,8 @@ def equilibrium(
 def is_whole(equations: Equations, how: How) -> bool:
     """Whether one operator solves these equations: all of the paper's, an implicit gradient."""
     foreign = equations.given or equations.injection or isinstance(how.adjoint, Unrolled)
-    return bool(equations.cells and equations.fuse) and not foreign
+    # Dynamo of torch 2.11 cannot call bool() on a list.
+    return not (foreign or not equations.cells or not equations.fuse)
 
 
 def _whole_layer(

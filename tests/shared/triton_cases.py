@@ -135,20 +135,36 @@ def tupled(flat: list[Tensor]) -> FuseParams:
     return FuseParams(*flat)
 
 
-def assert_as_good_as_torch(given, reference) -> None:
+def summed_sizes(gradients, u: Tensor) -> list[Tensor]:
+    """Of gradients that are sums over rows: the largest sum of the terms' sizes.
+
+    ``gradients(u)`` are linear in the cotangent u (..., B, d).
+    """
+    total: list[Tensor] = []
+    for r in range(u.shape[-2]):
+        alone = torch.zeros_like(u)
+        alone[..., r, :] = u[..., r, :]
+        sizes = [g.abs() for g in gradients(alone)]
+        total = [a + b for a, b in zip(total, sizes, strict=True)] if total else sizes
+    return [t.max() for t in total]
+
+
+def assert_as_good_as_torch(given, reference, sizes=()) -> None:
     """Each output errs at most 8 times as much as PyTorch in the same precision.
 
     ``reference(dtype)`` computes the outputs from the same operands in ``dtype``; float64 is the
     truth of float32. In float64 the same number of units in the last place is allowed. Sums in
     another order are as good, and one element in thousands may be unlucky, hence 8; an output that
-    PyTorch has exactly may be off by one unit.
+    PyTorch has exactly may be off by one unit. A sum whose terms cancel has a unit of what was
+    summed: the last outputs have ``sizes`` of it, where that is more than the output.
     """
     truth, single = reference(torch.float64), reference(torch.float32)
     assert len(given) == len(truth)
+    least = [0.0] * (len(given) - len(sizes)) + [float(size) for size in sizes]
     for i, (mine, wanted, other) in enumerate(zip(given, truth, single, strict=True)):
         assert mine.shape == wanted.shape, i
         unit = torch.finfo(mine.dtype).eps
-        scale = wanted.abs().max()
+        scale = wanted.abs().max().clamp(min=least[i])
         units = (other - wanted).abs().max() / torch.finfo(torch.float32).eps
         error = (mine - wanted).abs().max()
         assert error <= 8 * unit * (units + scale / 8), (i, error / (unit * scale))
