@@ -15,7 +15,7 @@ import statistics
 import sys
 from pathlib import Path
 
-from benchmarks import latency, plots, tables
+from benchmarks import epoch, latency, plots, tables
 from benchmarks.cases import PENALTY_WEIGHT
 from benchmarks.results import RESULTS, Entry, Run, load, save
 from benchmarks.timing import paired_ratio
@@ -87,6 +87,7 @@ def page(run: Run, pictures: list[str]) -> str:
         tables.times_table(run, "forward"),
         "## All times, training step, ms",
         tables.times_table(run, "step"),
+        *_epoch_parts(run),
         *_latency_parts(run),
         "## Memory of a training step",
         tables.memory_table(run),
@@ -102,6 +103,18 @@ def page(run: Run, pictures: list[str]) -> str:
         tables.refused_table(run),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _epoch_parts(run: Run) -> list[str]:
+    """Nothing where it was not measured, as in the saved runs of earlier commits."""
+    if not run.select("epoch"):
+        return []
+    return [
+        "## A training epoch",
+        f"Full batch, cross-entropy plus {epoch.PENALTY_WEIGHT:g} times the penalty, Adam; from "
+        f"epoch {epoch.BEFORE} on, each contender training a copy of the same model.",
+        epoch.table(run),
+    ]
 
 
 def _latency_parts(run: Run) -> list[str]:
