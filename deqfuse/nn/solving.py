@@ -26,6 +26,7 @@ from deqfuse.nn.statistics import last_step, marked, of_cell, together
 from deqfuse.reporting import OnFailure
 from deqfuse.result import BlockInfo, SolvedMap, SolveInfo
 from deqfuse.solvers.options import GradientOption, SolverOption, Unrolled
+from deqfuse.torch_private import in_transform, traced
 
 
 class ClosedForm(NamedTuple):
@@ -117,6 +118,7 @@ class Equations(NamedTuple):
 
     def _of_cells(self, x: Tensor) -> tuple[Any, ...]:
         """What the cells' map takes behind z, in the compute dtype."""
+        _require_memory(self.cells)
         dtype = compute_dtype(x.dtype)
         params = CellParams.stack([t.to(dtype) for t in self.cells])
         return x.to(dtype), params, self.num_groups, VARIANTS[self.variant]
@@ -125,6 +127,7 @@ class Equations(NamedTuple):
         self, x_fuse: Tensor, cell_sum: Tensor, mask: Tensor | None, counts: Tensor | None
     ) -> tuple[Any, ...]:
         """What the combination's linearisation takes behind z, in the compute dtype."""
+        _require_memory(self.fuse)
         dtype = compute_dtype(x_fuse.dtype)
         n = self.num_modalities if counts is None else counts
         params = FuseParams(*(t.to(dtype) for t in self.fuse))
@@ -228,6 +231,7 @@ def of_layer(
             return equations.solved_fuse(*given, states[-1])
 
         def penalty(num_probes: int) -> Tensor:
+            _require_memory(params)
             which = (equations.num_groups, equations.variant, backend)
             return layer.layer_penalty(xs, params, mask, present, states, num_probes, *which)
 
@@ -376,6 +380,19 @@ def weight_tied(
         return SolveInfo(fuse, of_cells, "reference", tuple(blocks))
 
     return Found(z.clone(), lambda: zs, info)
+
+
+def _require_memory(params: list[Tensor]) -> None:
+    """Behind the forward of a module sharded by FSDP2 its parameters are there without memory."""
+    first = params[0]
+    if traced(first) or in_transform() or first.numel() == 0:
+        return
+    if first.untyped_storage().size() == 0:
+        raise RuntimeError(
+            "info: expected the layer's parameters, got their memory freed, as FSDP2 does behind "
+            "the forward of a module. Remedy: fully_shard(layer, reshard_after_forward=False), or "
+            "measure in the forward of the module that is sharded as one"
+        )
 
 
 def _where(present: Tensor | None, t: Tensor, rest: float = 0.0) -> Tensor:

@@ -43,12 +43,13 @@ class Model(nn.Module):
         return self.head(z), info
 
 
-def wrapped(model: Model, strategy: str) -> nn.Module:
+def wrapped(model: Model, strategy: str, keep_fusion: bool = False) -> nn.Module:
     if strategy == "ddp":
         return DistributedDataParallel(model)
     if strategy == "fsdp_of_layers":
-        for part in (*model.encoders, model.fusion):
+        for part in model.encoders:
             fully_shard(part)  # reshards after forward: the backward gathers the parameters again
+        fully_shard(model.fusion, reshard_after_forward=not keep_fusion)
     return fully_shard(model)
 
 
@@ -57,16 +58,27 @@ def named_gradients(model: nn.Module) -> dict[str, Tensor]:
     return {n: g.full_tensor() if hasattr(g, "full_tensor") else g for n, g in grads.items()}
 
 
-def gradient_error(strategy: str, dtype: torch.dtype, **options: Any) -> float:
+def loss(model: nn.Module, x: Tensor, y: Tensor, rank: int, weight: float) -> Tensor:
+    """Of the rows that a rank has, with its own probes for the Jacobian penalty."""
+    logits, info = model(x)
+    total = (logits - y).square().mean()
+    if weight == 0:
+        return total
+    torch.manual_seed(2 + rank)
+    return total + weight * info.jacobian_penalty()
+
+
+def gradient_error(strategy: str, dtype: torch.dtype, weight: float = 0.0, **options: Any) -> float:
     """Largest relative difference to one process that sees all rows, over the parameters."""
     torch.manual_seed(1)
     x, y = torch.randn(N, ROWS, 6, dtype=dtype), torch.randn(ROWS, 4, dtype=dtype)
-    alone = Model(dtype, **options)
-    (alone(x)[0] - y).square().mean().backward()
     rank, size = dist.get_rank(), dist.get_world_size()
-    share = slice(rank * ROWS // size, (rank + 1) * ROWS // size)
-    together = wrapped(Model(dtype, **options), strategy)
-    (together(x[:, share])[0] - y[share]).square().mean().backward()
+    shares = [slice(r * ROWS // size, (r + 1) * ROWS // size) for r in range(size)]
+    alone = Model(dtype, **options)
+    for r, share in enumerate(shares):
+        (loss(alone, x[:, share], y[share], r, weight) / size).backward()
+    together = wrapped(Model(dtype, **options), strategy, keep_fusion=weight > 0)
+    loss(together, x[:, shares[rank]], y[shares[rank]], rank, weight).backward()
     expected, given = named_gradients(alone), named_gradients(together)
     assert expected.keys() == given.keys()
     return max(((given[n] - g).norm() / g.norm()).item() for n, g in expected.items())
@@ -104,6 +116,19 @@ def sharded_cells() -> str:
     return "nothing"
 
 
+def measured_behind_the_forward() -> list[str]:
+    """What a user is told who measures with parameters that were given back."""
+    texts = []
+    _, info = wrapped(Model(torch.float32), "fsdp_of_layers")(torch.randn(N, 2, 6))
+    for measure in (info.jacobian_penalty, info.spectral_radius):
+        try:
+            measure()
+            texts.append("nothing")
+        except RuntimeError as error:
+            texts.append(str(error))
+    return texts
+
+
 def compiled_error() -> float:
     """DDP around a compiled model, against the eager one on the same rows."""
     torch.manual_seed(1)
@@ -138,11 +163,14 @@ def results() -> dict[str, Any]:
                 "released": {"variant": "released"},
                 "identity": {"cell": "identity"},
                 "reference": {"backend": "reference"},
+                "penalty": {"weight": 20.0},
+                "penalty, reference": {"weight": 20.0, "backend": "reference"},
             }.items():
                 key = f"{strategy} {str(dtype).removeprefix('torch.')} {name}"
                 found[key] = gradient_error(strategy, dtype, **options)
         found[f"{strategy} uneven"] = uneven(strategy)
     found["sharded cells"] = sharded_cells()
+    found["measured"] = measured_behind_the_forward()
     found["compiled"] = compiled_error()
     return found
 

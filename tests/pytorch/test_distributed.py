@@ -57,7 +57,7 @@ def ranks(
 def test_gradients_are_those_of_one_process(ranks, strategy, dtype):
     for found in ranks:
         errors = {k: v for k, v in found.items() if k.startswith(f"{strategy} {dtype}")}
-        assert len(errors) == 4
+        assert len(errors) == 6
         if cpu_native.module is None:  # the reference's products differ with the batch, by rounding
             errors = {k: v for k, v in errors.items() if dtype == "float64"}
         assert all(error <= BOUNDS[dtype] for error in errors.values()), errors
@@ -79,6 +79,12 @@ def test_cells_sharded_one_by_one_are_explained(ranks):
         assert (
             "sharded ones (DTensor). Remedy: give fully_shard the layer" in found["sharded cells"]
         )
+
+
+def test_measuring_with_parameters_that_were_given_back_is_explained(ranks):
+    for found in ranks:
+        assert len(found["measured"]) == 2
+        assert all("reshard_after_forward=False" in text for text in found["measured"])
 
 
 def test_a_compiled_model_inside_ddp(ranks):
