@@ -20,6 +20,7 @@ from deqfuse.backends.maps import VARIANTS, VariantName
 from deqfuse.backends.presence import only
 from deqfuse.nn import given, inputs, solving
 from deqfuse.nn.cells import INITS, Init, PurifyCombine, ResidualCell, dropout_mask
+from deqfuse.nn.equations import Equations
 from deqfuse.nn.fast import parameter
 from deqfuse.nn.parts import flat_parameters
 from deqfuse.nn.prepared import PreparedFusion
@@ -301,14 +302,14 @@ class DEQFusion(nn.Module):
             return [self.dim] * self.num_modalities
         return [p.in_features for p in self.projections]  # type: ignore[misc]
 
-    def _equations(self) -> solving.Equations:
+    def _equations(self) -> Equations:
         """What is to be solved, with the parameters of this call: functional_call lends its own."""
         parts: dict[str, Any] = self._modules
         combine = parts.get("combine")  # not there where it is None
         gated = combine is not None and combine._modules.get("gate") is not None
         weights = parameter(self, "modality_weights")
         own, by_user = given.split(parts["cells"]._modules, self._given)
-        return solving.Equations(
+        return Equations(
             cells=flat_parameters(own, "cells."),
             fuse=flat_parameters({"combine": combine}) if gated else [],
             weights=weights,

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from deqfuse import layer
 from deqfuse.nn import inputs, solving
+from deqfuse.nn.equations import Equations
 from deqfuse.torch_private import in_transform_or_forward_mode, traced
 
 __all__ = ["PreparedFusion"]
@@ -71,7 +72,7 @@ class PreparedFusion:
 
     def __init__(
         self,
-        equations: solving.Equations,
+        equations: Equations,
         how: solving.How,
         like: Tensor | None,
         widths: Sequence[int],
@@ -212,7 +213,7 @@ def _check_fresh(watched: _Watched) -> None:
             )
 
 
-def _with_parameters(equations: solving.Equations, held: list[Tensor]) -> solving.Equations:
+def _with_parameters(equations: Equations, held: list[Tensor]) -> Equations:
     """The same equations with these parameters, in the order of ``flat()``."""
     cells, fuse = len(equations.cells), len(equations.fuse)
     weights, *bias = held[cells + fuse :]
