@@ -85,8 +85,7 @@ def ended(solved: SolvedLayer, present: Tensor) -> None:
         assert t.isnan().all()
 
 
-@pytest.mark.parametrize("mask", [False, True], ids=["", "dropout"])
-@pytest.mark.parametrize("variant", ["paper", "released"])
+@pytest.mark.parametrize(("variant", "mask"), [("paper", False), ("released", True)])
 def test_every_pattern_is_that_of_the_reference(variant: str, mask: bool) -> None:
     """Which is that of the sub-layers: tests/layer/test_presence.py."""
     rows, found = Absences(variant, mask=mask), []
@@ -104,9 +103,10 @@ def test_every_pattern_is_that_of_the_reference(variant: str, mask: bool) -> Non
         torch.testing.assert_close(given, expected, rtol=1e-8, atol=1e-8, equal_nan=True)
 
 
-@pytest.mark.parametrize("trace", [False, True], ids=["one launch", "steps"])
-@pytest.mark.parametrize("warm", [False, True])
-@pytest.mark.parametrize("variant", ["paper", "released-mmimdb"])
+@pytest.mark.parametrize(
+    ("variant", "warm", "trace"),
+    [("paper", True, False), ("released-mmimdb", False, False), ("paper", True, True)],
+)
 def test_a_row_has_the_bits_of_the_rows_that_have_as_much(
     variant: str, warm: bool, trace: bool
 ) -> None:
@@ -131,8 +131,7 @@ def test_statistics_of_what_is_absent_say_that_nothing_was_done(option: object) 
     torch.testing.assert_close(given.residual, expected.residual, atol=1e-9, rtol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("mask", [False, True], ids=["", "dropout"])
-@pytest.mark.parametrize("variant", ["paper", "released-mmimdb"])
+@pytest.mark.parametrize(("variant", "mask"), [("paper", False), ("released-mmimdb", True)])
 def test_the_penalty_is_that_of_the_reference(variant: str, mask: bool) -> None:
     rows = Absences(variant, mask=mask)
     states = rows.solve(reference.BACKEND, Anderson(tol=1e-10)).states.contiguous()
