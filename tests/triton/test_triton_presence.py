@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from triton_cases import Case
-from triton_cases import poison  # noqa: F401 - a fixture
+from triton_cases import Case, poison  # noqa: F401 - a fixture
 
 from deqfuse import Anderson, Implicit, Neumann, Outcome
 from deqfuse.backends import cuda, cuda_native, presence, reference
