@@ -161,8 +161,8 @@ def _purify_combine_penalty_kernel(
     if (FIRST <= 5) & (LAST >= 5):
         w = product(yz_ptr, r, real_row, wa_ptr, cols, real, False, D, BM, GT * C2, BK, T, PREC)
         y = load_tile(y_ptr, r, real_row, cols, real, D, T)
-        n = modalities_of(counts_ptr, modalities, first, r, real_row, T)
-        w = y * load_tile(gate_ptr, r, real_row, cols, real, D, T) + n * w
+        of_z = y * load_tile(gate_ptr, r, real_row, cols, real, D, T)
+        w = of_z + modalities_of(counts_ptr, modalities, first, r, real_row, T) * w
         store_squares(value_ptr, r, real_row, w)
         w *= 2
         store_tile(w_ptr, r, real_row, cols, real, w, D)

@@ -134,8 +134,8 @@ def _purify_combine_vjp_kernel(
     if LAST == 4:
         t = product(dgate_ptr, r, real_row, wa_ptr, cols, real, False, D, BM, GT * C2, BK, T, PREC)
         store_tile(dsum_ptr, r, real_row, cols, real, t, D)
-        n = modalities_of(counts_ptr, modalities, first, r, real_row, T)
-        dz = load_tile(dz_ptr, r, real_row, cols, real, D, T) + n * t
+        dz = load_tile(dz_ptr, r, real_row, cols, real, D, T)
+        dz += modalities_of(counts_ptr, modalities, first, r, real_row, T) * t
         tl.debug_barrier()  # several threads may hold a number that one of them replaces
         store_tile(dz_ptr, r, real_row, cols, real, dz, D)
 
