@@ -120,10 +120,11 @@ def test_a_row_has_the_bits_of_the_rows_that_have_as_much(
 
 
 def test_statistics_of_what_is_absent_say_that_nothing_was_done() -> None:
-    """Where a budget is spent whatever the cotangent is; and no state of theirs is read."""
+    """Where a budget is spent whatever the cotangent is. States as a solve leaves them."""
     rows, option = Absences("paper"), Neumann(2)
-    there = torch.cat([rows.present, rows.present.any(0)[None]])
-    states = torch.where(there, rows.case.draw(N + 1), torch.nan)
+    cells = torch.where(rows.present, rows.case.draw(N), 0.0)
+    fused = torch.where(rows.present.any(0), rows.case.draw(), torch.nan)
+    states = torch.cat([cells, fused[None]])
     found = [rows.adjoint(backend, states, option) for backend in (cuda.BACKEND, GATHERING)]
     (dx, grads, given), (dx_wanted, grads_wanted, expected) = found
     for mine, wanted in zip(given[:3], expected[:3], strict=True):
