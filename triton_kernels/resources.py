@@ -234,7 +234,10 @@ PENALTIES = [  # one of each kind of tile
     Problem("penalty", 300, 4),
     Problem("penalty", 1024, 1, precision="tf32"),
 ]
-SMALL += [Problem("step", 1024, 1, "float64"), *PENALTIES]
+ABSENT = [  # rows that lack modalities, one of each kind
+    Problem(kind, 128, 4, precision="tf32", absent=True) for kind in ("step", "solve", "penalty")
+]
+SMALL += [Problem("step", 1024, 1, "float64"), *PENALTIES, *ABSENT]
 FULL = [
     *(
         Problem("step", d, g, precision=p, released=r)
@@ -277,6 +280,7 @@ FULL = [
         for p in ("tf32", "ieee")
     ),
     *PENALTIES,
+    *ABSENT,
 ]
 
 
