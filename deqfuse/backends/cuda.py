@@ -186,8 +186,8 @@ def solve_fuse(
     shape = (num_modalities, num_groups, variant.relu_last)
     with _on(x):
         if one_launch(x, num_groups, solver):
-            rest = (*shape, knobs, counts)
-            found = solve.solve_fuse(x, cell_sum, params, mask, z0, *rest), None
+            whole = (mask, z0, *shape, knobs, counts)
+            found = solve.solve_fuse(x, cell_sum, params, *whole), None
         else:
             rest = (*shape, dtype, knobs, solver.trace, counts)
             found = stepped.solve_fuse(x, cell_sum, params, mask, z0, *rest)
