@@ -24,6 +24,8 @@ CONVERGED = tl.constexpr(int(Outcome.CONVERGED))
 MAX_ITER = tl.constexpr(int(Outcome.MAX_ITER))
 STALLED = tl.constexpr(int(Outcome.STALLED))
 NON_FINITE = tl.constexpr(int(Outcome.NON_FINITE))
+ABSENT = tl.constexpr(int(Outcome.ABSENT))
+EMPTY = tl.constexpr(int(Outcome.EMPTY))
 RUNNING = tl.constexpr(-1)
 BLOCK_BYTES = 4096  # of a row that a program looks at at once
 
@@ -108,10 +110,14 @@ def _anderson_step_kernel(
     lam: "fp64",
     M: tl.constexpr,
     DAMPED: tl.constexpr,
+    CHOSEN: tl.constexpr,  # active says from the beginning which rows are solved
     T: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
+    if CHOSEN:  # noqa: SIM102 - known when compiling
+        if tl.load(active_ptr + row) == 0:
+            return
     if step > 0:  # noqa: SIM102 - a ring without state must not be read
         if tl.load(active_ptr + row) == 0:
             return
@@ -195,6 +201,7 @@ class AndersonState:
     """Tensors of one solve over rows (R, n), in their compute dtype. Nothing is filled."""
 
     def __init__(self, z0: Tensor, m: int, steps: int) -> None:
+        self.chosen = False  # whether rows have been left out by :meth:`choose`
         rows, n = z0.shape
         new = z0.new_empty
         self.z, self.best = new(rows, n), new(rows, n)
@@ -204,6 +211,18 @@ class AndersonState:
         self.outcome = new(rows, dtype=torch.int8)
         self.active = new(rows, dtype=torch.bool)
         self.trace = new(steps, rows) if steps else None
+
+    def choose(self, rows: Tensor, rest: Outcome, empty: float) -> None:
+        """Leave out all but ``rows`` (R,) bool: before the first step they have ended as ``rest``.
+
+        Their answer and their residual are ``empty``.
+        """
+        self.chosen = True
+        self.active.copy_(rows)
+        self.best.fill_(empty)
+        self.best_residual.fill_(empty)
+        self.nfe.zero_()
+        self.outcome.fill_(int(rest))
 
 
 def anderson_step(
@@ -224,6 +243,7 @@ def anderson_step(
         fz, state.z, state.best, state.images, state.residuals, state.gram, state.best_residual,
         state.nfe, state.best_at, state.outcome, state.active, state.trace,
         rows, n, step, max_iter, tol, beta, lam,
-        M=state.images.shape[0], DAMPED=beta != 1, T=TYPES[state.z.dtype], BLOCK=block,
+        M=state.images.shape[0], DAMPED=beta != 1, CHOSEN=state.chosen,
+        T=TYPES[state.z.dtype], BLOCK=block,
         num_warps=4 if block > 128 else 1, num_stages=1,
     )  # fmt: skip

@@ -1,9 +1,10 @@
 """One step of purify-then-combine (Eqs. 9-12) with the gate collapsed.
 
-    gate = N Wa z + constant,  constant = Wa S + N ba        S the sum of the cells
+    gate = n Wa z + constant,  constant = Wa S + n ba        S the sum of the cells
     z <- GN(relu(Wf (z * gate) + bf + x))                   "relu_last": relu(GN(.))
 
-Stages and launches as in ``cell``. Dropout's mask multiplies the output of Wf.
+n is N, or where rows lack modalities the row's own of ``counts``. Stages and launches as in
+``cell``. Dropout's mask multiplies the output of Wf.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs
 
@@ -20,6 +21,7 @@ from deqfuse.triton_kernels.rowmath import (
     constants,
     load_tile,
     load_vector,
+    modalities_of,
     normalize,
     product,
     relu,
@@ -35,6 +37,7 @@ def _gate_constant_kernel(
     sum_ptr,  # (rows, D)
     wa_ptr,  # (D, D)
     ba_ptr,  # (D,)
+    counts_ptr,  # (rows,) or None
     out_ptr,  # (rows, D)
     rows,
     modalities,
@@ -52,7 +55,8 @@ def _gate_constant_kernel(
     out_ptr += first * D
     cols, real = tile_columns(tl.program_id(1) * GT, D, C, GT, C2)
     y = product(sum_ptr, r, real_row, wa_ptr, cols, real, True, D, BM, GT * C2, BK, T, PREC)
-    y += modalities.to(T) * load_vector(ba_ptr, cols, real, T)
+    n = modalities_of(counts_ptr, modalities, first, r, real_row, T)
+    y += n * load_vector(ba_ptr, cols, real, T)
     store_tile(out_ptr, r, real_row, cols, real, y, D)
 
 
@@ -63,14 +67,15 @@ def gate_constant(
     num_groups: int,
     dtype: torch.dtype,
     tol: float = TF32_TOL,  # of the solve that it serves
+    counts: Tensor | None = None,  # (B,), compute dtype; in place of num_modalities
 ) -> Tensor:  # (B, d)
-    """``Wa S + N ba``, the part of the gate that a solve holds fixed: one launch."""
+    """``Wa S + n ba``, the part of the gate that a solve holds fixed: one launch."""
     rows, d = cell_sum.shape
     out = cell_sum.new_empty(rows, d, dtype=dtype)
     tile = step_tile(d, num_groups, dtype)
     launch(
         _gate_constant_kernel, fuse_grid(rows, num_groups, tile),
-        cell_sum, params[0], params[1], out, rows, num_modalities,
+        cell_sum, params[0], params[1], counts, out, rows, num_modalities,
         **constants(d, num_groups, dtype, tile, tol),
     )  # fmt: skip
     return out
@@ -90,6 +95,7 @@ def _purify_combine_kernel(
     q_ptr,  # (rows, D) from stage 1 to stage 2
     out_ptr,  # (rows, D)
     active_ptr,  # (rows,) or None: tiles without an active row are left as they are
+    counts_ptr,  # (rows,) or None
     rows,
     modalities,
     RELU_LAST: tl.constexpr,
@@ -118,7 +124,8 @@ def _purify_combine_kernel(
     cols, real = tile_columns(tl.program_id(1) * GT, D, C, GT, C2)
     if FIRST == 1:
         y = product(z_ptr, r, real_row, wa_ptr, cols, real, True, D, BM, GT * C2, BK, T, PREC)
-        gate = modalities.to(T) * y + load_tile(constant_ptr, r, real_row, cols, real, D, T)
+        n = modalities_of(counts_ptr, modalities, first, r, real_row, T)
+        gate = n * y + load_tile(constant_ptr, r, real_row, cols, real, D, T)
         q = load_tile(z_ptr, r, real_row, cols, real, D, T) * gate
         store_tile(q_ptr, r, real_row, cols, real, q, D)
     if FIRST != LAST:
@@ -152,6 +159,7 @@ def purify_combine(
     out: Tensor | None = None,  # (B, d)
     gated: Tensor | None = None,  # (B, d) scratch
     tol: float = TF32_TOL,  # of the solve that the step serves
+    counts: Tensor | None = None,  # (B,), compute dtype; in place of num_modalities
 ) -> Tensor:  # (B, d), compute dtype
     """One step: one launch where a program can hold a whole row, else two."""
     rows, d = z.shape
@@ -162,7 +170,7 @@ def purify_combine(
     for first, last in stages_of(1, 2, d, num_groups):
         launch(
             _purify_combine_kernel, fuse_grid(rows, num_groups, tile),
-            z, x_fuse, constant, mask, wa, wf, bf, gamma, beta, gated, out, active,
+            z, x_fuse, constant, mask, wa, wf, bf, gamma, beta, gated, out, active, counts,
             rows, num_modalities, RELU_LAST=relu_last, FIRST=first, LAST=last,
             **constants(d, num_groups, z.dtype, tile, tol),
         )  # fmt: skip
@@ -171,3 +179,15 @@ def purify_combine(
 
 def fuse_grid(rows: int, num_groups: int, tile: Tile) -> tuple[int, int]:
     return triton.cdiv(rows, tile.rows), triton.cdiv(num_groups, tile.groups)
+
+
+def gate_input_of(
+    z: Tensor,  # (B, d), compute dtype
+    cell_sum: Tensor,  # (B, d)
+    num_modalities: int,
+    counts: Tensor | None,  # (B,)
+) -> Tensor:  # (B, d)
+    """``n z + S``: one launch."""
+    if counts is None:
+        return torch.add(cell_sum, z, alpha=num_modalities)
+    return torch.addcmul(cell_sum, z, counts[:, None])

@@ -13,13 +13,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from deqfuse.triton_kernels.fuse import fuse_grid
+from deqfuse.triton_kernels.fuse import fuse_grid, gate_input_of
 from deqfuse.triton_kernels.launch import launch
 from deqfuse.triton_kernels.rowmath import (
     add_to_tile,
     constants,
     load_tile,
     load_vector,
+    modalities_of,
     normalize,
     product,
     relu,
@@ -47,7 +48,7 @@ def _purify_combine_penalty_kernel(
     u_ptr,  # (rows, D): v where the last relu passes it on; v itself without RELU_LAST
     z_ptr,  # (rows, D)
     x_ptr,  # (rows, D)
-    input_ptr,  # (rows, D): N z + S, the gate's input
+    input_ptr,  # (rows, D): n z + S, the gate's input
     mask_ptr,  # (rows, D) or None
     wa_ptr,  # (D, D)
     ba_ptr,  # (D,)
@@ -70,6 +71,7 @@ def _purify_combine_penalty_kernel(
     value_ptr,  # (column tiles, rows): |J^T v|^2
     probe_sums_ptr,  # (row tiles, 4, D) or None: gradient of gamma of this probe, per tile
     sums_ptr,  # (row tiles, 4, D) or None: of ba / N, bf, through the evaluation
+    counts_ptr,  # (rows,) or None: rows' own n, with which the first sum is ba's gradient
     rows,
     modalities,
     probe,
@@ -114,7 +116,8 @@ def _purify_combine_penalty_kernel(
         gate = product(
             input_ptr, r, real_row, wa_ptr, cols, real, True, D, BM, GT * C2, BK, T, PREC
         )  # fmt: skip
-        gate += modalities.to(T) * load_vector(ba_ptr, cols, real, T)
+        n = modalities_of(counts_ptr, modalities, first, r, real_row, T)
+        gate += n * load_vector(ba_ptr, cols, real, T)
         q = load_tile(z_ptr, r, real_row, cols, real, D, T) * gate
         store_tile(gate_ptr, r, real_row, cols, real, gate, D)
         store_tile(q_ptr, r, real_row, cols, real, q, D)
@@ -158,7 +161,8 @@ def _purify_combine_penalty_kernel(
     if (FIRST <= 5) & (LAST >= 5):
         w = product(yz_ptr, r, real_row, wa_ptr, cols, real, False, D, BM, GT * C2, BK, T, PREC)
         y = load_tile(y_ptr, r, real_row, cols, real, D, T)
-        w = y * load_tile(gate_ptr, r, real_row, cols, real, D, T) + modalities.to(T) * w
+        of_z = y * load_tile(gate_ptr, r, real_row, cols, real, D, T)
+        w = of_z + modalities_of(counts_ptr, modalities, first, r, real_row, T) * w
         store_squares(value_ptr, r, real_row, w)
         w *= 2
         store_tile(w_ptr, r, real_row, cols, real, w, D)
@@ -168,7 +172,8 @@ def _purify_combine_penalty_kernel(
         tl.debug_barrier()
     if (FIRST <= 6) & (LAST >= 6):
         dy = product(w_ptr, r, real_row, wa_ptr, cols, real, True, D, BM, GT * C2, BK, T, PREC)
-        dy *= modalities.to(T) * load_tile(z_ptr, r, real_row, cols, real, D, T)
+        n = modalities_of(counts_ptr, modalities, first, r, real_row, T)
+        dy *= n * load_tile(z_ptr, r, real_row, cols, real, D, T)
         w = load_tile(w_ptr, r, real_row, cols, real, D, T)
         dy += load_tile(gate_ptr, r, real_row, cols, real, D, T) * w
         store_tile(dy_ptr, r, real_row, cols, real, dy, D)
@@ -201,6 +206,8 @@ def _purify_combine_penalty_kernel(
         y = product(dc_ptr, r, real_row, wf_ptr, cols, real, False, D, BM, GT * C2, BK, T, PREC)
         y *= load_tile(z_ptr, r, real_row, cols, real, D, T)
         dgate = add_to_tile(dgate_ptr, r, real_row, cols, real, y, True, D, T)
+        if counts_ptr is not None:
+            dgate = rounded(dgate, modalities_of(counts_ptr, modalities, first, r, real_row, T))
         store_sum(sums_ptr, dgate, cols, real)
         store_sum(sums_ptr + D, load_tile(dc_ptr, r, real_row, cols, real, D, T), cols, real)
 
@@ -224,6 +231,7 @@ def purify_combine_penalty(
     num_groups: int,
     relu_last: bool,
     want_params: bool,
+    counts: Tensor | None = None,  # (B,), compute dtype; in place of num_modalities
 ) -> FusePenalty:
     """``sum_k |J^T v_k|^2`` per row, J at the state z, and its gradients.
 
@@ -235,7 +243,7 @@ def purify_combine_penalty(
     gate, q, e, t, y, yz, w, dy, dgate, dx = (torch.empty_like(z) for _ in range(10))
     tm, dc = (t, dx) if mask is None else (torch.empty_like(z), torch.empty_like(z))
     signed = torch.empty_like(z) if relu_last else None
-    gate_input = torch.add(cell_sum, z, alpha=num_modalities)
+    gate_input = gate_input_of(z, cell_sum, num_modalities, counts)
     value = z.new_empty(len(probes), grid[1], rows)
     dwa, dwf = (z.new_empty(d, d) for _ in range(2)) if want_params else (None, None)
     sums = z.new_zeros(len(probes) + 1, grid[0], 4, d) if want_params else None
@@ -248,17 +256,20 @@ def purify_combine_penalty(
                 _purify_combine_penalty_kernel, grid,
                 v, v if signed is None else signed, z, x_fuse, gate_input, mask, *params,
                 gate, q, e, t, tm, y, yz, w, dy, dgate, dx, dc,
-                value[k], of_probe, of_evaluation, rows, num_modalities, k,
+                value[k], of_probe, of_evaluation, counts, rows, num_modalities, k,
                 RELU_LAST=relu_last, FIRST=first, LAST=last,
                 **constants(d, num_groups, z.dtype, tile),
             )  # fmt: skip
         if dwa is not None and dwf is not None:
-            dwa.addmm_(yz.mT, w, beta=min(k, 1), alpha=num_modalities)
+            if counts is None:
+                dwa.addmm_(yz.mT, w, beta=min(k, 1), alpha=num_modalities)
+            else:
+                dwa.addmm_((counts[:, None] * yz).mT, w, beta=min(k, 1))
             dwf.addmm_(tm.mT, dy, beta=min(k, 1))
     if dwa is None or dwf is None or sums is None:
         return FusePenalty(value.sum((0, 1)), dx, None)
     dwa.addmm_(dgate.mT, gate_input)
     dwf.addmm_(dc.mT, q)
     dba, dbf, dgamma, dbeta = sums.sum((0, 1))
-    grads = [dwa, num_modalities * dba, dwf, dbf, dgamma, dbeta]
-    return FusePenalty(value.sum((0, 1)), dx, grads)
+    dba = num_modalities * dba if counts is None else dba
+    return FusePenalty(value.sum((0, 1)), dx, [dwa, dba, dwf, dbf, dgamma, dbeta])

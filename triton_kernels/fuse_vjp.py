@@ -9,12 +9,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from deqfuse.triton_kernels.fuse import fuse_grid
+from deqfuse.triton_kernels.fuse import fuse_grid, gate_input_of
 from deqfuse.triton_kernels.launch import launch
 from deqfuse.triton_kernels.rowmath import (
     constants,
     load_tile,
     load_vector,
+    modalities_of,
     normalize,
     product,
     relu,
@@ -33,7 +34,7 @@ def _purify_combine_vjp_kernel(
     u_ptr,  # (rows, D)
     z_ptr,  # (rows, D)
     x_ptr,  # (rows, D)
-    s_ptr,  # (rows, D): N z + S, the gate's input
+    s_ptr,  # (rows, D): n z + S, the gate's input
     mask_ptr,  # (rows, D) or None
     wa_ptr,  # (D, D)
     ba_ptr,  # (D,)
@@ -49,6 +50,7 @@ def _purify_combine_vjp_kernel(
     dsum_ptr,  # (rows, D): cotangent of S
     dz_ptr,  # (rows, D); between stages 3 and 4 the share of the factor z
     sums_ptr,  # (row tiles, 4, D) or None: gradients of ba / N, bf, gamma, beta, per tile
+    counts_ptr,  # (rows,) or None: rows' own n, with which the first sum is ba's gradient
     rows,
     modalities,
     RELU_LAST: tl.constexpr,
@@ -82,7 +84,8 @@ def _purify_combine_vjp_kernel(
         sums_ptr += tl.program_id(0).to(tl.int64) * (4 * D)
     if FIRST == 1:
         gate = product(s_ptr, r, real_row, wa_ptr, cols, real, True, D, BM, GT * C2, BK, T, PREC)
-        gate += modalities.to(T) * load_vector(ba_ptr, cols, real, T)
+        n = modalities_of(counts_ptr, modalities, first, r, real_row, T)
+        gate += n * load_vector(ba_ptr, cols, real, T)
         q = load_tile(z_ptr, r, real_row, cols, real, D, T) * gate
         store_tile(gate_ptr, r, real_row, cols, real, gate, D)
         store_tile(q_ptr, r, real_row, cols, real, q, D)
@@ -122,13 +125,17 @@ def _purify_combine_vjp_kernel(
         store_tile(dgate_ptr, r, real_row, cols, real, dgate, D)
         store_tile(dz_ptr, r, real_row, cols, real, dz, D)
         if sums_ptr is not None:
+            if counts_ptr is not None:
+                n = modalities_of(counts_ptr, modalities, first, r, real_row, T)
+                dgate = rounded(dgate, n)
             store_sum(sums_ptr, dgate, cols, real)
     if FIRST < LAST:
         tl.debug_barrier()
     if LAST == 4:
         t = product(dgate_ptr, r, real_row, wa_ptr, cols, real, False, D, BM, GT * C2, BK, T, PREC)
         store_tile(dsum_ptr, r, real_row, cols, real, t, D)
-        dz = load_tile(dz_ptr, r, real_row, cols, real, D, T) + modalities.to(T) * t
+        dz = load_tile(dz_ptr, r, real_row, cols, real, D, T)
+        dz += modalities_of(counts_ptr, modalities, first, r, real_row, T) * t
         tl.debug_barrier()  # several threads may hold a number that one of them replaces
         store_tile(dz_ptr, r, real_row, cols, real, dz, D)
 
@@ -154,6 +161,7 @@ def purify_combine_vjp(
     relu_last: bool,
     want_params: bool = True,
     tol: float = TF32_TOL,  # of the solve that the product serves
+    counts: Tensor | None = None,  # (B,), compute dtype; in place of num_modalities
 ) -> FuseGradients:
     """Cotangents of one step: one launch, or four, and torch's products for the weights."""
     rows, d = z.shape
@@ -161,19 +169,20 @@ def purify_combine_vjp(
     tile = fuse_vjp_tile(d, num_groups, z.dtype, x_fuse.dtype)
     gate, q, dx, dgate, dsum, dz = (torch.empty_like(z) for _ in range(6))
     dy = dx if mask is None else torch.empty_like(z)
-    gate_input = torch.add(cell_sum, z, alpha=num_modalities)
+    gate_input = gate_input_of(z, cell_sum, num_modalities, counts)
     grid = fuse_grid(rows, num_groups, tile)
     sums = z.new_empty(grid[0], 4, d) if want_params else None
     for first, last in stages_of(1, 4, d, num_groups):
         launch(
             _purify_combine_vjp_kernel, grid,
             u, z, x_fuse, gate_input, mask, wa, ba, wf, bf, gamma, beta,
-            gate, q, dx, dy, dgate, dsum, dz, sums, rows, num_modalities,
+            gate, q, dx, dy, dgate, dsum, dz, sums, counts, rows, num_modalities,
             RELU_LAST=relu_last, FIRST=first, LAST=last,
             **constants(d, num_groups, z.dtype, tile, tol),
         )  # fmt: skip
     if sums is None:
         return FuseGradients(dz, dx, dsum, None)
     dba, dbf, dgamma, dbeta = sums.sum(0)
-    weights = dgate.mT @ gate_input, num_modalities * dba, dy.mT @ q
+    dba = num_modalities * dba if counts is None else dba
+    weights = dgate.mT @ gate_input, dba, dy.mT @ q
     return FuseGradients(dz, dx, dsum, [*weights, dbf, dgamma, dbeta])

@@ -107,6 +107,13 @@ def mix(history, count, beta, lam, DAMPED: tl.constexpr, M: tl.constexpr):
 
 
 @triton.jit
+def left_out(found, live, residual, HOW: tl.constexpr):
+    """Statistics in which rows that are not ``live`` have ended before their first step."""
+    best, best_at, nfe, outcome = found
+    return tl.where(live, best, residual), best_at, nfe, tl.where(live, outcome, HOW)
+
+
+@triton.jit
 def store_statistics(residual_ptr, nfe_ptr, outcome_ptr, r, real_row, found):
     best, _, nfe, outcome = found
     tl.store(residual_ptr + r, best, mask=real_row)

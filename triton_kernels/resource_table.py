@@ -29,8 +29,9 @@ Generated with triton {TRITON}: `python -m deqfuse.triton_kernels.resources --se
 Read [kernels-gpu.md](kernels-gpu.md) first. In each cell: registers per thread / bytes spilled per
 thread / bytes of shared memory per block, the most over a kernel's stages and variants (paper and
 released, with and without dropout, warm start and damping; of the penalty's kernels only released,
-with dropout). A dash: not launched there; steps are. The penalty's kernels have not been compiled
-for sm_100 and gfx942, and for sm_86, sm_89 and sm_120 only one size of each kind has been.
+with dropout). "Some absent": rows lack modalities. A dash: not launched there; steps are. The
+penalty's kernels have not been compiled for sm_100 and gfx942, and for sm_86, sm_89 and sm_120 only
+one size of each kind has been.
 """
 
 Row = tuple[str, str, str]  # kernel, width and history, arithmetic
@@ -43,6 +44,7 @@ def cells(entries: Iterable[dict[str, Any]]) -> dict[Row, dict[str, str]]:
         plain = e["kind"] in ("anderson", "unit")  # neither groups nor products
         where = str(e["dim"]) if plain else f"{e['dim']} in {e['groups']}"
         history = f", m = {e['m']}" if e["kind"] in ("solve", "anderson") else ""
+        history += ", some absent" if e["absent"] else ""
         arithmetic = e["dtype"] if plain else f"{e['dtype']} {e['precision']}"
         kernel = e["kernel"].strip("_").removesuffix("_kernel")
         row = most.setdefault((kernel, where + history, arithmetic), {})

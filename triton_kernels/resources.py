@@ -146,7 +146,10 @@ def measure(run: Callable[[], Any], targets: Iterable[str]) -> list[Resources]:
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """What the kernels are compiled for. ``released`` has skip, relu_last and a dropout mask."""
+    """What the kernels are compiled for.
+
+    ``released`` has skip, relu_last and a dropout mask; with ``absent``, rows lack modalities.
+    """
 
     kind: str  # "step", "penalty", "anderson", "unit" or "solve"
     dim: int
@@ -155,6 +158,7 @@ class Problem:
     precision: str = "ieee"
     m: int = 5
     released: bool = True
+    absent: bool = False
 
     def shipped(self, target: str) -> bool:
         """Whether it is compiled there: not where steps take the place of a solve.
@@ -191,28 +195,29 @@ class Problem:
         params = [square, vector, square, vector, vector, vector]
         active = torch.ones(2, 16, dtype=torch.bool)
         mask = x[0] if self.released else None
+        present, counts = (active, z.new_ones(16)) if self.absent else (None, None)
         if self.kind == "solve":
             knobs = tiles.Knobs(1e-4, 50, self.m, 0.5 if self.released else 1.0, 1e-6)
             z0 = z if self.released else None
             start = None if z0 is None else z0[0]
             weights, bias = vector[:2], vector[2] if self.released else None
             rest = (g, self.released, self.released, knobs)
-            solve.solve_layer(x, packed, params, weights, bias, mask, start, z0, *rest)
-            solve.solve_fuse(x[0], z[0], params, mask, start, 2, g, self.released, knobs)
+            solve.solve_layer(x, packed, params, weights, bias, mask, start, z0, *rest, present)
+            solve.solve_fuse(x[0], z[0], params, mask, start, 2, g, self.released, knobs, counts)
             return
         if self.kind == "penalty":
             operands, how = (z[0], x[0], z[0], mask, 2, params), (g, self.released, True)
             for count in (1, 3):  # a probe is the only one, the first, the last, or none of these
                 probes = z.new_zeros(count, *z.shape)
                 cell_penalty.residual_cell_penalty(probes, z, x, packed, *how)
-                fuse_penalty.purify_combine_penalty(probes[:, 0], *operands, *how)
+                fuse_penalty.purify_combine_penalty(probes[:, 0], *operands, *how, counts)
             return
         cell.residual_cell(z, x, packed, g, self.released, active=active)
         cell_vjp.residual_cell_vjp(z, z, x, packed, g, self.released)
-        constant = fuse.gate_constant(z[0], 2, params, g, state)
+        constant = fuse.gate_constant(z[0], 2, params, g, state, counts=counts)
         fused = (2, params, g, self.released)
-        fuse.purify_combine(z[0], x[0], constant, mask, *fused, active=active[0])
-        fuse_vjp.purify_combine_vjp(z[0], z[0], x[0], z[0], mask, *fused)
+        fuse.purify_combine(z[0], x[0], constant, mask, *fused, active=active[0], counts=counts)
+        fuse_vjp.purify_combine_vjp(z[0], z[0], x[0], z[0], mask, *fused, counts=counts)
 
 
 GROUPS = {32: 4, 50: 2, 64: 4, 128: 4, 256: 4, 300: 4, 500: 4, 512: 4, 768: 4, 1000: 4, 1024: 4}
@@ -235,7 +240,10 @@ PENALTIES = [  # one of each kind of tile
     Problem("penalty", 300, 4),
     Problem("penalty", 1024, 1, precision="tf32"),
 ]
-SMALL += [Problem("step", 1024, 1, "float64"), *PENALTIES]
+ABSENT = [  # rows that lack modalities, one of each kind
+    Problem(kind, 128, 4, precision="tf32", absent=True) for kind in ("step", "solve", "penalty")
+]
+SMALL += [Problem("step", 1024, 1, "float64"), *PENALTIES, *ABSENT]
 FULL = [
     *(
         Problem("step", d, g, precision=p, released=r)
@@ -283,6 +291,7 @@ FULL = [
         for d in (50, 512, 4000)
         for t in ("float32", "float64", "bfloat16")
     ),
+    *ABSENT,
 ]
 
 

@@ -103,6 +103,16 @@ def load_vector(ptr, cols, real, T: tl.constexpr):
 
 
 @triton.jit
+def modalities_of(counts_ptr, modalities, first, r, real_row, T: tl.constexpr):
+    """How many modalities a row has: (BM, 1) of ``counts`` (rows,), or for all of them a number."""
+    if counts_ptr is not None:
+        n = tl.load(counts_ptr + first + r, mask=real_row, other=0.0).to(T)[:, None]
+    else:
+        n = modalities.to(T)
+    return n
+
+
+@triton.jit
 def load_square(ptr, cols, real, D: tl.constexpr, T: tl.constexpr):
     """A whole weight transposed, (inputs, outputs), both in the order of a tile's columns."""
     at = ptr + cols[None, :] * D + cols[:, None]

@@ -46,10 +46,11 @@ def solve_cells(
     num_groups: int,
     skip: bool,
     knobs: Knobs,
+    present: Tensor | None = None,  # (N, B) bool
 ) -> Answer:
-    """Equilibria of all N residual cells in float32: one launch."""
+    """Equilibria of all N residual cells, or of those that are present, in float32: one launch."""
     answer = empty_answer(x, x.shape, torch.float32)
-    _launch_cells(x, packed, z0, answer, num_groups, skip, knobs)
+    _launch_cells(x, packed, z0, present, answer, num_groups, skip, knobs)
     return answer
 
 
@@ -63,10 +64,11 @@ def solve_fuse(
     num_groups: int,
     relu_last: bool,
     knobs: Knobs,
+    counts: Tensor | None = None,  # (B,) float32, rows' own numbers of modalities
 ) -> Answer:
     """Equilibrium of the purify-then-combine step in float32: one launch."""
     answer = empty_answer(x_fuse, x_fuse.shape, torch.float32)
-    operands = (x_fuse, None, None, None, cell_sum, mask, z0, *params)
+    operands = (x_fuse, None, None, None, None, counts, cell_sum, mask, z0, *params)
     _launch_fuse(operands, answer, None, num_modalities, num_groups, relu_last, knobs)
     return answer
 
@@ -84,8 +86,11 @@ def solve_layer(
     skip: bool,
     relu_last: bool,
     knobs: Knobs,
+    present: Tensor | None = None,  # (N, B) bool
 ) -> tuple[Tensor, Answer]:
-    """Equilibria of all cells, then of the fuse step: two launches.
+    """Equilibria of all cells, then of the fuse step: two launches, and one that counts.
+
+    Only with ``present`` are a row's modalities counted.
 
     Returns the fused equilibrium (B, d) and, as one answer, the N cells' and it.
     """
@@ -93,8 +98,9 @@ def solve_layer(
     both = empty_answer(x, (n + 1, rows, d), torch.float32)
     cells, fuse = Answer(*(t[:n] for t in both)), Answer(*(t[n] for t in both))
     z, cell_sum = torch.empty_like(fuse.z), torch.empty_like(fuse.z)
-    _launch_cells(x, packed, z0_cells, cells, num_groups, skip, knobs)
-    operands = (x, cells.z, weights, bias, cell_sum, mask, z0_fuse, *params)
+    _launch_cells(x, packed, z0_cells, present, cells, num_groups, skip, knobs)
+    counts = None if present is None else present.sum(0, dtype=torch.float32)
+    operands = (x, cells.z, weights, bias, present, counts, cell_sum, mask, z0_fuse, *params)
     _launch_fuse(operands, fuse, z, n, num_groups, relu_last, knobs)
     return z, both
 
@@ -103,6 +109,7 @@ def _launch_cells(
     x: Tensor,
     packed: Tensor,
     z0: Tensor | None,
+    present: Tensor | None,
     answer: Answer,
     num_groups: int,
     skip: bool,
@@ -112,7 +119,7 @@ def _launch_cells(
     common = _constants(d, num_groups, knobs)
     launch(
         _solve_cells_kernel, (triton.cdiv(rows, common["BM"]), n),
-        x, z0, packed, *answer,
+        x, z0, packed, present, *answer,
         rows, knobs.max_iter, knobs.tol, knobs.beta, knobs.lam,
         SKIP=skip, **common,
     )  # fmt: skip

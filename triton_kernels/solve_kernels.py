@@ -10,14 +10,22 @@ kilobytes are spilled. So there is no trace here, and the best iterate waits in 
 import triton
 import triton.language as tl
 
+from deqfuse.triton_kernels.anderson import ABSENT, EMPTY
 from deqfuse.triton_kernels.cell import cell_vectors, second_weight
-from deqfuse.triton_kernels.history import advance, any_running, begin, store_statistics
+from deqfuse.triton_kernels.history import (
+    advance,
+    any_running,
+    begin,
+    left_out,
+    store_statistics,
+)
 from deqfuse.triton_kernels.rowmath import (
     dot,
     group_norm,
     load_square,
     load_tile,
     load_vector,
+    modalities_of,
     product,
     relu,
     store_tile,
@@ -31,6 +39,7 @@ def _solve_cells_kernel(
     x_ptr,  # (N, rows, D)
     z0_ptr,  # (N, rows, D) or None for zero
     p_ptr,  # (N, packed_size)
+    present_ptr,  # (N, rows) bool or None: rows without the modality are not read, and answered 0
     out_ptr,  # (N, rows, D)
     residual_ptr,  # (N, rows)
     nfe_ptr,  # (N, rows) int32
@@ -61,15 +70,18 @@ def _solve_cells_kernel(
     out_ptr += first * D
     p_ptr += modality * (2 * D * D + 8 * D)
     cols, real = tile_columns(0, D, C, GT, C2)
+    live = real_row
+    if present_ptr is not None:
+        live = real_row & (tl.load(present_ptr + first + r, mask=real_row, other=0) != 0)
     vectors = cell_vectors(p_ptr, cols, real, D, T)
     w1 = load_square(p_ptr, cols, real, D, T)
     w2 = load_square(second_weight(p_ptr, D), cols, real, D, T)
-    x = load_tile(x_ptr, r, real_row, cols, real, D, T) + vectors[1]
+    x = load_tile(x_ptr, r, live, cols, real, D, T) + vectors[1]
     z = tl.zeros((BM, GT * C2), T)
     if z0_ptr is not None:
-        z = load_tile(z0_ptr, r, real_row, cols, real, D, T)
+        z = load_tile(z0_ptr, r, live, cols, real, D, T)
     tol, beta, lam = tl.full((), tol, T), tl.full((), beta, T), tl.full((), lam, T)
-    history, found, out = begin(real_row, BM, GT * C2, M, T)
+    history, found, out = begin(live, BM, GT * C2, M, T)
     step = 0
     running = any_running(found)
     while running:
@@ -84,6 +96,8 @@ def _solve_cells_kernel(
             z, f, history, found, out, step, tol, max_iter, beta, lam, DAMPED, M
         )
         running = any_running(found)
+    if present_ptr is not None:
+        found = left_out(found, live, 0.0, ABSENT)
     store_tile(out_ptr, r, real_row, cols, real, out, D)
     store_statistics(residual_ptr + first, nfe_ptr + first, outcome_ptr + first, r, real_row, found)
 
@@ -94,6 +108,7 @@ def combine(
     cells_ptr,
     weights_ptr,
     bias_ptr,
+    present_ptr,
     r,
     real_row,
     cols,
@@ -105,14 +120,18 @@ def combine(
     N: tl.constexpr,
     T: tl.constexpr,
 ):
-    """``x_f = sum_i w_i x_i (+ bias)`` and ``S = sum_i z_i`` of a tile's rows."""
+    """``x_f = sum_i w_i x_i (+ bias)`` and ``S = sum_i z_i`` over what a tile's rows have."""
     x = tl.zeros((BM, N), T)
     total = tl.zeros((BM, N), T)
     plane = rows.to(tl.int64) * D
     for i in range(modalities):
         weight = tl.load(weights_ptr + i).to(T)
-        x += weight * load_tile(x_ptr + i * plane, r, real_row, cols, real, D, T)
-        total += load_tile(cells_ptr + i * plane, r, real_row, cols, real, D, T)
+        live = real_row
+        if present_ptr is not None:
+            here = tl.load(present_ptr + i * rows.to(tl.int64) + r, mask=real_row, other=0)
+            live = real_row & (here != 0)
+        x += weight * load_tile(x_ptr + i * plane, r, live, cols, real, D, T)
+        total += load_tile(cells_ptr + i * plane, r, live, cols, real, D, T)
     if bias_ptr is not None:
         x = tl.where(real[None, :], x + tl.load(bias_ptr).to(T), 0.0)
     return x, total
@@ -128,6 +147,8 @@ def _solve_fuse_kernel(
     cells_ptr,  # (N, rows, D) with weights, else None
     weights_ptr,  # (N,) or None
     bias_ptr,  # (1,) or None
+    present_ptr,  # (N, rows) bool with weights, or None: absent features are not read
+    counts_ptr,  # (rows,) or None: rows' own number of modalities; without any, the answer is NaN
     sum_ptr,  # (rows, D): the cells' sum; with weights it is written here first
     mask_ptr,  # (rows, D) or None
     z0_ptr,  # (rows, D) or None for zero
@@ -169,10 +190,15 @@ def _solve_fuse_kernel(
         z0_ptr += first * D
     out_ptr += first * D
     cols, real = tile_columns(0, D, C, GT, C2)
-    n = modalities.to(T)
+    n = modalities_of(counts_ptr, modalities, first, r, real_row, T)
+    live = real_row
+    if counts_ptr is not None:
+        live = real_row & (tl.load(counts_ptr + first + r, mask=real_row, other=0.0) > 0)
+    if present_ptr is not None:
+        present_ptr += first
     if weights_ptr is not None:
         x, total = combine(
-            x_ptr, cells_ptr + first * D, weights_ptr, bias_ptr,
+            x_ptr, cells_ptr + first * D, weights_ptr, bias_ptr, present_ptr,
             r, real_row, cols, real, rows, modalities, D, BM, GT * C2, T,
         )  # fmt: skip
         store_tile(sum_ptr, r, real_row, cols, real, total, D)
@@ -193,9 +219,9 @@ def _solve_fuse_kernel(
         x += bf
     z = tl.zeros((BM, GT * C2), T)
     if z0_ptr is not None:
-        z = load_tile(z0_ptr, r, real_row, cols, real, D, T)
+        z = load_tile(z0_ptr, r, live, cols, real, D, T)
     tol, beta, lam = tl.full((), tol, T), tl.full((), beta, T), tl.full((), lam, T)
-    history, found, out = begin(real_row, BM, GT * C2, M, T)
+    history, found, out = begin(live, BM, GT * C2, M, T)
     step = 0
     running = any_running(found)
     while running:
@@ -213,6 +239,9 @@ def _solve_fuse_kernel(
             z, f, history, found, out, step, tol, max_iter, beta, lam, DAMPED, M
         )
         running = any_running(found)
+    if counts_ptr is not None:
+        out = tl.where(live[:, None], out, float("nan"))
+        found = left_out(found, live, float("nan"), EMPTY)
     store_tile(out_ptr, r, real_row, cols, real, out, D)
     if copy_ptr is not None:
         store_tile(copy_ptr + first * D, r, real_row, cols, real, out, D)

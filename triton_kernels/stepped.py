@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deqfuse.outcome import Outcome
 from deqfuse.triton_kernels import graphs
 from deqfuse.triton_kernels.anderson import AndersonState, anderson_step
 from deqfuse.triton_kernels.cell import residual_cell
@@ -28,7 +29,11 @@ Evaluate = Callable[[Tensor, Sequence["Tensor | None"], "Tensor | None", Tensor,
 
 
 class _Solve:
-    """One problem's operands (injections first), its state, and its steps."""
+    """One problem's operands (injections first), its state, and its steps.
+
+    The last operand says which rows are solved (those above 0), or is None where all are; the
+    others end as ABSENT with zeros, or as EMPTY with NaN.
+    """
 
     def __init__(
         self,
@@ -37,10 +42,11 @@ class _Solve:
         knobs: Knobs,
         trace: bool,
         evaluate: Evaluate,
+        rest: Outcome,
     ) -> None:
         x = operands[0]
         assert x is not None
-        self.operands, self.knobs, self.evaluate = operands, knobs, evaluate
+        self.operands, self.knobs, self.evaluate, self.rest = operands, knobs, evaluate, rest
         start = x.new_empty((x.numel() // x.shape[-1], x.shape[-1]), dtype=dtype)
         self.shape, self.rows = x.shape, x.shape[:-1]
         self.state = AndersonState(start, knobs.m, knobs.max_iter if trace else 0)
@@ -51,13 +57,17 @@ class _Solve:
         state.z.zero_() if z0 is None else state.z.copy_(z0.reshape(state.z.shape))
         if state.trace is not None:
             state.trace.fill_(torch.nan)  # steps of rows that have ended are not written
+        if self.operands[-1] is not None:
+            empty = torch.nan if self.rest is Outcome.EMPTY else 0.0
+            state.choose(self.operands[-1].flatten() > 0, self.rest, empty)
 
     def steps(self) -> None:
         state, knobs = self.state, self.knobs
         z, image, scratch = (t.view(self.shape) for t in (state.z, self.image, self.scratch))
         active = state.active.view(self.rows)
         for step in range(knobs.max_iter):
-            self.evaluate(z, self.operands, active if step else None, image, scratch)
+            asked = active if step or state.chosen else None
+            self.evaluate(z, self.operands, asked, image, scratch)
             anderson_step(
                 self.image, state, step,
                 tol=knobs.tol, max_iter=knobs.max_iter, beta=knobs.beta, lam=knobs.lam,
@@ -99,11 +109,12 @@ def _solve(
     knobs: Knobs,
     trace: bool,
     evaluate: Evaluate,
+    rest: Outcome,
 ) -> tuple[Answer, Tensor | None]:
     """Run the steps, as a kept graph where that is possible and worth its memory."""
 
     def make(operands: Sequence[Tensor | None]) -> _Solve:
-        return _Solve(operands, dtype, knobs, trace, evaluate)
+        return _Solve(operands, dtype, knobs, trace, evaluate, rest)
 
     key = _key(name, operands, dtype, knobs, trace)
     if key is None:
@@ -126,8 +137,9 @@ def solve_cells(
     dtype: torch.dtype,
     knobs: Knobs,
     trace: bool,
+    present: Tensor | None = None,  # (N, B) bool
 ) -> tuple[Answer, Tensor | None]:
-    """Equilibria of all N residual cells, and the trace (max_iter, N, B)."""
+    """Equilibria of all N residual cells, or of those present, and the trace (max_iter, N, B)."""
 
     def evaluate(
         z: Tensor,
@@ -136,7 +148,7 @@ def solve_cells(
         image: Tensor,
         scratch: Tensor,
     ) -> None:
-        x, packed = operands
+        x, packed, _ = operands
         assert x is not None
         assert packed is not None
         residual_cell(
@@ -145,7 +157,8 @@ def solve_cells(
         )  # fmt: skip
 
     name = ("cells", num_groups, skip)
-    return _solve(name, (x, packed), z0, dtype, knobs, trace, evaluate)
+    operands = (x, packed, present)
+    return _solve(name, operands, z0, dtype, knobs, trace, evaluate, Outcome.ABSENT)
 
 
 def solve_fuse(
@@ -160,6 +173,7 @@ def solve_fuse(
     dtype: torch.dtype,
     knobs: Knobs,
     trace: bool,
+    counts: Tensor | None = None,  # (B,) in dtype, rows' own numbers of modalities
 ) -> tuple[Answer, Tensor | None]:
     """Equilibrium of the purify-then-combine step, and the trace (max_iter, B)."""
 
@@ -170,15 +184,18 @@ def solve_fuse(
         image: Tensor,
         scratch: Tensor,
     ) -> None:
-        x, constant, mask, *rest = operands
+        x, constant, mask, *rest, counts = operands
         assert x is not None
         assert constant is not None
         weights = [t for t in rest if t is not None]
         purify_combine(
             z, x, constant, mask, num_modalities, weights, num_groups, relu_last,
-            active=active, out=image, gated=scratch, tol=knobs.tol,
+            active=active, out=image, gated=scratch, tol=knobs.tol, counts=counts,
         )  # fmt: skip
 
-    constant = gate_constant(cell_sum, num_modalities, params, num_groups, dtype, knobs.tol)
+    constant = gate_constant(
+        cell_sum, num_modalities, params, num_groups, dtype, knobs.tol, counts
+    )  # fmt: skip
     name = ("fuse", num_modalities, num_groups, relu_last)
-    return _solve(name, (x_fuse, constant, mask, *params), z0, dtype, knobs, trace, evaluate)
+    operands = (x_fuse, constant, mask, *params, counts)
+    return _solve(name, operands, z0, dtype, knobs, trace, evaluate, Outcome.EMPTY)

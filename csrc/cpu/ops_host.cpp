@@ -30,9 +30,10 @@ auto adjoint_cells(Tensor g, Tensor z, Tensor x, Tensors params, bool want_param
 
 auto adjoint_fuse(Tensor g, Tensor z, Tensor x, Tensor cell_sum, Tensors params, bool want_params,
                   std::optional<Tensor> mask, int64_t modalities, int64_t groups, bool relu_last, int64_t mode,
-                  double tol, int64_t max_iter, int64_t history, double beta, double lam, bool allow_tf32) {
+                  double tol, int64_t max_iter, int64_t history, double beta, double lam, bool allow_tf32,
+                  std::optional<Tensor> counts) {
   return adjoint_fuse_on(Host{}, g, z, x, cell_sum, params, want_params, mask, modalities, groups, relu_last, mode,
-                         {tol, max_iter, history, beta, lam}, allow_tf32);
+                         {tol, max_iter, history, beta, lam}, allow_tf32, counts);
 }
 
 }  // namespace

@@ -1,6 +1,9 @@
 // The purify-then-combine step's adjoint on a tile, in stages between its products. Matrix 0 is W_a, matrix 1 is W_f.
 //
-//   z <- GN(relu(mask * (W_f (z * gate) + b_f) + x)),   gate = W_a (N z + S) + N b_a;   or relu(GN(.))
+//   z <- GN(relu(mask * (W_f (z * gate) + b_f) + x)),   gate = W_a (n z + S) + n b_a;   or relu(GN(.))
+//
+// n is the number of modalities, or a row's own. As products have one scale for all rows, a row's own n is applied to
+// what goes into a product, or to what comes out of it.
 #pragma once
 
 #include "tile.h"
@@ -30,11 +33,12 @@ class FuseTile : public Tile<T, kRows> {
   using Base::Base;
 
   DEQFUSE_BODY Dressing<T> forward(int which) const {
-    return {T(1), which == 0 ? p.modalities : T(1), q[2 * which + 1], nullptr};
+    const bool later = which == 0 && p.counts != nullptr;  // n b_a is added in linearise_2
+    return {T(1), which == 0 ? p.modalities : T(1), later ? nullptr : q[2 * which + 1], nullptr};
   }
   DEQFUSE_BODY Dressing<T> pulled() const { return {p.modalities, T(1), nullptr, m.slot(kWork)}; }
 
-  // The gate, W_a (N z + S) + N b_a, comes next.
+  // The gate, W_a (n z + S) + n b_a, comes next.
   template <class P>
   DEQFUSE_BODY void linearise_1(P& policy) {
     this->clear_idle(policy);
@@ -42,9 +46,10 @@ class FuseTile : public Tile<T, kRows> {
       const T *from = this->row_of(p.z, r), *sum = this->row_of(p.cell_sum, r);
       T *work = m.slot(kWork, r), *z = m.slot(kZ, r);
       T* panel = p.input[0] ? this->row_of(p.input[0], r) : nullptr;
+      const T n = p.counts ? own(r) : p.modalities;
       lanes.each(d, [&](int i) {
         z[i] = from[i];
-        const T a = L::fma(p.modalities, from[i], sum[i]);
+        const T a = L::fma(n, from[i], sum[i]);
         work[i] = a;
         if (panel) panel[i] = a;
       });
@@ -59,7 +64,7 @@ class FuseTile : public Tile<T, kRows> {
       T *work = m.slot(kWork, r), *gate = m.slot(kGate, r);
       T* panel = p.input[1] ? this->row_of(p.input[1], r) : nullptr;
       lanes.each(d, [&](int i) {
-        const T a = image[i], b = a * z[i];
+        const T a = p.counts ? L::fma(own(r), q[1][i], image[i]) : image[i], b = a * z[i];
         gate[i] = a;
         work[i] = b;
         if (panel) panel[i] = b;
@@ -103,7 +108,8 @@ class FuseTile : public Tile<T, kRows> {
     });
   }
 
-  // From q to the gate's output (kExtra), and past the gate (kWork). The product with N W_a^T comes next.
+  // From q to n times the gate's output (kExtra), and past the gate (kWork). The product with W_a^T comes next, with N
+  // as its scale where the rows have no n of their own.
   template <class P>
   DEQFUSE_BODY void pull_on(P& policy) {
     policy.for_rows(count, [&](const auto& lanes, int r) {
@@ -111,7 +117,7 @@ class FuseTile : public Tile<T, kRows> {
       T *work = m.slot(kWork, r), *extra = m.slot(kExtra, r);
       lanes.each(d, [&](int i) {
         const T a = dq[i];
-        extra[i] = a * z[i];
+        extra[i] = share(r, a * z[i]);
         work[i] = a * gate[i];
       });
     });
@@ -159,7 +165,7 @@ class FuseTile : public Tile<T, kRows> {
     });
     if (p.sums == nullptr) return;
     policy.sync();
-    this->sum_rows(policy, 0, kSums, [&](int r, int i) { return m.slot(kWork, r)[i]; });
+    this->sum_rows(policy, 0, kSums, [&](int r, int i) { return share(r, m.slot(kWork, r)[i]); });
   }
 
   template <class P>
@@ -172,6 +178,10 @@ class FuseTile : public Tile<T, kRows> {
   }
 
  private:
+  DEQFUSE_BODY T own(int r) const { return p.counts[this->first + r]; }
+  // What a row adds to something that is multiplied by `modalities` afterwards.
+  DEQFUSE_BODY T share(int r, T value) const { return p.counts ? own(r) * value : value; }
+
   // Leaves the cotangent of W_f's output in kWork, and that of x where `dx` is given.
   template <class Lanes>
   DEQFUSE_BODY void pull_row(const Lanes& lanes, int r, const T* operand, T* dx) {

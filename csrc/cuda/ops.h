@@ -164,7 +164,7 @@ template <class Device>
 std::tuple<Tensor, Tensor, Tensors, Tensor, Tensor, Tensor> adjoint_fuse_on(
     const Device& device, const Tensor& g, const Tensor& z, const Tensor& x, const Tensor& cell_sum,
     const Tensors& params, bool want_params, const std::optional<Tensor>& mask, int64_t modalities, int64_t groups,
-    bool relu_last, int64_t mode, const Options& options, bool allow_tf32) {
+    bool relu_last, int64_t mode, const Options& options, bool allow_tf32, const std::optional<Tensor>& counts) {
   const int64_t rows = z.size(0), d = z.size(1);
   const ScalarType dtype = z.scalar_type();
   const AdjointCall<Device> call(device, z, 1, want_params, options, mode);
@@ -174,10 +174,12 @@ std::tuple<Tensor, Tensor, Tensors, Tensor, Tensor, Tensor> adjoint_fuse_on(
   expect(x, rows * d, dtype, "x_fuse");
   expect(cell_sum, rows * d, dtype, "cell_sum");
   expect(mask, rows * d, dtype, "mask");
+  expect(counts, rows, dtype, "counts");
   expect_params(params, 0, 1, 6, d, dtype);
   for (const Tensor& t : params) expect_beside(z, t, "params");
   for (const Tensor* t : {&g, &x, &cell_sum}) expect_beside(z, *t, "grad_z, x_fuse, cell_sum");
   if (mask) expect_beside(z, *mask, "mask");
+  if (counts) expect_beside(z, *counts, "counts");
   const Place place = device.place(z);
   const Statistics statistics({rows}, dtype, place);
   const Shape shape{rows, d}, wanted{want_params ? rows : 0, d}, masked{want_params && mask ? rows : 0, d};
@@ -189,7 +191,8 @@ std::tuple<Tensor, Tensor, Tensors, Tensor, Tensor, Tensor> adjoint_fuse_on(
     using T = std::remove_pointer_t<decltype(p.u)>;
     p.variant = relu_last;
     p.exact = !allow_tf32;
-    p.modalities = T(modalities);
+    p.modalities = counts ? T(1) : T(modalities);
+    p.counts = data<T>(counts);
     p.z = data<T>(z);
     p.x = data<T>(x);
     p.g = data<T>(g);

@@ -19,6 +19,7 @@ struct AdjointProblem {
   bool variant;  // cells: the skip; fuse step: relu last
   bool exact;    // products in full float32 rather than TF32
   T modalities;
+  const T* counts;  // fuse step: each row's own number of modalities, where `modalities` is 1; or null
   LinearOptions<T> options;
   const T *z, *x, *cell_sum, *mask;  // mask may be null
   const T* g;

@@ -25,6 +25,7 @@ from deqfuse.backends.arguments import aligned, aligned_all
 from deqfuse.backends.backend import Backend, Launchers
 from deqfuse.backends.layer import LayerParams
 from deqfuse.backends.maps import Variant
+from deqfuse.backends.presence import only
 from deqfuse.backends.problem import Problem, Solved, SolvedLayer, compute_dtype
 from deqfuse.backends.rescue import rescue_cells, rescue_fuse
 from deqfuse.solvers.anderson import Anderson, Picard
@@ -144,8 +145,9 @@ def solve_cells(
     num_groups: int,
     variant: Variant,
     solver: SolverOption,
+    present: Tensor | None = None,  # (N, B), bool
 ) -> Solved:
-    """Equilibria of all N residual cells."""
+    """Equilibria of all N residual cells, or of those that are present."""
     from deqfuse.triton_kernels import cell, solve, stepped
 
     dtype, knobs, skip = compute_dtype(x.dtype), _knobs(solver), variant.skip
@@ -153,9 +155,9 @@ def solve_cells(
     with _on(x):
         packed = cell.pack_cells(flat_params)
         if one_launch(x, num_groups, solver):
-            found = solve.solve_cells(x, packed, z0, num_groups, skip, knobs), None
+            found = solve.solve_cells(x, packed, z0, num_groups, skip, knobs, present), None
         else:
-            rest = (num_groups, skip, dtype, knobs, solver.trace)
+            rest = (num_groups, skip, dtype, knobs, solver.trace, present)
             found = stepped.solve_cells(x, packed, z0, *rest)
     solved = _solved(*found, solver)
     if not (isinstance(solver, Anderson) and solver.rescue):
@@ -173,6 +175,7 @@ def solve_fuse(
     num_groups: int,
     variant: Variant,
     solver: SolverOption,
+    counts: Tensor | None = None,  # (B,), compute dtype; rows' own numbers of modalities
 ) -> Solved:
     """Equilibrium of the purify-then-combine step, the cells' equilibria held fixed."""
     from deqfuse.triton_kernels import solve, stepped
@@ -183,9 +186,10 @@ def solve_fuse(
     shape = (num_modalities, num_groups, variant.relu_last)
     with _on(x):
         if one_launch(x, num_groups, solver):
-            found = solve.solve_fuse(x, cell_sum, params, mask, z0, *shape, knobs), None
+            whole = (mask, z0, *shape, knobs, counts)
+            found = solve.solve_fuse(x, cell_sum, params, *whole), None
         else:
-            rest = (*shape, dtype, knobs, solver.trace)
+            rest = (*shape, dtype, knobs, solver.trace, counts)
             found = stepped.solve_fuse(x, cell_sum, params, mask, z0, *rest)
     solved = _solved(*found, solver)
     if not (isinstance(solver, Anderson) and solver.rescue):
@@ -204,6 +208,7 @@ def solve_layer(
     num_groups: int,
     variant: Variant,
     solver: SolverOption,
+    present: Tensor | None = None,  # (N, B), bool
 ) -> SolvedLayer:
     """Equilibria of all cells and of the fuse step: two launches, and two that pack."""
     from deqfuse.triton_kernels import cell, solve
@@ -223,9 +228,37 @@ def solve_layer(
             aligned_all(params.fuse), aligned(params.weights), aligned(params.bias),
             mask, z0_fuse, z0_cells,
             num_groups, variant.skip, variant.relu_last,
-            _knobs(solver),
+            _knobs(solver), present,
         )  # fmt: skip
     return SolvedLayer(z, *_solved(both, None, solver))
+
+
+def solve_present(
+    x: list[Tensor],  # N tensors (B, d)
+    flat_params: list[Tensor],  # backends/layer.py
+    mask: Tensor | None,  # (B, d)
+    z0_fuse: Tensor | None,  # (B, d)
+    z0_cells: Tensor | None,  # (N, B, d)
+    present: Tensor,  # (N, B, 1), bool
+    num_groups: int,
+    variant: Variant,
+    solver: SolverOption,
+) -> SolvedLayer | None:
+    """Equilibria of what is present, as :func:`solve_layer` launches them; nobody looks at a mask.
+
+    None where rows are to be rescued.
+    """
+    if isinstance(solver, Anderson) and solver.rescue:
+        return None
+    operands = flat_params, mask, z0_fuse, z0_cells, num_groups, variant, solver
+    here = aligned(present[..., 0])
+    if one_launch(x[0], num_groups, solver):
+        return solve_layer(x, *operands, present=here)
+    counts = here.sum(0, dtype=compute_dtype(x[0].dtype))
+    return layer.solve(
+        functools.partial(solve_cells, present=here), functools.partial(solve_fuse, counts=counts),
+        only(x, present), *operands,
+    )  # fmt: skip
 
 
 def anderson(f: Map, z0: Tensor, option: Anderson) -> Solution:
@@ -305,6 +338,9 @@ BACKEND = Backend(
     anderson=anderson,
     captures_solve=captures_solve,
     captures_adjoint=cuda_adjoint.library_takes,
+    solve_present=solve_present,
+    adjoint_present=cuda_adjoint.adjoint_present,
+    penalty_present=cuda_penalty.penalty_present,
     unit_size=unit_size,
 )
 

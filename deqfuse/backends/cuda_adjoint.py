@@ -7,6 +7,7 @@ kernels' VJP.
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 from typing import Any
@@ -24,7 +25,9 @@ from deqfuse.backends.arguments import (
     prepare_all,
 )
 from deqfuse.backends.maps import Variant
+from deqfuse.backends.presence import only
 from deqfuse.backends.problem import LayerStatistics, Statistics
+from deqfuse.outcome import Outcome
 from deqfuse.solvers.adjoint import solve_adjoint
 from deqfuse.solvers.options import GradientOption, Implicit
 from deqfuse.solvers.rows import Solution
@@ -85,6 +88,7 @@ def adjoint_fuse(
     variant: Variant,
     adjoint: GradientOption,
     want_params: bool,
+    counts: Tensor | None = None,  # (B,), dtype of z; rows' own numbers of modalities
 ) -> tuple[Tensor, Tensor, list[Tensor], Statistics]:
     """Gradients through the fuse equilibrium: dx_fuse, dcell_sum, parameters', statistics."""
     relu_last, params = variant.relu_last, prepare_all(flat_params, z)
@@ -92,7 +96,7 @@ def adjoint_fuse(
     if library_takes(z.device, adjoint):
         dx, dcell_sum, grads, *statistics = cuda_native.adjoint_fuse(
             g, z, x, total, params, want_params, mask, num_modalities, num_groups, relu_last,
-            *adjoint_numbers(adjoint), _allow_tf32(adjoint),
+            *adjoint_numbers(adjoint), _allow_tf32(adjoint), counts,
         )  # fmt: skip
         grads = like_all(grads, flat_params)
         return dx.to(x_fuse.dtype), dcell_sum.to(cell_sum.dtype), grads, Statistics(*statistics)
@@ -104,7 +108,7 @@ def adjoint_fuse(
     def vjp(u: Tensor, want: bool = False) -> fuse_vjp.FuseGradients:
         return fuse_vjp.purify_combine_vjp(
             aligned(u), z_, x, total, mask,
-            num_modalities, params, num_groups, relu_last, want, tol,
+            num_modalities, params, num_groups, relu_last, want, tol, counts,
         )  # fmt: skip
 
     with torch.cuda.device_of(z):
@@ -118,6 +122,42 @@ def adjoint_fuse(
 def adjoint_layer(*problem: Any) -> tuple[list[Tensor], list[Tensor], LayerStatistics]:
     """Gradients through the layer; arguments as in :func:`deqfuse.backends.layer.adjoint`."""
     return layer.adjoint(adjoint_cells, adjoint_fuse, *problem)
+
+
+def adjoint_present(
+    grad_z: Tensor,  # (B, d)
+    grad_cells: Tensor | None,  # (N, B, d)
+    states: Tensor,  # (N + 1, B, d)
+    x: list[Tensor],  # N tensors (B, d)
+    flat_params: list[Tensor],
+    mask: Tensor | None,  # (B, d)
+    present: Tensor,  # (N, B, 1), bool
+    *how: Any,
+) -> tuple[list[Tensor], list[Tensor], LayerStatistics]:
+    """Gradients through what is present; nothing but a Krylov loop on the host looks at the device.
+
+    Absent cells and empty rows get a cotangent of zero, which is solved before the first step and
+    adds nothing to any gradient; their states and features, whatever they hold, become zeros.
+    """
+    counts = present.sum(0, dtype=states.dtype)
+    some = counts > 0
+    there = torch.cat([present, some[None]])
+
+    def of_cells(g: Tensor, *rest: Any) -> Any:
+        return adjoint_cells(torch.where(present, g, 0.0), *rest)
+
+    dx, grads, (residual, nfe, outcome, _) = layer.adjoint(
+        of_cells, functools.partial(adjoint_fuse, counts=counts[:, 0]),
+        torch.where(some, grad_z, 0.0), grad_cells, torch.where(there, states, 0.0),
+        only(x, present), flat_params, mask, *how,
+    )  # fmt: skip
+    there = there[..., 0]
+    statistics = LayerStatistics(
+        torch.where(there, residual, 0.0),
+        torch.where(there, nfe, 0),
+        torch.where(there, outcome, int(Outcome.CONVERGED)),
+    )
+    return only(dx, present), grads, statistics
 
 
 def library_takes(device: torch.device, adjoint: GradientOption) -> bool:

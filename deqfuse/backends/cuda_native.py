@@ -29,7 +29,7 @@ _SCHEMAS = {
     "cuda_adjoint_fuse": (
         "(Tensor grad_z, Tensor z, Tensor x_fuse, Tensor cell_sum, Tensor[] params, "
         "bool want_params, Tensor? mask, int num_modalities, int num_groups, bool relu_last, "
-        f"{_SOLVE}) -> (Tensor, Tensor, Tensor[], Tensor, Tensor, Tensor)"
+        f"{_SOLVE}, Tensor? counts=None) -> (Tensor, Tensor, Tensor[], Tensor, Tensor, Tensor)"
     ),
 }
 

@@ -7,12 +7,15 @@ that no step kernel takes are computed in plain PyTorch.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
 from deqfuse.backends import penalty
 from deqfuse.backends.arguments import aligned, aligned_all
 from deqfuse.backends.maps import Variant
+from deqfuse.backends.presence import only
 
 
 def penalty_layer(
@@ -35,6 +38,36 @@ def penalty_layer(
         return penalty.join(
             _cells, _fuse, aligned(probes), aligned(states), *operands
         )  # fmt: skip
+
+
+def penalty_present(
+    probes: Tensor,  # (K, N + 1, B, d)
+    states: Tensor,  # (N + 1, B, d)
+    x: list[Tensor],  # N tensors (B, d)
+    flat_params: list[Tensor],  # backends/layer.py
+    mask: Tensor | None,  # (B, d)
+    present: Tensor,  # (N, B, 1)
+    num_groups: int,
+    variant: Variant,
+    want_params: bool,
+) -> tuple[Tensor, list[Tensor], list[Tensor]] | None:
+    """:func:`penalty_layer` over what is present; None where no step kernel takes the groups.
+
+    A probe of zeros has the penalty 0 and no gradient, so what is absent gets that.
+    """
+    from deqfuse.triton_kernels import tiles
+
+    if not tiles.fits_steps(states.shape[-1], num_groups):
+        return None
+    counts = present.sum(0, dtype=states.dtype)
+    there = torch.cat([present, counts[None] > 0])
+    with torch.cuda.device_of(states):
+        value, dx, grads = penalty.join(
+            _cells, functools.partial(_fuse, counts=counts[:, 0]),
+            torch.where(there, probes, 0.0), torch.where(there, states, 0.0), only(x, present),
+            flat_params, mask, num_groups, variant, want_params,
+        )  # fmt: skip
+    return value, only(dx, present), grads
 
 
 def _cells(
@@ -67,6 +100,7 @@ def _fuse(
     num_groups: int,
     variant: Variant,
     want_params: bool,
+    counts: Tensor | None = None,  # (B,), compute dtype; rows' own numbers of modalities
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """The fuse step's part, as ``penalty.join`` asks for it."""
     from deqfuse.triton_kernels import fuse_penalty
@@ -74,5 +108,6 @@ def _fuse(
     given = fuse_penalty.purify_combine_penalty(
         probes, z, x_fuse, cell_sum, aligned(mask),
         num_modalities, aligned_all(flat_params), num_groups, variant.relu_last, want_params,
+        counts,
     )  # fmt: skip
     return given.value, given.dx_fuse, given.params or []

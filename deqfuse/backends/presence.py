@@ -103,7 +103,7 @@ def whole(backend: Backend) -> Launchers:
     def solve(
         x: Any, params: Any, mask: Any, z0_fuse: Any, z0_cells: Any, present: Any, *how: Any
     ) -> SolvedLayer:
-        if present is None or present.all():
+        if _complete(present):
             return backend.layer.solve(x, params, mask, z0_fuse, z0_cells, *how)
         if backend.solve_present is not None:
             found = backend.solve_present(x, params, mask, z0_fuse, z0_cells, present, *how)
@@ -125,8 +125,13 @@ def whole(backend: Backend) -> Launchers:
         *how: Any,
     ) -> tuple[list[Tensor], list[Tensor], LayerStatistics]:  # fmt: skip
         operands = x, params, mask
-        if present is None or present.all():
+        if _complete(present):
             return backend.layer.adjoint(grad_z, grad_cells, states, *operands, *how)
+        if backend.adjoint_present is not None:
+            found: tuple[list[Tensor], list[Tensor], LayerStatistics] | None
+            found = backend.adjoint_present(grad_z, grad_cells, states, *operands, present, *how)
+            if found is not None:
+                return found
         of_cells = functools.partial(_adjoint_cells, backend.cells.adjoint)
         of_fuse = functools.partial(_adjoint_fuse, backend.fuse.adjoint)
         counts = present.sum(0)
@@ -188,8 +193,14 @@ def penalty_layer(
     Returns:
         As :func:`deqfuse.backends.penalty.penalty_layer`; values of absent cells are 0.
     """
-    if present is None or present.all():
+    if _complete(present):
         return backend.penalty(probes, states, x, flat_params, mask, *how)
+    assert present is not None
+    if backend.penalty_present is not None:
+        found: tuple[Tensor, list[Tensor], list[Tensor]] | None
+        found = backend.penalty_present(probes, states, x, flat_params, mask, present, *how)
+        if found is not None:
+            return found
 
     def of_cells(
         probes: Tensor, z: Tensor, x: Tensor, params: list[Tensor], *how: Any
@@ -221,6 +232,11 @@ def penalty_layer(
         of_cells, of_fuse, probes, states, only(x, present), flat_params, mask, *how
     )
     return value, only(dx, present), grads
+
+
+def _complete(present: Tensor | None) -> bool:
+    """Whether nothing is absent, as far as that is seen without waiting for a device."""
+    return present is None or (present.device.type == "cpu" and bool(present.all()))
 
 
 def only(x: list[Tensor], present: Tensor) -> list[Tensor]:

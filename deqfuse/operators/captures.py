@@ -16,7 +16,7 @@ from torch import Tensor
 
 from deqfuse import backends
 from deqfuse.backends.problem import Problem
-from deqfuse.operators.blocks import Block
+from deqfuse.operators.blocks import LAYER, Block
 from deqfuse.solvers.options import from_code
 from deqfuse.torch_private import constant_when_compiled
 
@@ -29,11 +29,12 @@ def solve_operator(
     """The operator of a solve of features like ``like`` (..., d)."""
     if like.device.type != DEVICE:
         return block.solve.captured
-    if others[block.masks[-1]] is not None:  # rows are gathered by what is present
+    masked = others[block.masks[-1]] is not None
+    if masked and block is not LAYER:  # rows are gathered by what is present
         return block.solve.uncaptured
     num_groups, _, solver, adjoint, backend, _ = options
     how = (num_groups, solver, adjoint, backend)
-    captured = _captures_solve(like.device, like.dtype, int(like.shape[-1]), *how)
+    captured = _captures_solve(like.device, like.dtype, int(like.shape[-1]), *how, masked)
     return block.solve.captured if captured else block.solve.uncaptured
 
 
@@ -41,12 +42,12 @@ def adjoint_operator(
     block: Block, star: Tensor, present: Tensor | None, adjoint: str, backend: str
 ) -> Any:
     """The operator of an adjoint at the equilibrium ``star``."""
-    asked = star.device, from_code(adjoint)
-    if star.device.type == DEVICE and present is not None:
-        return block.adjoint.uncaptured
-    if star.device.type != DEVICE or backends.load(backend).captures_adjoint(*asked):
+    if star.device.type != DEVICE:
         return block.adjoint.captured
-    return block.adjoint.uncaptured
+    record = backends.load(backend)
+    gathers = present is not None and (block is not LAYER or record.adjoint_present is None)
+    captured = not gathers and record.captures_adjoint(star.device, from_code(adjoint))
+    return block.adjoint.captured if captured else block.adjoint.uncaptured
 
 
 @constant_when_compiled  # a question about the machine, not to be traced into
@@ -58,6 +59,9 @@ def _captures_solve(
     solver: str,
     adjoint: str,
     backend: str,
+    masked: bool,
 ) -> bool:
     problem = Problem(device, dtype, dim, num_groups, from_code(solver), from_code(adjoint))
-    return backends.load(backend).captures_solve(problem)
+    record = backends.load(backend)
+    gathers = masked and record.solve_present is None
+    return not gathers and record.captures_solve(problem)

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from deqfuse import Anderson, DEQFusion, Implicit, Neumann
 from deqfuse.backends import BACKENDS, cuda, cuda_native
 from deqfuse.operators import captures, registered, solve
-from deqfuse.operators.blocks import BLOCKS, CELLS
+from deqfuse.operators.blocks import BLOCKS, CELLS, LAYER
 
 
 class Operators(TorchDispatchMode):
@@ -84,6 +84,31 @@ def test_whole_solves_and_the_librarys_adjoints_can_be_captured(
     names = ("solve_cells", forward), ("adjoint_cells", backward)
     expected = [name if captured else f"{name}_uncaptured" for name, captured in names]
     assert called(dim, "cuda", **options) == expected
+
+
+@pytest.mark.parametrize("rescue", [False, True])
+@pytest.mark.parametrize("alone", [False, True], ids=["one call", "gathering"])
+def test_a_layer_whose_rows_lack_modalities_can_be_captured(rescue, alone, monkeypatch) -> None:
+    """Where the backend takes the mask; not where rows are gathered, or looked at for a rescue."""
+    monkeypatch.setattr(cuda_native, "device_error", lambda index: None)
+    if alone:
+        plain = dataclasses.replace(BACKENDS["cuda"], solve_present=None, adjoint_present=None)
+        monkeypatch.setitem(BACKENDS, "cuda", plain)
+    codes = Anderson(rescue=rescue).code, Implicit().code
+    with FakeTensorMode(), Operators() as operators:
+        x = [torch.empty(5, 64, device="cuda") for _ in range(2)]
+        present = torch.empty(2, 5, 1, device="cuda", dtype=torch.bool)
+        square, vector = (torch.empty(*shape, device="cuda") for shape in ((64, 64), (64,)))
+        params = 2 * [square, vector, square, vector, *[vector] * 6]
+        params += [square, vector, square, vector, vector, vector, torch.empty(2, device="cuda")]
+        options = (4, "paper", *codes, "cuda", "ignore")
+        z, states, *_ = solve(LAYER, x, params, (None, None, None, present), options)
+        registered._call_adjoint(
+            LAYER, z, None, states, x, params, None, present, 4, "paper", codes[1], "cuda", True
+        )
+    captured = not alone and not rescue, not alone
+    names = zip(("solve_layer", "adjoint_layer"), captured, strict=True)
+    assert operators.names == [name if held else f"{name}_uncaptured" for name, held in names]
 
 
 def test_what_asks_the_device_how_far_it_is_cannot() -> None:

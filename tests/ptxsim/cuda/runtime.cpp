@@ -213,16 +213,18 @@ auto adjoint_cells(Tensor g, Tensor z, Tensor x, Tensors params, bool want_param
 }
 auto adjoint_fuse(Tensor g, Tensor z, Tensor x, Tensor cell_sum, Tensors params, bool want_params,
                   std::optional<Tensor> mask, int64_t modalities, int64_t groups, bool relu_last, int64_t mode,
-                  double tol, int64_t max_iter, int64_t history, double beta, double lam, bool allow_tf32) {
+                  double tol, int64_t max_iter, int64_t history, double beta, double lam, bool allow_tf32,
+                  std::optional<Tensor> counts) {
   const Call call;
   known(g, "grad_z");
   known(z, "z");
   known(x, "x_fuse");
   known(cell_sum, "cell_sum");
   if (mask) known(*mask, "mask");
+  if (counts) known(*counts, "counts");
   for (size_t k = 0; k < params.size(); ++k) known(params[k], ("params[" + std::to_string(k) + "]").c_str());
   return adjoint_fuse_on(Emulated{}, g, z, x, cell_sum, params, want_params, mask, modalities, groups, relu_last, mode,
-                         {tol, max_iter, history, beta, lam}, allow_tf32);
+                         {tol, max_iter, history, beta, lam}, allow_tf32, counts);
 }
 
 }  // namespace
@@ -237,7 +239,8 @@ STABLE_TORCH_LIBRARY(ptxsim, m) {
   m.def(
       "cuda_adjoint_fuse(Tensor grad_z, Tensor z, Tensor x_fuse, Tensor cell_sum, Tensor[] params, bool want_params, "
       "Tensor? mask, int num_modalities, int num_groups, bool relu_last, int mode, float tol, int max_iter, int "
-      "history, float beta, float lam, bool allow_tf32=False) -> (Tensor, Tensor, Tensor[], Tensor, Tensor, Tensor)");
+      "history, float beta, float lam, bool allow_tf32=False, Tensor? counts=None) -> (Tensor, Tensor, Tensor[], "
+      "Tensor, Tensor, Tensor)");
 }
 STABLE_TORCH_LIBRARY_IMPL(ptxsim, CPU, m) {
   m.impl("cuda_adjoint_cells", TORCH_BOX(&deqfuse::gpu::adjoint_cells));
