@@ -74,6 +74,10 @@ class Backend:
             mask, z0_fuse, z0_cells, present (N, B, 1), *how) -> SolvedLayer``, or None where the
             blocks' launchers have to do it (``backends/presence.py``), as they do where there is
             no such function.
+        adjoint_present: its adjoint, in the same way: ``(grad_z, grad_cells, states, x, params,
+            mask, present, *how)``, results as of ``layer.adjoint`` or None.
+        penalty_present: its Jacobian penalty, in the same way: ``(probes, states, x, params, mask,
+            present, *how)``, results as of ``penalty`` or None.
         prepare: ``(params, num_groups, variant, solver) -> solve(x, present)``, a layer's solve
             for many calls with parameters that stay as they are, or None where there is nothing to
             gain by it. That solve may return None, where ``layer.solve`` has to do it.
@@ -91,4 +95,6 @@ class Backend:
     captures_solve: Callable[[Problem], bool] = _never
     captures_adjoint: Callable[[torch.device, GradientOption], bool] = _never
     solve_present: Callable[..., Any] | None = None
+    adjoint_present: Callable[..., Any] | None = None
+    penalty_present: Callable[..., Any] | None = None
     prepare: Callable[..., Any] | None = None

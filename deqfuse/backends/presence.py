@@ -124,9 +124,13 @@ def whole(backend: Backend) -> Launchers:
         grad_z: Any, grad_cells: Any, states: Any, x: Any, params: Any, mask: Any, present: Any,
         *how: Any,
     ) -> tuple[list[Tensor], list[Tensor], LayerStatistics]:  # fmt: skip
-        operands = x, params, mask
+        operands = grad_z, grad_cells, states, x, params, mask
         if present is None or present.all():
-            return backend.layer.adjoint(grad_z, grad_cells, states, *operands, *how)
+            return backend.layer.adjoint(*operands, *how)
+        if backend.adjoint_present is not None:
+            found = backend.adjoint_present(*operands, present, *how)
+            if found is not None:
+                return found
         of_cells = functools.partial(_adjoint_cells, backend.cells.adjoint)
         of_fuse = functools.partial(_adjoint_fuse, backend.fuse.adjoint)
         counts = present.sum(0)
@@ -190,6 +194,10 @@ def penalty_layer(
     """
     if present is None or present.all():
         return backend.penalty(probes, states, x, flat_params, mask, *how)
+    if backend.penalty_present is not None:
+        found = backend.penalty_present(probes, states, x, flat_params, mask, present, *how)
+        if found is not None:
+            return found
 
     def of_cells(
         probes: Tensor, z: Tensor, x: Tensor, params: list[Tensor], *how: Any
