@@ -147,6 +147,17 @@ def test_bits_are_those_of_the_sub_layer(variant: str) -> None:
         assert torch.equal(info.cells.nfe[list(kept)][:, rows], told.cells.nfe)
 
 
+@pytest.mark.parametrize("name", [*ABLATIONS, "plain"])
+def test_without_gradients_nothing_is_copied(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, present = layer_of(**{**TIGHT, **ABLATIONS.get(name, {})}), present_rows()
+    xs = poisoned(features(layer), present)
+    expected = layer(xs, present=present).detach()
+    monkeypatch.setattr("deqfuse.nn.fusion.only", lambda *_: pytest.fail("copied"))
+    with torch.no_grad():
+        assert torch.equal(layer(xs, present=present), expected)
+    layer(features(layer), present=torch.ones_like(present))
+
+
 def test_what_the_record_says() -> None:
     layer, present = layer_of(), present_rows()
     _, info = layer(features(layer), present=present, return_info=True)
