@@ -8,8 +8,8 @@
 namespace deqfuse {
 namespace DEQFUSE_ISA {
 
-// u for the rows of one tile, one after the other, which `map` linearises on the way. Whether they are what it was given
-// last to evaluate. `out.rows` are those of `rows`. `z`, `g`: of the block; `jacobian`: as solve_left() wants it.
+// u for the rows of one tile, which are also `out.rows`, one after the other; `map` linearises them on the way. Whether
+// they are what it was given last to evaluate. `z`, `g`: of the block; `jacobian`: as solve_left() wants it.
 template <class T, int NV, class Map, class P, class MakeJacobian>
 bool solve_tile(const P& p, Map& map, const LaneRows<NV * kLanes<T>>& rows, const RowResults<T>& out, T* memory,
                 const T* z, const T* g, MakeJacobian jacobian) {
@@ -94,8 +94,8 @@ class AdjointMemory {
   const GradientMemory<T, NV> gradients_;
 };
 
-// Some modalities at once, from number `first` of `rows` on. after(i, r): what is left to do for row r of modality i once
-// dx is there.
+// Some modalities at once, from number `first` of `present` on. after(i, r): what is left to do for row r of modality i
+// once dx is there.
 template <class T, int NV, class After>
 void adjoint_some_cells(const CellAdjointProblem<T>& p, const PresentRows& present, int64_t first, int threads,
                         ParallelFor parallel, After after) {

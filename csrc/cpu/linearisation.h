@@ -92,7 +92,8 @@ struct FuseLinearWeights {
   typename TransposedForm<T, NV>::Matrix gate_transposed, fuse_transposed;
 
   template <class Straight, class Transposed>
-  FuseLinearWeights(const Straight& straight, const Transposed& transposed, int64_t i, const T* const* q, bool relu_last)
+  FuseLinearWeights(const Straight& straight, const Transposed& transposed, int64_t i, const T* const* q,
+                    bool relu_last)
       : forward{straight.at(i, 0), straight.at(i, 1), q[1], q[3], q[4], q[5], relu_last},
         gate_transposed(transposed.at(i, 0)),
         fuse_transposed(transposed.at(i, 1)) {}

@@ -11,7 +11,8 @@ namespace DEQFUSE_ISA {
 // copied first.
 constexpr int64_t kRoughFrom = 128;
 
-// The begin-th to the one before the end-th row of each of some of the blocks, of which the fuse step is the last, at once.
+// The begin-th to the one before the end-th row of each of some of the blocks, of which the fuse step is the last, at
+// once.
 template <class T, int NV>
 class PenaltyBlocks {
  public:
@@ -63,8 +64,8 @@ class PenaltyBlocks {
   }
 
  private:
-  // Of a matrix as it lies: the linearisation, and back from every probe; of its transpose: every probe, and back through
-  // the evaluation. Which are rough depends on d alone, or a row's bits would depend on its batch.
+  // Of a matrix as it lies: the linearisation, and back from every probe; of its transpose: every probe, and back
+  // through the evaluation. Which are rough depends on d alone, or a row's bits would depend on its batch.
   static Uses uses(const PenaltyProblem<T>& p, bool linearises) {
     const int64_t count = tiles<R>(p.rows), exact = linearises ? count : 0, some = (p.probes + !linearises) * count;
     return p.d < kRoughFrom ? Uses{exact + some, 0} : Uses{exact, some};

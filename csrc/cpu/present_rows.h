@@ -38,7 +38,9 @@ class PresentRows {
  public:
   // `present`: (modalities, rows), or null where all are.
   PresentRows(const bool* present, int64_t modalities, int64_t rows)
-      : present_(present), n_(modalities), total_(rows),
+      : present_(present),
+        n_(modalities),
+        total_(rows),
         groups_(
             present ? n_ + 2 : 0, present ? (n_ + 1) * rows : 0,
             [&](int64_t k) { return has(k / rows, k % rows) ? k / rows : n_ + 1; },

@@ -161,10 +161,9 @@ void solve_cells(const CellProblem<T>& p, const ForwardMatrices<T, NV>& weights,
   if (at_zero == nullptr) at_zero = made.get();
   auto solve = [&](int64_t i, const int64_t* rows, int64_t begin, int64_t end) {
     const int64_t first = i * p.rows;
-    const RowResults<T> out{p.z + first * d,   p.residual + first,
-                            p.nfe + first,     p.outcome + first,
-                            p.trace ? p.trace + first : nullptr, p.trace_stride,
-                            rows};
+    T* const trace = p.trace ? p.trace + first : nullptr;
+    const RowResults<T> out{p.z + first * d, p.residual + first, p.nfe + first, p.outcome + first,
+                            trace,           p.trace_stride,     rows};
     with_lanes<T, NV>(weights, d, end - begin, [&](auto lanes) {
       using Map = CellMap<T, NV, decltype(lanes)>;
       solve_rows<T, NV, Map>(p, lanes, out, begin, end, [&](T* memory) {
@@ -187,7 +186,8 @@ void solve_cells(const CellProblem<T>& p, const ForwardMatrices<T, NV>& weights,
   });
   // The last group: what is absent.
   const RowGroups groups(
-      n + 1, all, [&](int64_t k) { return p.present[k] ? k / p.rows : n; }, [&](int64_t k, int64_t) { return k % p.rows; });
+      n + 1, all, [&](int64_t k) { return p.present[k] ? k / p.rows : n; },
+      [&](int64_t k, int64_t) { return k % p.rows; });
   run_groups<T, NV>(groups, n, n, threads, parallel, solve);
 }
 
@@ -200,10 +200,11 @@ void solve_fuse(const FuseProblem<T>& p, const FuseRows<T>& from, const ForwardM
     const RowResults<T> out{p.z, p.residual, p.nfe, p.outcome, p.trace, p.trace_stride, rows};
     with_lanes<T, NV>(weights, d, end - begin, [&](auto lanes) {
       using Map = FuseMap<T, NV, decltype(lanes)>;
-      const typename Map::Weights fuse{matrix(lanes, weights, 0, 0), matrix(lanes, weights, 0, 1), q[1], q[3], q[4], q[5],
-                                       p.relu_last};
-      solve_rows<T, NV, Map>(p, lanes, out, begin, end,
-                             [&](T* memory) { return Map(fuse, T(modalities), from, p.mask, p.z0, lanes, p.groups, memory); });
+      const typename Map::Weights fuse{matrix(lanes, weights, 0, 0), matrix(lanes, weights, 0, 1), q[1], q[3], q[4],
+                                       q[5], p.relu_last};
+      solve_rows<T, NV, Map>(p, lanes, out, begin, end, [&](T* memory) {
+        return Map(fuse, T(modalities), from, p.mask, p.z0, lanes, p.groups, memory);
+      });
     });
     if (p.copy == nullptr) return;
     for (int64_t k = begin; k < end; ++k) {
@@ -221,9 +222,7 @@ void solve_fuse(const FuseProblem<T>& p, const FuseRows<T>& from, const ForwardM
   }
   // Rows with the same number of modalities make a group.
   const RowGroups groups(
-      p.modalities + 1, p.rows,
-      [&](int64_t r) { return from.count(r); },
-      [](int64_t r, int64_t) { return r; });
+      p.modalities + 1, p.rows, [&](int64_t r) { return from.count(r); }, [](int64_t r, int64_t) { return r; });
   for (int64_t k = 0; k < groups.size(0); ++k) {
     const int64_t r = groups.rows(0)[k];
     leave_out(p, r, std::numeric_limits<T>::quiet_NaN(), Outcome::kEmpty);
