@@ -198,10 +198,12 @@ def test_the_call_is_what_gathered_rows_give(adjoint: Any, want_params: bool) ->
     assert all(t.isfinite().all() for t in (*found.features, *found.params))
 
 
-def test_nothing_is_gathered() -> None:
+def test_nothing_is_gathered(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*what: Any) -> None:
-        raise AssertionError("a launcher of single blocks ran")
+        raise AssertionError("single blocks ran")
 
+    for name in ("of_cells", "of_fuse"):
+        monkeypatch.setattr(f"deqfuse.backends.penalty.{name}", fails)
     none = Launchers(fails, fails)
     alone = dataclasses.replace(cpu.BACKEND, cells=none, fuse=none, layer=none, penalty=fails)
     case = Case(20, 12, 2, 3)
