@@ -100,8 +100,10 @@ class CellAdjoint : public AdjointBase<T, NV> {
   }
 
   // After the solve: the cotangents of this tile's rows, and what the parameters' gradients need of them, if anything.
-  // `solution`: theirs, one after the other. `evaluated`: all of them were what evaluate() was last given.
-  void finish(const T* solution, bool evaluated, const LaneRows<R>& rows, T* dx, const GradientParts<T, NV>* parts) {
+  // `solution`: theirs, one after the other. `evaluated`: all of them were what evaluate() was last given. `place`:
+  // theirs in `parts`.
+  void finish(const T* solution, bool evaluated, const LaneRows<R>& rows, T* dx, const GradientParts<T, NV>* parts,
+              const LaneRows<R>& place) {
     T* u = this->g_;  // the right-hand side is no longer needed
     rows_to_lanes<T, NV>(solution, lane_rows<R>(0, rows.count()), u, d_);
     if (!evaluated) pull<Digits::kAll>(u);
@@ -117,10 +119,10 @@ class CellAdjoint : public AdjointBase<T, NV> {
     group_norm_backward<T, NV>(dn1_, nullptr, at_.w.forward.g1, at_.xh1, at_.rstd, nullptr, dn1_, d_, groups_);
     row_sums<T, NV>(dn1_, sums, d_);
     row_sums<T, NV>(dy2_, sums + d_, d_);
-    parts->cotangent[0].take(dn1_, rows);
-    parts->input[0].take(at_.z, rows);
-    parts->cotangent[1].take(dy2_, rows);
-    parts->input[1].take(at_.h, rows);
+    parts->cotangent[0].take(dn1_, place);
+    parts->input[0].take(at_.z, place);
+    parts->cotangent[1].take(dy2_, place);
+    parts->input[1].take(at_.h, place);
   }
 
  private:
@@ -167,13 +169,13 @@ class FuseAdjoint : public AdjointBase<T, NV> {
   void evaluate(const T* u, T* f, bool) {
     pull<kDigits>(u);
     for (int64_t o = 0; o < d_ * R; o += W)
-      store(f + o, fma(splat(at_.w.forward.modalities), load(pulled_ + o), load(dq_ + o) * load(at_.gate + o)));
+      store(f + o, fma(at_.count(o), load(pulled_ + o), load(dq_ + o) * load(at_.gate + o)));
     this->add_rhs(f, d_);
   }
 
   // As CellAdjoint::finish; matrix 0 is the gate's.
   void finish(const T* solution, bool evaluated, const LaneRows<R>& rows, T* dx, T* dcell_sum,
-              const GradientParts<T, NV>* parts) {
+              const GradientParts<T, NV>* parts, const LaneRows<R>& place) {
     T* u = this->g_;
     rows_to_lanes<T, NV>(solution, lane_rows<R>(0, rows.count()), u, d_);
     if (!evaluated) pull<Digits::kAll>(u);
@@ -188,13 +190,13 @@ class FuseAdjoint : public AdjointBase<T, NV> {
     if (parts == nullptr) return;
     if (at_.w.forward.relu_last)
       for (int64_t o = 0; o < d_ * R; o += W) store(u + o, load(at_.sign + o) > Vec<T>{} ? load(u + o) : Vec<T>{});
-    row_sums<T, NV>(gated_, parts->sums, d_);
+    at_.gate_bias_sums(gated_, parts->sums);
     row_sums<T, NV>(de_, parts->sums + d_, d_);
     norm_sums<T, NV>(u, at_.xh, parts->sums + 2 * d_, parts->sums + 3 * d_, d_);
-    parts->cotangent[0].take(gated_, rows);
-    parts->input[0].take(at_.input, rows);
-    parts->cotangent[1].take(de_, rows);
-    parts->input[1].take(at_.q, rows);
+    parts->cotangent[0].take(gated_, place);
+    parts->input[0].take(at_.input, place);
+    parts->cotangent[1].take(de_, place);
+    parts->input[1].take(at_.q, place);
   }
 
  private:

@@ -45,18 +45,18 @@ Uses uses(const SolveOptions<T>& o, bool first_is_free, int64_t tiles) {
   return first_is_free && begins_plainly(o) ? Uses{2 * tiles, (kWarmup - 1) * tiles} : Uses{5 * tiles, 0};
 }
 
-// Where the answers of row r go; `z` begins with row `first`. `trace` (steps, rows_total) may be null. `rows`: which row
-// is the k-th, or null where it is row k.
+// Where the answers of row r go; those in `z` lie by rows, or one after the other as lanes took them, where a run has
+// one tile. `trace` (steps, rows_total) may be null. `rows`: which row is the k-th, or null where it is row k.
 template <class T>
 struct RowResults {
   T* z;
-  int64_t first;
   T* residual;
   int32_t* nfe;
   int8_t* outcome;
   T* trace;
   int64_t trace_stride;
   const int64_t* rows = nullptr;
+  bool z_by_lanes = false;
 };
 
 // Map: the problem.
@@ -276,7 +276,7 @@ class RowSolver {
       LaneRows<R> alike;  // lanes whose answer lies in the same place
       for (int k = 0; k < R; ++k) {
         const bool same = ended_[k] && answer_[k].value == a.value && answer_[k].minus == a.minus;
-        alike.row[k] = same ? row_[k] - out_.first : -1;
+        alike.row[k] = !same ? -1 : out_.z_by_lanes ? k : row_[k];
         if (!same) continue;
         ended_[k] = false;
         row_[k] = -1;

@@ -8,28 +8,29 @@
 namespace deqfuse {
 namespace DEQFUSE_ISA {
 
-// u for the rows of one tile, one after the other, which `map` linearises on the way. Whether they are what it was given
-// last to evaluate. `z`, `g`: of the block; `jacobian`: as solve_left() wants it.
+// u for the rows of one tile, which are also `out.rows`, one after the other; `map` linearises them on the way. Whether
+// they are what it was given last to evaluate. `z`, `g`: of the block; `jacobian`: as solve_left() wants it.
 template <class T, int NV, class Map, class P, class MakeJacobian>
-bool solve_tile(const P& p, Map& map, int64_t begin, int64_t end, const RowResults<T>& out, T* memory, const T* z,
-                const T* g, MakeJacobian jacobian) {
+bool solve_tile(const P& p, Map& map, const LaneRows<NV * kLanes<T>>& rows, const RowResults<T>& out, T* memory,
+                const T* z, const T* g, MakeJacobian jacobian) {
   constexpr int R = NV * kLanes<T>;
   const int64_t d = p.d;
+  const int count = rows.count();
   if (p.mode < 0) {
-    const bool evaluated = RowSolver<T, NV, Map>(map, d, options<T>(p), out, memory).run(begin, end);
+    const bool evaluated = RowSolver<T, NV, Map>(map, d, options<T>(p), out, memory).run(0, count);
     const auto magnitude = [&](int lane) { return map.magnitude(lane); };
-    return !(p.mode == kSolveLeft &&
-             solve_left(z, g, d, p.groups, T(p.tol), begin, end, out, magnitude, jacobian)) && evaluated;
+    return !(p.mode == kSolveLeft && solve_left(z, g, d, p.groups, T(p.tol), count, out, magnitude, jacobian)) &&
+           evaluated;
   }
   T *now = memory, *next = memory + d * R;
-  const LaneRows<R> rows = lane_rows<R>(begin, int(end - begin));
   map.stage(rows, now, true);
   for (int k = 0; k < p.mode; ++k) {
     map.template evaluate<Digits::kAll>(now, next, false);
     std::swap(now, next);
   }
-  lanes_to_rows<T, NV>(now, nullptr, lane_rows<R>(0, int(end - begin)), out.z, d);
-  for (int64_t r = begin; r < end; ++r) {
+  lanes_to_rows<T, NV>(now, nullptr, lane_rows<R>(0, count), out.z, d);
+  for (int lane = 0; lane < count; ++lane) {
+    const int64_t r = rows.row[lane];
     out.residual[r] = std::numeric_limits<T>::quiet_NaN();
     out.nfe[r] = p.mode;
     out.outcome[r] = int8_t(Outcome::kMaxIter);
@@ -44,11 +45,13 @@ class AdjointMemory {
  public:
   static constexpr int R = NV * kLanes<T>;
 
+  // `rows` has those of the blocks from number `first` on.
   template <class P>
-  AdjointMemory(const P& p, int64_t blocks, int params, int sums)
-      : tiles(DEQFUSE_ISA::tiles<R>(p.rows)), straight(p.params, blocks, params, p.d, linearising(p)),
-        transposed(p.params, blocks, params, p.d, solving(p)), blocks_(blocks), params_(params), kinds_(sums),
-        out_(p.dparams), gradients_(out_ ? blocks : 0, p.rows, tiles, sums, p.d) {}
+  AdjointMemory(const P& p, const PresentRows& rows, int64_t first, int64_t blocks, int params, int sums)
+      : straight(p.params, blocks, params, p.d, linearising(p)),
+        transposed(p.params, blocks, params, p.d, solving(p)), rows_(rows), first_(first), blocks_(blocks),
+        params_(params), kinds_(sums), out_(p.dparams),
+        gradients_(out_ ? blocks : 0, p.rows, tiles<R>(p.rows), sums, p.d) {}
 
   template <class P>
   static int64_t bytes(const P& p) {
@@ -58,70 +61,75 @@ class AdjointMemory {
     return 2 * int64_t(sizeof(T)) * copies + (p.dparams ? GradientMemory<T, NV>::bytes(p.rows, p.d) : 0);
   }
 
-  const int64_t tiles;
   const Matrices<T, StraightForm<T, NV>> straight;
   const Matrices<T, TransposedForm<T, NV>> transposed;
 
-  GradientParts<T, NV> parts(int64_t block, int64_t tile) const { return gradients_.parts(block, tile); }
+  GradientParts<T, NV> parts(int64_t block, int64_t tile) const {
+    return gradients_.parts(block, rows_.size(first_ + block), tile);
+  }
 
-  // The first bias of the fuse step enters `first_bias` times.
-  void parameter_gradients(T first_bias, int threads, ParallelFor parallel) const {
+  void parameter_gradients(int threads, ParallelFor parallel) const {
     if (out_ == nullptr) return;
     run_tasks(blocks_ * gradients_.jobs(), threads, parallel, [&](int64_t t) {
-      const int64_t block = t / gradients_.jobs();
-      gradients_.run(block, t % gradients_.jobs(), kinds_, first_bias, out_ + block * params_, true, true);
+      const int64_t block = t / gradients_.jobs(), rows = rows_.size(first_ + block);
+      gradients_.run(block, rows, tiles<R>(rows), t % gradients_.jobs(), kinds_, out_ + block * params_, true);
     });
   }
 
  private:
   template <class P>
   static Uses linearising(const P& p) {
-    return {DEQFUSE_ISA::tiles<R>(p.rows), 0};
+    return {tiles<R>(p.rows), 0};
   }
   template <class P>
   static Uses solving(const P& p) {
-    const int64_t count = DEQFUSE_ISA::tiles<R>(p.rows);
+    const int64_t count = tiles<R>(p.rows);
     return p.mode < 0 ? uses(options<T>(p), true, count) : Uses{(int64_t(p.mode) + 1) * count, 0};
   }
 
-  const int64_t blocks_;
+  const PresentRows& rows_;
+  const int64_t first_, blocks_;
   const int params_, kinds_;
   T* const* out_;
   const GradientMemory<T, NV> gradients_;
 };
 
-// Some modalities at once. after(i, begin, end): what is left to do for these rows of modality i once dx is there.
+// Some modalities at once, from number `first` of `present` on. after(i, r): what is left to do for row r of modality i
+// once dx is there.
 template <class T, int NV, class After>
-void adjoint_some_cells(const CellAdjointProblem<T>& p, int threads, ParallelFor parallel, After after) {
+void adjoint_some_cells(const CellAdjointProblem<T>& p, const PresentRows& present, int64_t first, int threads,
+                        ParallelFor parallel, After after) {
   constexpr int R = NV * kLanes<T>;
   using Map = CellAdjoint<T, NV>;
   const int64_t d = p.d;
-  const AdjointMemory<T, NV> shared(p, p.modalities, 10, Map::kSums);
+  const AdjointMemory<T, NV> shared(p, present, first, p.modalities, 10, Map::kSums);
   copy_all(threads, parallel, shared.straight, shared.transposed);
-  run_tasks(p.modalities * shared.tiles, threads, parallel, [&](int64_t t) {
-    const int64_t i = t / shared.tiles, begin = t % shared.tiles * R, first = i * p.rows;
-    const int64_t end = begin + R < p.rows ? begin + R : p.rows, map_tiles = Map::tiles(d, p.groups);
+  const auto one_tile = [&](int64_t i, int64_t tile, const LaneRows<R>& rows) {
+    const int64_t at = i * p.rows, map_tiles = Map::tiles(d, p.groups);
     const CellLinearWeights<T, NV> w(shared.straight, shared.transposed, i, p.params + 10 * i, p.skip);
     Scratch<T> memory((1 + map_tiles + RowSolver<T, NV, Map>::tiles(p.history)) * d * R);
     T *u = memory.get(), *of_map = u + d * R;
-    Map map(w, p.z + first * d, p.x[i], p.g[i], d, p.groups, of_map);
-    const RowResults<T> out{u, begin, p.residual + first, p.nfe + first, p.outcome + first, nullptr, 0};
+    Map map(w, p.z + at * d, p.x[i], p.g[i], d, p.groups, of_map);
+    const RowResults<T> out{u, p.residual + at, p.nfe + at, p.outcome + at, nullptr, 0, rows.row, true};
     const auto jacobian = [&](int64_t r, Arena<double>& doubles, int32_t* indices) {
       return CellJacobian<double, T>(p.params + 10 * i, p.x[i] + r * d, p.skip, d, p.groups, doubles, indices);
     };
-    const bool evaluated = solve_tile<T, NV>(p, map, begin, end, out, of_map + map_tiles * d * R, p.z + first * d,
-                                             p.g[i], jacobian);
+    const bool evaluated =
+        solve_tile<T, NV>(p, map, rows, out, of_map + map_tiles * d * R, p.z + at * d, p.g[i], jacobian);
     GradientParts<T, NV> parts;
-    if (p.dparams) parts = shared.parts(i, t % shared.tiles);
-    map.finish(u, evaluated, lane_rows<R>(begin, int(end - begin)), p.dx[i], p.dparams ? &parts : nullptr);
-    after(i, begin, end);
-  });
-  shared.parameter_gradients(T(1), threads, parallel);
+    if (p.dparams) parts = shared.parts(i, tile);
+    const int count = rows.count();
+    map.finish(u, evaluated, rows, p.dx[i], p.dparams ? &parts : nullptr, lane_rows<R>(tile * R, count));
+    for (int lane = 0; lane < count; ++lane) after(i, rows.row[lane]);
+  };
+  run_tiles<R>(present, first, p.modalities, 0, p.rows, threads, parallel, one_tile);
+  shared.parameter_gradients(threads, parallel);
 }
 
 // All modalities.
 template <class T, int NV, class After>
-void adjoint_cells(const CellAdjointProblem<T>& p, int threads, ParallelFor parallel, After after) {
+void adjoint_cells(const CellAdjointProblem<T>& p, const PresentRows& present, int threads, ParallelFor parallel,
+                   After after) {
   const int64_t n = p.modalities, size = p.rows * p.d, most = blocks_at_once(n, AdjointMemory<T, NV>::bytes(p));
   for (int64_t first = 0; first < n; first += most) {
     CellAdjointProblem<T> part = p;
@@ -135,47 +143,51 @@ void adjoint_cells(const CellAdjointProblem<T>& p, int threads, ParallelFor para
     part.x += first;
     part.g += first;
     part.dx += first;
-    adjoint_some_cells<T, NV>(part, threads, parallel,
-                              [&](int64_t i, int64_t begin, int64_t end) { after(first + i, begin, end); });
+    adjoint_some_cells<T, NV>(part, present, first, threads, parallel,
+                              [&](int64_t i, int64_t r) { after(first + i, r); });
   }
 }
 
 template <class T, int NV>
 void adjoint_cells(const CellAdjointProblem<T>& p, int threads, ParallelFor parallel) {
-  adjoint_cells<T, NV>(p, threads, parallel, [](int64_t, int64_t, int64_t) {});
+  const PresentRows all(nullptr, p.modalities, p.rows);
+  adjoint_cells<T, NV>(p, all, threads, parallel, [](int64_t, int64_t) {});
 }
 
 template <class T, int NV>
-void adjoint_fuse(const FuseAdjointProblem<T>& p, const FuseRows<T>& from, int threads, ParallelFor parallel) {
+void adjoint_fuse(const FuseAdjointProblem<T>& p, const FuseRows<T>& from, const PresentRows& present, int threads,
+                  ParallelFor parallel) {
   constexpr int R = NV * kLanes<T>;
   using Map = FuseAdjoint<T, NV>;
   const int64_t d = p.d;
-  const AdjointMemory<T, NV> shared(p, 1, 6, Map::kSums);
+  const AdjointMemory<T, NV> shared(p, present, p.modalities, 1, 6, Map::kSums);
   copy_all(threads, parallel, shared.straight, shared.transposed);
-  const FuseLinearWeights<T, NV> w(shared.straight, shared.transposed, 0, p.params, p.modalities, p.relu_last);
-  run_tasks(shared.tiles, threads, parallel, [&](int64_t t) {
-    const int64_t begin = t * R, end = begin + R < p.rows ? begin + R : p.rows, map_tiles = Map::tiles(d, p.groups);
-    const int64_t all = 1 + map_tiles + RowSolver<T, NV, Map>::tiles(p.history);
+  const FuseLinearWeights<T, NV> w(shared.straight, shared.transposed, 0, p.params, p.relu_last);
+  const auto one_tile = [&](int64_t, int64_t tile, const LaneRows<R>& rows) {
+    const int64_t map_tiles = Map::tiles(d, p.groups), all = 1 + map_tiles + RowSolver<T, NV, Map>::tiles(p.history);
     Scratch<T> memory(all * d * R + 2 * d);
     T *u = memory.get(), *of_map = u + d * R, *made = u + all * d * R;
     Map map(w, p.z, from, p.mask, p.g, d, p.groups, of_map);
-    const RowResults<T> out{u, begin, p.residual, p.nfe, p.outcome, nullptr, 0};
+    const RowResults<T> out{u, p.residual, p.nfe, p.outcome, nullptr, 0, rows.row, true};
     const auto jacobian = [&](int64_t r, Arena<double>& doubles, int32_t* indices) {
       const FuseInputs<T> in{from.x_row(r, d, made), from.cell_sum_row(r, d, made + d), p.mask ? p.mask + r * d : nullptr,
-                             p.modalities, p.relu_last};
+                             from.count(r), p.relu_last};
       return FuseJacobian<double, T>(p.params, in, d, p.groups, doubles, indices);
     };
-    const bool evaluated = solve_tile<T, NV>(p, map, begin, end, out, of_map + map_tiles * d * R, p.z, p.g, jacobian);
+    const bool evaluated = solve_tile<T, NV>(p, map, rows, out, of_map + map_tiles * d * R, p.z, p.g, jacobian);
     GradientParts<T, NV> parts;
-    if (p.dparams) parts = shared.parts(0, t);
-    map.finish(u, evaluated, lane_rows<R>(begin, int(end - begin)), p.dx, p.dcell_sum, p.dparams ? &parts : nullptr);
-  });
-  shared.parameter_gradients(T(p.modalities), threads, parallel);
+    if (p.dparams) parts = shared.parts(0, tile);
+    map.finish(u, evaluated, rows, p.dx, p.dcell_sum, p.dparams ? &parts : nullptr,
+               lane_rows<R>(tile * R, rows.count()));
+  };
+  run_tiles<R>(present, p.modalities, 1, 0, p.rows, threads, parallel, one_tile);
+  shared.parameter_gradients(threads, parallel);
 }
 
 template <class T, int NV>
 void adjoint_fuse(const FuseAdjointProblem<T>& p, int threads, ParallelFor parallel) {
-  adjoint_fuse<T, NV>(p, {p.x, p.cell_sum}, threads, parallel);
+  const PresentRows all(nullptr, p.modalities, p.rows);
+  adjoint_fuse<T, NV>(p, {p.x, p.cell_sum, p.modalities}, all, threads, parallel);
 }
 
 template <class T, int NV>
@@ -187,20 +199,29 @@ void adjoint_layer(const LayerAdjointProblem<T>& p, int threads, ParallelFor par
   Scratch<const T*> g(n);
   f.dx = dx_fuse.get();
   f.dcell_sum = dcell_sum.get();
-  adjoint_fuse<T, NV>(f, rows_of_layer<T>(p), threads, parallel);
+  const PresentRows present(c.present, n, rows);
+  present.for_absent(threads, parallel, [&](int64_t i, int64_t r) {
+    const AdjointCommon<T>& block = i < n ? static_cast<const AdjointCommon<T>&>(c) : f;
+    const int64_t k = i < n ? i * rows + r : r;
+    block.residual[k] = T(0);
+    block.nfe[k] = 0;
+    block.outcome[k] = int8_t(Outcome::kConverged);
+    if (i < n) std::memset(c.dx[i] + r * d, 0, sizeof(T) * d);
+  });
+  adjoint_fuse<T, NV>(f, rows_of_layer<T>(p), present, threads, parallel);
 
   for (int64_t i = 0; i < n; ++i) g.get()[i] = p.g_cells ? g_cells.get() + i * size : dcell_sum.get();
   if (p.g_cells)
     for_rows(n * rows, threads, parallel, [&](int64_t r) {
+      if (!present.has(r / rows, r % rows)) return;
       for (int64_t k = 0; k < d; ++k)
         g_cells.get()[r * d + k] = p.g_cells[r * d + k] + dcell_sum.get()[r % rows * d + k];
     });
   c.g = g.get();
   // x_i also reaches the fuse step, through its injection.
-  const InjectionGradients<T> injection(n, rows, d, p.weights, p.dweights, p.dbias);
-  adjoint_cells<T, NV>(c, threads, parallel, [&](int64_t i, int64_t begin, int64_t end) {
-    for (int64_t r = begin; r < end; ++r) injection.add(i, r, dx_fuse.get(), c.x[i], c.dx[i]);
-  });
+  const InjectionGradients<T> injection(n, present, d, p.weights, p.dweights, p.dbias);
+  adjoint_cells<T, NV>(c, present, threads, parallel,
+                       [&](int64_t i, int64_t r) { injection.add(i, r, dx_fuse.get(), c.x[i], c.dx[i]); });
   injection.finish();
 }
 

@@ -101,16 +101,17 @@ class DenseSystem {
   S *core_, *a_, *b_;
 };
 
-// Rows [begin, end) of a tile that no iteration solved, u <- (I - J^T)^-1 g / magnitude(r - begin), and whether there
-// were any. Those whose I - J is singular as far as these numbers go say so, with its condition number as their
+// Of the `count` rows of a tile, `out.rows`, those that no iteration solved, u <- (I - J^T)^-1 g / magnitude(lane), and
+// whether there were any. Those whose I - J is singular as far as these numbers go say so, with its condition number as their
 // residual. jacobian(r, memory, indices): the Jacobian of row r; `values`: what it takes.
 template <class T, class Magnitude, class MakeJacobian>
-bool solve_left(const T* z, const T* g, int64_t d, int64_t groups, T tol, int64_t begin, int64_t end,
+bool solve_left(const T* z, const T* g, int64_t d, int64_t groups, T tol, int count,
                 const RowResults<T>& out, Magnitude magnitude, MakeJacobian jacobian) {
   using Jacobian = decltype(jacobian(0, std::declval<Arena<double>&>(), nullptr));
   using System = DenseSystem<Jacobian>;
   bool any = false;
-  for (int64_t r = begin; r < end; ++r) {
+  for (int lane = 0; lane < count; ++lane) {
+    const int64_t r = out.rows[lane];
     if (Outcome(out.outcome[r]) == Outcome::kConverged) continue;
     bool finite = true;  // an iteration that overflowed says nothing about the row
     for (int64_t i = 0; i < d; ++i) finite = finite && is_finite(z[r * d + i]) && is_finite(g[r * d + i]);
@@ -122,7 +123,7 @@ bool solve_left(const T* z, const T* g, int64_t d, int64_t groups, T tol, int64_
     double *u = memory.take(d), *check = memory.take(d);
     Jacobian j = jacobian(r, memory, indices.get());
     System system(j, d, groups, memory, indices.get() + 2 * d);
-    const double scale = 1 / double(magnitude(int(r - begin)));
+    const double scale = 1 / double(magnitude(lane));
     for (int64_t i = 0; i < d; ++i) u[i] = double(g[r * d + i]) * scale;
     const double norm = norm_of(u, d);
     double error = std::numeric_limits<double>::infinity();
@@ -144,7 +145,7 @@ bool solve_left(const T* z, const T* g, int64_t d, int64_t groups, T tol, int64_
     double condition = 0;
     const bool solved = error <= double(tol) || (condition = system.condition()) < kSingular;
     if (error < double(out.residual[r]) || !is_finite(out.residual[r]))
-      for (int64_t i = 0; i < d; ++i) out.z[(r - out.first) * d + i] = T(u[i]);
+      for (int64_t i = 0; i < d; ++i) out.z[lane * d + i] = T(u[i]);
     out.outcome[r] = int8_t(solved ? Outcome::kConverged : Outcome::kSingular);
     out.residual[r] = T(solved ? error : condition);
   }

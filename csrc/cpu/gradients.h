@@ -3,6 +3,7 @@
 
 #include <cstring>
 
+#include "present_rows.h"
 #include "products.h"
 #include "rowmath.h"
 
@@ -20,13 +21,13 @@ struct GradientParts {
 };
 
 // Those of `blocks` blocks (cells, or the fuse step) of two matrices and at most `sums` vectors each. `rows`: of the
-// factors of the products, `tiles`: of the sums.
+// factors of the products, `tiles`: of the sums; here the most that any block has, in what follows those of one.
 template <class T, int NV>
 class GradientMemory {
  public:
   GradientMemory(int64_t blocks, int64_t rows, int64_t tiles, int sums, int64_t d)
-      : rows_(rows),
-        tiles_(tiles),
+      : most_rows_(rows),
+        most_tiles_(tiles),
         d_(d),
         most_sums_(sums),
         factors_(blocks * bytes(rows, d) / int64_t(sizeof(T))),
@@ -35,24 +36,23 @@ class GradientMemory {
   // Of one block's factors.
   static int64_t bytes(int64_t rows, int64_t d) { return 2 * int64_t(sizeof(T)) * (a_size(rows, d) + b_size(rows, d)); }
 
-  GradientParts<T, NV> parts(int64_t block, int64_t tile) const {
+  GradientParts<T, NV> parts(int64_t block, int64_t rows, int64_t tile) const {
     GradientParts<T, NV> out;
-    const int64_t a = a_size(rows_, d_), b = b_size(rows_, d_);
+    const int64_t a = a_size(most_rows_, d_), b = b_size(most_rows_, d_);
     for (int which = 0; which < 2; ++which) {
       T* p = factors_.get() + (2 * block + which) * (a + b);
-      out.cotangent[which] = {p, rows_, d_};
-      out.input[which] = {p + a, rows_, d_};
+      out.cotangent[which] = {p, rows, d_};
+      out.input[which] = {p + a, rows, d_};
     }
-    out.sums = sums_.get() + (block * tiles_ + tile) * most_sums_ * d_;
+    out.sums = sums_.get() + (block * most_tiles_ + tile) * most_sums_ * d_;
     return out;
   }
 
   // One of jobs() pieces of a block's gradients: dW = cotangent^T input over all rows, some columns of it; or the sums
-  // of its first `sums` vectors over the tiles, in order. Added to `out` unless these rows come first. The bias of the
-  // first product enters `first_bias` times, which shows once all rows are in.
+  // of its first `sums` vectors over the tiles, in order. Added to `out` unless these rows come first.
   int64_t jobs() const { return 2 * columns() + 1; }
-  void run(int64_t block, int64_t job, int sums, T first_bias, T* const* out, bool first, bool last) const {
-    const GradientParts<T, NV> part = parts(block, 0);
+  void run(int64_t block, int64_t rows, int64_t tiles, int64_t job, int sums, T* const* out, bool first) const {
+    const GradientParts<T, NV> part = parts(block, rows, 0);
     if (job < 2 * columns()) {
       const int which = int(job / columns());
       outer_product(part.cotangent[which], part.input[which], job % columns() * kWidth, out[2 * which], first);
@@ -61,10 +61,8 @@ class GradientMemory {
     for (int kind = 0; kind < sums; ++kind) {
       T* sum = out[kind < 2 ? 2 * kind + 1 : kind + 2];
       if (first) std::memset(sum, 0, sizeof(T) * d_);
-      for (int64_t tile = 0; tile < tiles_; ++tile)
+      for (int64_t tile = 0; tile < tiles; ++tile)
         for (int64_t i = 0; i < d_; ++i) sum[i] += part.sums[(tile * most_sums_ + kind) * d_ + i];
-      if (kind == 0 && last)
-        for (int64_t i = 0; i < d_; ++i) sum[i] *= first_bias;
     }
   }
 
@@ -74,7 +72,7 @@ class GradientMemory {
   static int64_t b_size(int64_t rows, int64_t d) { return Inputs<T, NV>::size(rows, d); }
   int64_t columns() const { return (d_ + kWidth - 1) / kWidth; }
 
-  const int64_t rows_, tiles_, d_;
+  const int64_t most_rows_, most_tiles_, d_;
   const int most_sums_;
   Scratch<T> factors_, sums_;
 };
@@ -92,23 +90,23 @@ inline int64_t blocks_at_once(int64_t blocks, int64_t bytes_of_one) {
 template <class T>
 class InjectionGradients {
  public:
-  InjectionGradients(int64_t modalities, int64_t rows, int64_t d, const T* weights, T* dweights, T* dbias)
+  InjectionGradients(int64_t modalities, const PresentRows& rows, int64_t d, const T* weights, T* dweights, T* dbias)
       : n_(modalities),
         rows_(rows),
         d_(d),
         weights_(weights),
         dweights_(dweights),
         dbias_(dbias),
-        terms_(dweights ? rows * (modalities + 1) : 0) {}
+        terms_(dweights ? rows.total() * (modalities + 1) : 0) {}
 
-  // Row r of modality i.
+  // Row r of modality i, which it has.
   void add(int64_t i, int64_t r, const T* dx_fuse, const T* x, T* dx) const {
     const T weight = weights_[i];
     const T* __restrict from = dx_fuse + r * d_;
     T* __restrict to = dx + r * d_;
     for (int64_t k = 0; k < d_; ++k) to[k] += weight * from[k];
     if (dweights_) terms_.get()[r * (n_ + 1) + i] = dot(x + r * d_, from, d_);
-    if (dbias_ == nullptr || i > 0) return;
+    if (dbias_ == nullptr || i > rows_.first(r)) return;
     T& sum = terms_.get()[r * (n_ + 1) + n_] = T(0);
     for (int64_t k = 0; k < d_; ++k) sum += from[k];
   }
@@ -118,12 +116,14 @@ class InjectionGradients {
       T* out = i < n_ && dweights_ ? dweights_ + i : i == n_ ? dbias_ : nullptr;
       if (out == nullptr) continue;
       *out = T(0);
-      for (int64_t r = 0; r < rows_; ++r) *out += terms_.get()[r * (n_ + 1) + i];
+      for (int64_t k = 0; k < rows_.size(i); ++k) *out += terms_.get()[rows_.row(i, k) * (n_ + 1) + i];
     }
   }
 
  private:
-  const int64_t n_, rows_, d_;
+  const int64_t n_;
+  const PresentRows& rows_;
+  const int64_t d_;
   const T* weights_;
   T *dweights_, *dbias_;
   Scratch<T> terms_;

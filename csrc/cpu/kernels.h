@@ -69,6 +69,7 @@ template <class T>
 struct CellAdjointProblem : AdjointCommon<T> {
   bool skip;
   const T *const *g, *const *x;  // N times (B, d)
+  const bool* present;           // (N, B), or null where all are; the others' gradients are zero
   T* const* dx;
 };
 
@@ -98,6 +99,7 @@ struct PenaltyProblem {
   bool skip, relu_last;
   const T *states, *noise;              // (N + 1, B, d); the probes, (K, N + 1, B, d)
   const T* const* x;                    // N times (B, d)
+  const bool* present;                  // (N, B), or null where all are; the others' values and gradients are zero
   const T *mask, *weights, *bias;       // (B, d) or null; (N,); (1,) or null
   const T* const* params;               // of the cells, then the fuse step's
   T* value;                             // (N + 1, B)

@@ -93,8 +93,8 @@ struct FuseLinearWeights {
 
   template <class Straight, class Transposed>
   FuseLinearWeights(const Straight& straight, const Transposed& transposed, int64_t i, const T* const* q,
-                    int64_t modalities, bool relu_last)
-      : forward{straight.at(i, 0), straight.at(i, 1), q[1], q[3], q[4], q[5], T(modalities), relu_last},
+                    bool relu_last)
+      : forward{straight.at(i, 0), straight.at(i, 1), q[1], q[3], q[4], q[5], relu_last},
         gate_transposed(transposed.at(i, 0)),
         fuse_transposed(transposed.at(i, 1)) {}
 };
@@ -109,6 +109,7 @@ struct LinearFuse {
   const FuseLinearWeights<T, NV> w;
   const int64_t d, groups;
   const bool has_mask;
+  alignas(64) T modalities[R];  // of each lane's row
   T *z, *input, *gate, *q, *sign, *xh, *mask, *rstd;
 
   LinearFuse(const FuseLinearWeights<T, NV>& weights, bool masked, int64_t features, int64_t groups_, T* memory)
@@ -124,12 +125,13 @@ struct LinearFuse {
     from.take_cell_sum(RowsAsLanes<T, NV>(d), rows, input, q);
     from.take_x(RowsAsLanes<T, NV>(d), rows, x, q);
     if (has_mask) rows_to_lanes<T, NV>(mask_rows, rows, mask, d);
-    for (int64_t o = 0; o < d * R; o += W) store(input + o, fma(splat(f.modalities), load(z + o), load(input + o)));
+    for (int l = 0; l < R; ++l) modalities[l] = rows.row[l] < 0 ? T(0) : T(from.count(rows.row[l]));
+    for (int64_t o = 0; o < d * R; o += W) store(input + o, fma(count(o), load(z + o), load(input + o)));
     product<T, NV>(f.gate, input, work, nullptr, nullptr, gate, d);
     for (int64_t i = 0; i < d; ++i)
       for (int v = 0; v < NV; ++v) {
         const int64_t o = i * R + v * W;
-        const Vec<T> a = load(gate + o) + splat(f.modalities * f.gate_bias[i]);
+        const Vec<T> a = load(gate + o) + count(o) * splat(f.gate_bias[i]);
         store(gate + o, a);
         store(q + o, a * load(z + o));
       }
@@ -153,6 +155,12 @@ struct LinearFuse {
   void masked(T* t) const {
     if (has_mask)
       for (int64_t o = 0; o < d * R; o += W) store(t + o, load(t + o) * load(mask + o));
+  }
+  // N of the rows at a tile's offset.
+  Vec<T> count(int64_t o) const { return load(modalities + o % R); }
+  // The gate's bias enters N times: its gradient from this tile, of the cotangent at the gate.
+  void gate_bias_sums(const T* t, T* out) const {
+    sum_lanes<T, NV>(out, d, [&](int64_t i, int v) { return count(v * W) * load(t + i * R + v * W); });
   }
 };
 

@@ -86,7 +86,15 @@ struct FuseRows {
   // x = sum_i weights_i x_i + bias, cell_sum = sum_i z_i
   const T* const* x_cells = nullptr;
   const T *z_cells = nullptr, *weights = nullptr, *bias = nullptr;
-  const bool* present = nullptr;  // (modalities, rows), or null: x_cells of others are not read, z_cells are zero
+  const bool* present = nullptr;  // (modalities, rows), or null: the others' rows are not read
+
+  // Modalities of a row.
+  int64_t count(int64_t r) const {
+    if (present == nullptr) return modalities;
+    int64_t sum = 0;
+    for (int64_t i = 0; i < modalities; ++i) sum += present[i * rows + r];
+    return sum;
+  }
 
   // Into a tile; `memory` holds another.
   template <class Lanes>
@@ -126,6 +134,7 @@ struct FuseRows {
   void make_cell_sum(int64_t r, int64_t d, T* __restrict to) const {
     for (int64_t k = 0; k < d; ++k) to[k] = T(0);
     for (int64_t i = 0; i < modalities; ++i) {
+      if (present && !present[i * rows + r]) continue;
       const T* from = z_cells + (i * rows + r) * d;
       for (int64_t k = 0; k < d; ++k) to[k] += from[k];
     }
@@ -136,7 +145,6 @@ template <class T, class Matrix>
 struct FuseWeights {
   Matrix gate, fuse;
   const T *gate_bias, *fuse_bias, *gamma, *beta;
-  T modalities;
   bool relu_last;
 };
 
@@ -149,17 +157,17 @@ class FuseMap {
   static constexpr bool kAnswerIsImage = true;
   static int64_t tiles(int64_t d) { return 8 + work_tiles<NV>(d); }
 
-  // `mask` (null without dropout), `z0` (null for zero): row-major (rows, d).
-  FuseMap(const Weights& w, const FuseRows<T>& from, const T* mask, const T* z0, const Lanes& lanes, int64_t groups,
-          T* memory)
-      : w_(w), from_(from), mask_rows_(mask), z0_(z0), lanes_(lanes), groups_(groups) {
+  // `modalities`: of each of the rows. `mask` (null without dropout), `z0` (null for zero): row-major (rows, d).
+  FuseMap(const Weights& w, T modalities, const FuseRows<T>& from, const T* mask, const T* z0, const Lanes& lanes,
+          int64_t groups, T* memory)
+      : w_(w), modalities_(modalities), from_(from), mask_rows_(mask), z0_(z0), lanes_(lanes), groups_(groups) {
     std::memset(memory, 0, sizeof(T) * 8 * lanes.size());
     T** slots[] = {&x_, &constant_, &mask_, &gated_, &bias_, &next_x_, &next_constant_, &next_mask_, &work_};
     for (T** slot : slots) {
       *slot = memory;
       memory += lanes.size();
     }
-    for (int64_t i = 0; i < lanes.d; ++i) bias_[i] = w.modalities * w.gate_bias[i];
+    for (int64_t i = 0; i < lanes.d; ++i) bias_[i] = modalities * w.gate_bias[i];
   }
 
   bool first_is_free() const { return z0_ == nullptr; }
@@ -189,7 +197,7 @@ class FuseMap {
   template <Digits kDigits>
   void evaluate(const T* z, T* f, bool waiting) {
     const T* constant = waiting ? next_constant_ : constant_;
-    lanes_.template multiply<kDigits>(w_.gate, z, work_, nullptr, constant, gated_, w_.modalities);
+    lanes_.template multiply<kDigits>(w_.gate, z, work_, nullptr, constant, gated_, modalities_);
     for (int64_t o = 0; o < lanes_.size(); o += W) store(gated_ + o, load(gated_ + o) * load(z + o));
     lanes_.template multiply<kDigits>(w_.fuse, gated_, work_, w_.fuse_bias, nullptr, f);
     finish(f, waiting ? next_x_ : x_, waiting ? next_mask_ : mask_);
@@ -206,6 +214,7 @@ class FuseMap {
   }
 
   const Weights w_;
+  const T modalities_;
   const FuseRows<T> from_;
   const T *mask_rows_, *z0_;
   const Lanes lanes_;

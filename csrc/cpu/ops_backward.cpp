@@ -111,8 +111,9 @@ using LayerGradients = std::tuple<Tensors, Tensors, Tensor, Tensor, Tensor, bool
 // `grad_z` (B, d) for the fused output, `grad_cells` (N, B, d) for the cells where anything used them; `states` and
 // `params` as in solve_layer.
 LayerGradients adjoint_layer(Tensor grad_z, std::optional<Tensor> grad_cells, Tensor states, Tensors x, Tensors params,
-                             bool want_params, std::optional<Tensor> mask, int64_t groups, bool skip, bool relu_last,
-                             int64_t mode, double tol, int64_t max_iter, int64_t history, double beta, double lam) {
+                             bool want_params, std::optional<Tensor> mask, std::optional<Tensor> present, int64_t groups,
+                             bool skip, bool relu_last, int64_t mode, double tol, int64_t max_iter, int64_t history,
+                             double beta, double lam) {
   const int64_t n = int64_t(x.size()), rows = states.size(1), d = states.size(2), weights = 10 * n + 6;
   const ScalarType dtype = states.scalar_type();
   const bool biased = int64_t(params.size()) > weights + 1;
@@ -130,6 +131,7 @@ LayerGradients adjoint_layer(Tensor grad_z, std::optional<Tensor> grad_cells, Te
   expect(grad_cells, n * rows * d, dtype, "grad_cells");
   for (const Tensor& t : x) expect(t, rows * d, dtype, "x");
   expect(mask, rows * d, dtype, "mask");
+  expect(present, n * rows, ScalarType::Bool, "present");
   expect_layer_params(params, n, d, dtype);
   const Statistics statistics({n + 1, rows}, dtype);
   Tensors dx = empty_like(x), dparams = want_params ? empty_like(params) : Tensors();
@@ -150,6 +152,7 @@ LayerGradients adjoint_layer(Tensor grad_z, std::optional<Tensor> grad_cells, Te
     p.cells.skip = skip;
     p.cells.z = data<T>(states);
     p.cells.x = from.data();
+    p.cells.present = data<bool>(present);
     p.cells.dx = to.data();
     p.cells.params = in.data();
     p.cells.dparams = want_params ? out.data() : nullptr;

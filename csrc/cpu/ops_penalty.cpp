@@ -10,7 +10,8 @@ using Penalty = std::tuple<Tensor, Tensors, Tensors>;
 // `probes` (K, N + 1, B, d); the rest as in adjoint_layer. Gradients come in the compute dtype: they belong to a sum
 // over all rows, which 16 bits may not hold before it is scaled.
 Penalty penalty_layer(Tensor probes, Tensor states, Tensors x, Tensors params, bool want_params,
-                      std::optional<Tensor> mask, int64_t groups, bool skip, bool relu_last) {
+                      std::optional<Tensor> mask, std::optional<Tensor> present, int64_t groups, bool skip,
+                      bool relu_last) {
   STD_TORCH_CHECK(states.dim() == 3 && probes.dim() == 4,
                   "deqfuse: expected states (N + 1, B, d) and probes "
                   "(K, N + 1, B, d), got ",
@@ -29,6 +30,7 @@ Penalty penalty_layer(Tensor probes, Tensor states, Tensors x, Tensors params, b
   expect(probes, count * (n + 1) * rows * d, dtype, "probes");
   for (const Tensor& t : x) expect(t, rows * d, dtype, "x");
   expect(mask, rows * d, dtype, "mask");
+  expect(present, n * rows, ScalarType::Bool, "present");
   expect_layer_params(params, n, d, dtype);
   STD_TORCH_CHECK(count > 0, "deqfuse: probes: expected at least one, got none");
   const Tensor value = empty({n + 1, rows}, dtype);
@@ -48,6 +50,7 @@ Penalty penalty_layer(Tensor probes, Tensor states, Tensors x, Tensors params, b
     p.states = data<T>(states);
     p.noise = data<T>(probes);
     p.x = from.data();
+    p.present = data<bool>(present);
     p.mask = data<T>(mask);
     p.weights = in[weights];
     p.bias = biased ? in[weights + 1] : nullptr;

@@ -247,14 +247,13 @@ class FusePenalty : public PenaltyBase<T, NV> {
  private:
   // w = J^T v; on the way t in front of the norm, k the same behind the mask, y at q and zy = N z * y at the gate.
   void pull() {
-    const Vec<T> n = splat(at_.w.forward.modalities);
     at_.pull(v_, t_, projected_);
     if (at_.has_mask)
       for (int64_t o = 0; o < d_ * R; o += W) store(k_ + o, load(t_ + o) * load(at_.mask + o));
     rough_product<T, NV>(at_.w.fuse_transposed, at_.has_mask ? k_ : t_, work_, nullptr, y_, d_);
     for (int64_t o = 0; o < d_ * R; o += W) {
       const Vec<T> y = load(y_ + o);
-      store(zy_ + o, n * load(at_.z + o) * y);
+      store(zy_ + o, at_.count(o) * load(at_.z + o) * y);
       store(dy_ + o, load(at_.gate + o) * y);
     }
     rough_product<T, NV>(at_.w.gate_transposed, zy_, work_, dy_, w_, d_);
@@ -264,12 +263,12 @@ class FusePenalty : public PenaltyBase<T, NV> {
   void push(bool first) {
     const typename FuseMap<T, NV>::Weights& f = at_.w.forward;
     const int64_t width = d_ / groups_;
-    const Vec<T> n = splat(f.modalities), zero{};
+    const Vec<T> zero{};
     rough_product<T, NV>(f.gate, w_, work_, nullptr, dy_, d_);
     for (int64_t o = 0; o < d_ * R; o += W) {
       const Vec<T> w = load(w_ + o);
       add(dgate_ + o, w * load(y_ + o), first);
-      store(dy_ + o, fma(load(at_.gate + o), w, n * load(at_.z + o) * load(dy_ + o)));
+      store(dy_ + o, fma(load(at_.gate + o), w, at_.count(o) * load(at_.z + o) * load(dy_ + o)));
     }
     T* const de = y_;
     rough_product<T, NV>(f.fuse, dy_, work_, nullptr, de, d_);
@@ -296,8 +295,9 @@ class FusePenalty : public PenaltyBase<T, NV> {
     at_.masked(de_);
     rough_product<T, NV>(at_.w.fuse_transposed, de_, work_, nullptr, y_, d_);
     for (int64_t o = 0; o < d_ * R; o += W) store(dgate_ + o, fma(load(at_.z + o), load(y_ + o), load(dgate_ + o)));
-    T* const sums[] = {dgate_, de_, dg_};
-    for (int kind = 0; kind < kSums - 1; ++kind) row_sums<T, NV>(sums[kind], parts.sums + kind * d_, d_);
+    at_.gate_bias_sums(dgate_, parts.sums);
+    row_sums<T, NV>(de_, parts.sums + d_, d_);
+    row_sums<T, NV>(dg_, parts.sums + 2 * d_, d_);
     std::memset(parts.sums + (kSums - 1) * d_, 0, sizeof(T) * d_);
     parts.cotangent[0].take(dgate_, rows);
     parts.input[0].take(at_.input, rows);

@@ -11,7 +11,8 @@ namespace DEQFUSE_ISA {
 // copied first.
 constexpr int64_t kRoughFrom = 128;
 
-// Rows [begin, end) of some of the blocks, of which the fuse step is the last, at once.
+// The begin-th to the one before the end-th row of each of some of the blocks, of which the fuse step is the last, at
+// once.
 template <class T, int NV>
 class PenaltyBlocks {
  public:
@@ -19,10 +20,11 @@ class PenaltyBlocks {
   using Cell = CellPenalty<T, NV>;
   using Fuse = FusePenalty<T, NV>;
 
-  PenaltyBlocks(const PenaltyProblem<T>& p, int64_t first, int64_t count, T* dx_fuse)
+  PenaltyBlocks(const PenaltyProblem<T>& p, const PresentRows& rows, int64_t first, int64_t count, T* dx_fuse)
       : straight(p.params + 10 * first, count, 10, p.d, uses(p, true)),
         transposed(p.params + 10 * first, count, 10, p.d, uses(p, false)),
         p_(p),
+        rows_(rows),
         first_(first),
         count_(count),
         dx_fuse_(dx_fuse) {}
@@ -41,28 +43,29 @@ class PenaltyBlocks {
   // after(task): `more` further tasks behind those of the rows.
   template <class After>
   void run(int64_t begin, int64_t end, int64_t more, int threads, ParallelFor parallel, After after) const {
-    const int64_t n = p_.modalities, tiles_of_rows = tiles<R>(end - begin);
-    const GradientMemory<T, NV> gradients(p_.dparams ? count_ : 0, factor_rows(p_, end - begin), tiles_of_rows,
+    const int64_t n = p_.modalities;
+    const GradientMemory<T, NV> gradients(p_.dparams ? count_ : 0, factor_rows(p_, end - begin), tiles<R>(end - begin),
                                           Cell::kSums, p_.d);
-    run_tasks(count_ * tiles_of_rows, threads, parallel, [&](int64_t t) {
-      const int64_t block = t / tiles_of_rows, tile = t % tiles_of_rows, at = begin + tile * R;
-      GradientParts<T, NV> parts;
-      if (p_.dparams) parts = gradients.parts(block, tile);
-      one_tile(block, lane_rows<R>(at, int(end - at < R ? end - at : R)), p_.dparams ? &parts : nullptr,
-               tile * (p_.probes + 1));
-    });
+    const auto size = [&](int64_t block) { return rows_.size(first_ + block, begin, end); };
+    run_tiles<R>(rows_, first_, count_, begin, end, threads, parallel,
+                 [&](int64_t block, int64_t tile, const LaneRows<R>& rows) {
+                   GradientParts<T, NV> parts;
+                   if (p_.dparams) parts = gradients.parts(block, factor_rows(p_, size(block)), tile);
+                   one_tile(block, rows, p_.dparams ? &parts : nullptr, tile * (p_.probes + 1));
+                 });
     const int64_t jobs = p_.dparams ? gradients.jobs() : 0;
     run_tasks(count_ * jobs + more, threads, parallel, [&](int64_t t) {
       if (t >= count_ * jobs) return after(t - count_ * jobs);
-      const int64_t block = t / jobs, i = first_ + block;
-      gradients.run(block, t % jobs, i < n ? Cell::kSums : Fuse::kSums, T(i < n ? 1 : n), p_.dparams + 10 * i,
-                    begin == 0, end == p_.rows);
+      const int64_t block = t / jobs, i = first_ + block, rows = size(block);
+      if (rows == 0 && begin > 0) return;  // nothing to add
+      gradients.run(block, factor_rows(p_, rows), tiles<R>(rows), t % jobs, i < n ? Cell::kSums : Fuse::kSums,
+                    p_.dparams + 10 * i, begin == 0);
     });
   }
 
  private:
-  // Of a matrix as it lies: the linearisation, and back from every probe; of its transpose: every probe, and back through
-  // the evaluation. Which are rough depends on d alone, or a row's bits would depend on its batch.
+  // Of a matrix as it lies: the linearisation, and back from every probe; of its transpose: every probe, and back
+  // through the evaluation. Which are rough depends on d alone, or a row's bits would depend on its batch.
   static Uses uses(const PenaltyProblem<T>& p, bool linearises) {
     const int64_t count = tiles<R>(p.rows), exact = linearises ? count : 0, some = (p.probes + !linearises) * count;
     return p.d < kRoughFrom ? Uses{exact + some, 0} : Uses{exact, some};
@@ -81,13 +84,14 @@ class PenaltyBlocks {
       cell.run(z, p_.x[i], probes, rows, value, p_.dx[i], parts, number);
     } else {
       Scratch<T> memory(Fuse::tiles(d, p_.groups) * d * R);
-      Fuse fuse({straight, transposed, block, q, n, p_.relu_last}, p_.mask != nullptr, d, p_.groups, memory.get());
-      const FuseRows<T> from{nullptr, nullptr, n, p_.rows, p_.x, p_.states, p_.weights, p_.bias};
+      Fuse fuse({straight, transposed, block, q, p_.relu_last}, p_.mask != nullptr, d, p_.groups, memory.get());
+      const FuseRows<T> from{nullptr, nullptr, n, p_.rows, p_.x, p_.states, p_.weights, p_.bias, p_.present};
       fuse.run(z, from, p_.mask, probes, rows, value, dx_fuse_, parts, number);
     }
   }
 
   const PenaltyProblem<T>& p_;
+  const PresentRows& rows_;
   const int64_t first_, count_;
   T* const dx_fuse_;
 };
@@ -105,20 +109,26 @@ void penalty_layer(const PenaltyProblem<T>& p, int threads, ParallelFor parallel
   constexpr int R = NV * kLanes<T>;
   using Blocks = PenaltyBlocks<T, NV>;
   const int64_t n = p.modalities, rows = p.rows, d = p.d;
+  const PresentRows present(p.present, n, rows);
+  present.for_absent(threads, parallel, [&](int64_t i, int64_t r) {
+    p.value[i * rows + r] = T(0);
+    if (i < n) std::memset(p.dx[i] + r * d, 0, sizeof(T) * d);
+  });
   Scratch<T> dx_fuse(rows * d);
-  const InjectionGradients<T> injection(n, rows, d, p.weights, p.dweights, p.dbias);
+  const InjectionGradients<T> injection(n, present, d, p.weights, p.dweights, p.dbias);
   const int64_t fewest = rows_at_once<R>(n + 1, threads);
   const int64_t most = blocks_at_once(n + 1, Blocks::bytes(p, rows < fewest ? rows : fewest));
   for (int64_t first = 0; first <= n; first += most) {
     const int64_t count = n + 1 - first < most ? n + 1 - first : most, step = rows_at_once<R>(count, threads);
-    const Blocks blocks(p, first, count, dx_fuse.get());
+    const Blocks blocks(p, present, first, count, dx_fuse.get());
     copy_all(threads, parallel, blocks.straight, blocks.transposed);
     for (int64_t begin = 0; begin < rows || begin == 0; begin += step) {
       const int64_t end = begin + step < rows ? begin + step : rows;
       const int64_t pieces = first + count > n && end == rows ? (rows + kPiece - 1) / kPiece : 0;
       blocks.run(begin, end, pieces, threads, parallel, [&](int64_t piece) {
         for (int64_t r = piece * kPiece; r < rows && r < (piece + 1) * kPiece; ++r)
-          for (int64_t i = 0; i < n; ++i) injection.add(i, r, dx_fuse.get(), p.x[i], p.dx[i]);
+          for (int64_t i = 0; i < n; ++i)
+            if (present.has(i, r)) injection.add(i, r, dx_fuse.get(), p.x[i], p.dx[i]);
       });
     }
   }

@@ -3,7 +3,7 @@
 
 #include "anderson.h"
 #include "maps.h"
-#include "tasks.h"
+#include "present_rows.h"
 
 namespace deqfuse {
 namespace DEQFUSE_ISA {
@@ -55,26 +55,6 @@ struct ForwardMatrices : Matrices<T, StraightForm<T, NV>> {
                                          ready ? layout->stride : 0),
         panels_at_(ready ? layout->panels_at : 0) {}
   const int64_t panels_at_;
-};
-
-// Rows in groups: which rows each has, one group after the other.
-class RowGroups {
- public:
-  // `group_of(k)`, in [0, groups), of k in [0, count); its row is number(k).
-  template <class GroupOf, class Number>
-  RowGroups(int64_t groups, int64_t count, GroupOf group_of, Number number) : begin_(groups + 1), rows_(count) {
-    for (int64_t g = 0; g <= groups; ++g) begin_.get()[g] = 0;
-    for (int64_t k = 0; k < count; ++k) ++begin_.get()[group_of(k) + 1];
-    for (int64_t g = 0; g < groups; ++g) begin_.get()[g + 1] += begin_.get()[g];
-    Scratch<int64_t> next(groups);
-    std::memcpy(next.get(), begin_.get(), sizeof(int64_t) * groups);
-    for (int64_t k = 0; k < count; ++k) rows_.get()[next.get()[group_of(k)]++] = number(k);
-  }
-  const int64_t* rows(int64_t g) const { return rows_.get() + begin_.get()[g]; }
-  int64_t size(int64_t g) const { return begin_.get()[g + 1] - begin_.get()[g]; }
-
- private:
-  const Scratch<int64_t> begin_, rows_;
 };
 
 // The rows of one of `blocks` blocks in tasks: two a thread, which even out, of whole tiles; or where there are fewer
@@ -181,10 +161,9 @@ void solve_cells(const CellProblem<T>& p, const ForwardMatrices<T, NV>& weights,
   if (at_zero == nullptr) at_zero = made.get();
   auto solve = [&](int64_t i, const int64_t* rows, int64_t begin, int64_t end) {
     const int64_t first = i * p.rows;
-    const RowResults<T> out{p.z + first * d,     0,
-                            p.residual + first,  p.nfe + first,
-                            p.outcome + first,   p.trace ? p.trace + first : nullptr,
-                            p.trace_stride,      rows};
+    T* const trace = p.trace ? p.trace + first : nullptr;
+    const RowResults<T> out{p.z + first * d, p.residual + first, p.nfe + first, p.outcome + first,
+                            trace,           p.trace_stride,     rows};
     with_lanes<T, NV>(weights, d, end - begin, [&](auto lanes) {
       using Map = CellMap<T, NV, decltype(lanes)>;
       solve_rows<T, NV, Map>(p, lanes, out, begin, end, [&](T* memory) {
@@ -207,7 +186,8 @@ void solve_cells(const CellProblem<T>& p, const ForwardMatrices<T, NV>& weights,
   });
   // The last group: what is absent.
   const RowGroups groups(
-      n + 1, all, [&](int64_t k) { return p.present[k] ? k / p.rows : n; }, [&](int64_t k) { return k % p.rows; });
+      n + 1, all, [&](int64_t k) { return p.present[k] ? k / p.rows : n; },
+      [&](int64_t k, int64_t) { return k % p.rows; });
   run_groups<T, NV>(groups, n, n, threads, parallel, solve);
 }
 
@@ -217,13 +197,14 @@ void solve_fuse(const FuseProblem<T>& p, const FuseRows<T>& from, const ForwardM
   const int64_t d = p.d;
   const T* const* q = p.params;
   auto solve = [&](int64_t modalities, const int64_t* rows, int64_t begin, int64_t end) {
-    const RowResults<T> out{p.z, 0, p.residual, p.nfe, p.outcome, p.trace, p.trace_stride, rows};
+    const RowResults<T> out{p.z, p.residual, p.nfe, p.outcome, p.trace, p.trace_stride, rows};
     with_lanes<T, NV>(weights, d, end - begin, [&](auto lanes) {
       using Map = FuseMap<T, NV, decltype(lanes)>;
-      const typename Map::Weights fuse{matrix(lanes, weights, 0, 0), matrix(lanes, weights, 0, 1), q[1], q[3], q[4], q[5],
-                                       T(modalities), p.relu_last};
-      solve_rows<T, NV, Map>(p, lanes, out, begin, end,
-                             [&](T* memory) { return Map(fuse, from, p.mask, p.z0, lanes, p.groups, memory); });
+      const typename Map::Weights fuse{matrix(lanes, weights, 0, 0), matrix(lanes, weights, 0, 1), q[1], q[3], q[4],
+                                       q[5], p.relu_last};
+      solve_rows<T, NV, Map>(p, lanes, out, begin, end, [&](T* memory) {
+        return Map(fuse, T(modalities), from, p.mask, p.z0, lanes, p.groups, memory);
+      });
     });
     if (p.copy == nullptr) return;
     for (int64_t k = begin; k < end; ++k) {
@@ -241,13 +222,7 @@ void solve_fuse(const FuseProblem<T>& p, const FuseRows<T>& from, const ForwardM
   }
   // Rows with the same number of modalities make a group.
   const RowGroups groups(
-      p.modalities + 1, p.rows,
-      [&](int64_t r) {
-        int64_t count = 0;
-        for (int64_t i = 0; i < p.modalities; ++i) count += from.present[i * p.rows + r];
-        return count;
-      },
-      [](int64_t r) { return r; });
+      p.modalities + 1, p.rows, [&](int64_t r) { return from.count(r); }, [](int64_t r, int64_t) { return r; });
   for (int64_t k = 0; k < groups.size(0); ++k) {
     const int64_t r = groups.rows(0)[k];
     leave_out(p, r, std::numeric_limits<T>::quiet_NaN(), Outcome::kEmpty);
@@ -278,7 +253,7 @@ void solve_fuse(const FuseProblem<T>& p, int threads, ParallelFor parallel) {
 // What the fuse step of a layer is made of: the cells' inputs and their equilibria.
 template <class T, class P>
 FuseRows<T> rows_of_layer(const P& p) {
-  return {nullptr, nullptr, p.cells.modalities, p.rows, p.cells.x, p.cells.z, p.weights, p.bias};
+  return {nullptr, nullptr, p.cells.modalities, p.rows, p.cells.x, p.cells.z, p.weights, p.bias, p.cells.present};
 }
 
 template <class T, int NV>
@@ -290,9 +265,7 @@ void solve_layer(const LayerProblem<T>& p, int threads, ParallelFor parallel) {
   const ForwardMatrices<T, NV> cells(p.cells, ready, &layout), fuse(p.fuse, ready ? ready + own : nullptr, &layout);
   copy_all(threads, parallel, cells, fuse);
   solve_cells<T, NV>(p.cells, cells, ready ? ready + layout.zero_at : nullptr, threads, parallel);
-  FuseRows<T> from = rows_of_layer<T>(p);
-  from.present = p.cells.present;
-  solve_fuse<T, NV>(p.fuse, from, fuse, threads, parallel);
+  solve_fuse<T, NV>(p.fuse, rows_of_layer<T>(p), fuse, threads, parallel);
 }
 
 template <class T>

@@ -320,8 +320,27 @@ def adjoint_layer(
     want_params: bool,
 ) -> tuple[list[Tensor], list[Tensor], LayerStatistics]:
     """Gradients through the whole layer in one call: dx, the parameters', the statistics."""
+    operands = grad_z, grad_cells, states, x, flat_params, mask
+    return adjoint_present(*operands, None, num_groups, variant, adjoint, want_params)
+
+
+def adjoint_present(
+    grad_z: Tensor,  # (B, d)
+    grad_cells: Tensor | None,  # (N, B, d)
+    states: Tensor,  # (N + 1, B, d)
+    x: list[Tensor],  # N tensors (B, d)
+    flat_params: list[Tensor],  # backends/layer.py
+    mask: Tensor | None,  # (B, d)
+    present: Tensor | None,  # (N, B, 1), bool
+    num_groups: int,
+    variant: Variant,
+    adjoint: GradientOption,
+    want_params: bool,
+) -> tuple[list[Tensor], list[Tensor], LayerStatistics]:
+    """As :func:`adjoint_layer`, of what is present."""
     dx, grads, *statistics = cpu_native.adjoint_layer(
         grad_z, grad_cells, states, x, flat_params, want_params, mask,
+        None if present is None else present.contiguous(),
         num_groups, variant.skip, variant.relu_last, *adjoint_numbers(adjoint),
     )  # fmt: skip
     return dx, grads, LayerStatistics(*statistics)
@@ -338,8 +357,25 @@ def penalty_layer(
     want_params: bool,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """The Jacobian penalty, as :func:`deqfuse.backends.penalty.penalty_layer`, in one call."""
+    operands = probes, states, x, flat_params, mask
+    return penalty_present(*operands, None, num_groups, variant, want_params)
+
+
+def penalty_present(
+    probes: Tensor,  # (K, N + 1, B, d)
+    states: Tensor,  # (N + 1, B, d)
+    x: list[Tensor],  # N tensors (B, d)
+    flat_params: list[Tensor],  # backends/layer.py
+    mask: Tensor | None,  # (B, d)
+    present: Tensor | None,  # (N, B, 1), bool
+    num_groups: int,
+    variant: Variant,
+    want_params: bool,
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """As :func:`penalty_layer`, of what is present."""
     return cpu_native.penalty_layer(
         probes, states, x, flat_params, want_params, mask,
+        None if present is None else present.contiguous(),
         num_groups, variant.skip, variant.relu_last,
     )  # fmt: skip
 
@@ -352,6 +388,8 @@ BACKEND = Backend(
     fuse=Launchers(solve_fuse, adjoint_fuse),
     layer=Launchers(solve_layer, adjoint_layer),
     solve_present=solve_present,
+    adjoint_present=adjoint_present,
+    penalty_present=penalty_present,
     prepare=prepare,
     penalty=penalty_layer,
     takes_rows=takes_rows,

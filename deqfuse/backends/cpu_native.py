@@ -52,12 +52,14 @@ _SCHEMAS = {
     ),
     "cpu_adjoint_layer": (
         "(Tensor grad_z, Tensor? grad_cells, Tensor states, Tensor[] x, Tensor[] params, "
-        "bool want_params, Tensor? mask, int num_groups, bool skip, bool relu_last, "
-        f"int mode, {_SOLVE}) -> (Tensor[], Tensor[], Tensor, Tensor, Tensor, bool)"
+        "bool want_params, Tensor? mask, Tensor? present, int num_groups, bool skip, "
+        f"bool relu_last, int mode, {_SOLVE}) "
+        "-> (Tensor[], Tensor[], Tensor, Tensor, Tensor, bool)"
     ),
     "cpu_penalty_layer": (
         "(Tensor probes, Tensor states, Tensor[] x, Tensor[] params, bool want_params, "
-        "Tensor? mask, int num_groups, bool skip, bool relu_last) -> (Tensor, Tensor[], Tensor[])"
+        "Tensor? mask, Tensor? present, int num_groups, bool skip, bool relu_last) "
+        "-> (Tensor, Tensor[], Tensor[])"
     ),
     "cpu_unit_size": "(Tensor[] x, Tensor[] grads) -> Tensor[]",
     "cpu_rescue_cells": (

@@ -124,12 +124,12 @@ def whole(backend: Backend) -> Launchers:
         grad_z: Any, grad_cells: Any, states: Any, x: Any, params: Any, mask: Any, present: Any,
         *how: Any,
     ) -> tuple[list[Tensor], list[Tensor], LayerStatistics]:  # fmt: skip
-        operands = x, params, mask
+        operands = grad_z, grad_cells, states, x, params, mask
         if _complete(present):
-            return backend.layer.adjoint(grad_z, grad_cells, states, *operands, *how)
+            return backend.layer.adjoint(*operands, *how)
         if backend.adjoint_present is not None:
             found: tuple[list[Tensor], list[Tensor], LayerStatistics] | None
-            found = backend.adjoint_present(grad_z, grad_cells, states, *operands, present, *how)
+            found = backend.adjoint_present(*operands, present, *how)
             if found is not None:
                 return found
         of_cells = functools.partial(_adjoint_cells, backend.cells.adjoint)

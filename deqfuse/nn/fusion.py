@@ -284,7 +284,8 @@ class DEQFusion(nn.Module):
     ) -> list[Tensor]:
         """Project and normalise the inputs: N tensors (B, d)."""
         xs = list(features) if len(lead) == 1 else [f.reshape(-1, f.shape[-1]) for f in features]
-        if present is not None and (self.projections is not None or self.injection_norm):
+        in_front = self.projections is not None or self.injection_norm
+        if present is not None and in_front and torch.is_grad_enabled():
             xs = only(xs, present)  # a NaN would reach the gradients of what stands in front
         if self.projections is not None:
             xs = [p(x) for p, x in zip(self.projections, xs, strict=True)]

@@ -44,8 +44,8 @@ def check_features(
     return features[0].shape[:-1]
 
 
-def check_present(present: Tensor, expected: tuple[int, ...], like: Tensor) -> Tensor:
-    """Which modalities rows have, (..., N) bool, as (N, B, 1).
+def check_present(present: Tensor, expected: tuple[int, ...], like: Tensor) -> Tensor | None:
+    """Which modalities rows have, (..., N) bool, as (N, B, 1); None where it is seen that all do.
 
     Args:
         present: as the user gave it.
@@ -56,6 +56,8 @@ def check_present(present: Tensor, expected: tuple[int, ...], like: Tensor) -> T
     rows = present.reshape(-1, expected[-1])
     # Elsewhere a look would wait for the device, or no graph could hold it.
     seen = rows.device.type == "cpu" and not (traced(rows) or in_transform())
+    if seen and rows.all():
+        return None
     if seen and not (some := rows.any(1)).all():
         raise ValueError(
             f"present: expected at least one modality in every row, got none in "

@@ -218,7 +218,7 @@ def test_wrong_sizes_are_refused_by_the_kernels():
     def backward(*tensors) -> None:
         g, more, states, xs, params, mask = tensors
         cpu_native.adjoint_layer(
-            g, more, states, xs, params, True, mask, *how, *adjoint_numbers(Implicit())
+            g, more, states, xs, params, True, mask, None, *how, *adjoint_numbers(Implicit())
         )
 
     refused = 0

@@ -206,7 +206,8 @@ def test_opcheck(rows):
     given = inputs(Case(rows, variant="released", dtype="f32"), mask=True)
     params = [t.detach().bfloat16() for t in flat(given.layer)]
     for want in (True, False):
-        call = (given.probes, given.states, given.xs, params, want, given.mask, 2, True, False)
+        operands = given.probes, given.states, given.xs, params, want, given.mask, None
+        call = (*operands, 2, True, False)
         utils = ["test_schema", "test_faketensor"]
         found = torch.library.opcheck(cpu_native.penalty_layer, call, test_utils=utils)
         assert set(found.values()) == {"SUCCESS"}
@@ -216,11 +217,11 @@ def test_wrong_sizes_are_refused_by_the_kernel():
     given = inputs(Case(5, variant="released"), mask=True)
     params = [t.detach() for t in flat(given.layer)]
     tensors = {"probes": given.probes, "states": given.states, "x": given.xs, "params": params}
-    tensors |= {"mask": given.mask}
+    tensors |= {"mask": given.mask, "present": torch.ones(2, 5, 1, dtype=torch.bool)}
     refused = 0
 
-    def run(probes, states, x, params, mask) -> None:
-        cpu_native.penalty_layer(probes, states, x, params, True, mask, 2, True, False)
+    def run(probes, states, x, params, mask, present) -> None:
+        cpu_native.penalty_layer(probes, states, x, params, True, mask, present, 2, True, False)
 
     run(**tensors)
     for name, value in tensors.items():
@@ -230,7 +231,7 @@ def test_wrong_sizes_are_refused_by_the_kernel():
             with pytest.raises(RuntimeError, match="contiguous values of the compute"):
                 run(**{**tensors, name: broken})
             refused += 1
-    assert refused == 3 + 2 + len(params)
+    assert refused == 4 + 2 + len(params)
     with pytest.raises(RuntimeError, match="expected at least one, got none"):
         run(**{**tensors, "probes": given.probes[:0]})
     with pytest.raises(RuntimeError, match="got 3 and 3 dimensions"):

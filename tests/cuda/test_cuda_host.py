@@ -155,7 +155,7 @@ def test_what_the_kernels_cannot_read_is_refused():
     how = (2, False, False, -1, 1e-9, 100, 6, 1.0, 1e-6)
     with pytest.raises(RuntimeError, match="states: expected 612 contiguous values"):
         cpu_native.adjoint_layer(
-            g, None, states.mT.contiguous().mT, list(x), layer, True, None, *how
+            g, None, states.mT.contiguous().mT, list(x), layer, True, None, None, *how
         )
 
 

@@ -147,6 +147,17 @@ def test_bits_are_those_of_the_sub_layer(variant: str) -> None:
         assert torch.equal(info.cells.nfe[list(kept)][:, rows], told.cells.nfe)
 
 
+@pytest.mark.parametrize("name", [*ABLATIONS, "plain"])
+def test_without_gradients_nothing_is_copied(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, present = layer_of(**{**TIGHT, **ABLATIONS.get(name, {})}), present_rows()
+    xs = poisoned(features(layer), present)
+    expected = layer(xs, present=present).detach()
+    monkeypatch.setattr("deqfuse.nn.fusion.only", lambda *_: pytest.fail("copied"))
+    with torch.no_grad():
+        assert torch.equal(layer(xs, present=present), expected)
+    layer(features(layer), present=torch.ones_like(present))
+
+
 def test_what_the_record_says() -> None:
     layer, present = layer_of(), present_rows()
     _, info = layer(features(layer), present=present, return_info=True)
@@ -181,9 +192,11 @@ def test_the_penalty_is_that_of_the_sub_layers(variant: str, backend: str) -> No
     xs = poisoned(features(layer), present)
     mask = 1.25 * (torch.rand(len(present), DIM, dtype=torch.float64) > 0.2)
     clean = only([x.detach() for x in xs], present.T[..., None])
+    absent = ~present.T[..., None]
     states = torch.randn(N + 1, len(present), DIM, dtype=torch.float64)
-    states[:-1] *= present.T[..., None]
+    states[:-1].masked_fill_(absent, 0.0)
     probes = draw_probes(states, 2)
+    probes[:, :-1].masked_fill_(absent, torch.nan)
 
     def total(xs: list[Tensor], layer: DEQFusion, states: Tensor, probes: Tensor, *masks: object):
         equations = layer._equations()
@@ -192,8 +205,7 @@ def test_the_penalty_is_that_of_the_sub_layers(variant: str, backend: str) -> No
         how = (2, variant, backend)
         return operators.penalty_layer(probes, states, xs, params, *masks, how)
 
-    leaves = [x.requires_grad_() for x in clean]
-    given = total(leaves, layer, states, probes, mask, present.T[..., None])
+    given = total(xs, layer, states, probes, mask, present.T[..., None])
     given.backward()
     expected, grads = 0.0, {name: torch.zeros_like(p) for name, p in layer.named_parameters()}
     for kept in PATTERNS:
@@ -206,8 +218,9 @@ def test_the_penalty_is_that_of_the_sub_layers(variant: str, backend: str) -> No
         some.backward()
         expected = expected + some.detach()
         for k, i in enumerate(kept):
-            torch.testing.assert_close(leaves[i].grad[rows], own[k].grad, rtol=1e-9, atol=1e-9)
+            torch.testing.assert_close(xs[i].grad[rows], own[k].grad, rtol=1e-9, atol=1e-9)
         add_gradients(grads, layer, sub, kept)
+    assert all((x.grad[gone[:, 0]] == 0).all() for x, gone in zip(xs, absent, strict=True))
     torch.testing.assert_close(given.detach(), expected, rtol=1e-10, atol=0)
     for name, p in layer.named_parameters():
         grad = torch.zeros_like(p) if p.grad is None else p.grad

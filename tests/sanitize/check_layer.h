@@ -60,7 +60,7 @@ struct Layer {
 
   // all: the parameters', weights', bias's (as it came where there is none), and N times dx.
   Gradients<T> adjoint(const KernelTable& table, const Array<T>& z, bool use_cells, double tol, int threads,
-                       bool want_params = true) const {
+                       bool want_params = true, const bool* present = nullptr) const {
     Gradients<T> out{params, Array<T>(count, nan<T>()), Array<int32_t>(count, -1), Array<int8_t>(count, -1)};
     out.all.push_back(weights), out.all.push_back(bias);
     out.all.insert(out.all.end(), x.begin(), x.end());
@@ -82,6 +82,7 @@ struct Layer {
     common(problem.cells, 0), common(problem.fuse, n * rows);
     problem.cells.params = p.data(), problem.fuse.params = p.data() + 10 * n;
     problem.cells.skip = problem.fuse.relu_last = s.variant;
+    problem.cells.present = present;
     problem.cells.x = from.data(), problem.cells.dx = to.data() + params.size() + 2;
     problem.fuse.g = g.data(), problem.fuse.mask = maybe(mask);
     if (want_params) {
@@ -99,6 +100,36 @@ A joined(A a, const A& b) {
   return a;
 }
 
+// The adjoint of rows that lack modalities, at their solution `out`: rows that have all have the bits of that at `full`,
+// and what is not there reaches nothing.
+template <class T>
+void check_adjoint_of_presence(const KernelTable& table, const Layer<T>& layer, double tol, const bool* present,
+                               const Array<T>& out, const Gradients<T>& full) {
+  const int64_t n = layer.n, rows = layer.rows, d = layer.s.d;
+  const Gradients<T> u = layer.adjoint(table, out, true, tol, 1, true, present);
+  check(same(u, layer.adjoint(table, out, true, tol, 3, true, present)), "adjoint with a mask depends on the thread count");
+  const Gradients<T> inputs_only = layer.adjoint(table, out, true, tol, 2, false, present);
+  bool finite = true;
+  for (int64_t i = 0; i < n; ++i) {
+    const size_t at = layer.params.size() + 2 + i;
+    check(same(u.all[at], inputs_only.all[at]), "adjoint with a mask: dx alone");
+    for (int64_t r = 0; r < rows; ++r) {
+      const Array<T> dx = row(u.all[at], r, d);
+      int64_t count = 0;
+      for (int64_t j = 0; j < n; ++j) count += present[j * rows + r];
+      if (!present[i * rows + r])
+        check(same(dx, Array<T>(d)) && u.nfe[i * rows + r] == 0 && u.residual[i * rows + r] == 0 &&
+                  Outcome(u.outcome[i * rows + r]) == Outcome::kConverged, "adjoint of an absent cell");
+      if (count == 0)
+        check(u.nfe[n * rows + r] == 0 && Outcome(u.outcome[n * rows + r]) == Outcome::kConverged, "of an empty row");
+      if (count == n) check(same(dx, row(full.all[at], r, d)), "adjoint of a row with everything");
+      for (T v : dx) finite = finite && std::isfinite(v);
+    }
+  }
+  for (size_t i = 0; finite && i < layer.params.size() + (layer.biased ? 2 : 1); ++i)
+    for (T v : u.all[i]) check(std::isfinite(v), "what is absent reached a parameter");
+}
+
 // Rows that lack modalities: cells that are present have the bits of `full`, a solve of all of them.
 template <class T>
 void check_presence(const KernelTable& table, Layer<T> layer, double tol, const Solution<T>& full) {
@@ -108,6 +139,7 @@ void check_presence(const KernelTable& table, Layer<T> layer, double tol, const 
     present[k] = (k * 7 + k / rows) % 5 > 1;
     for (int64_t i = 0; i < d && !present[k]; ++i) layer.x[k / rows][k % rows * d + i] = nan<T>();
   }
+  const Gradients<T> with_all = Layer<T>(layer.cells, layer.fuse, layer.biased).adjoint(table, full.z, true, tol, 2);
   const Solution<T> out = layer.solve(table, tol, 1, present.get()), other = layer.solve(table, tol, 3, present.get());
   check(same(out.z, other.z) && same(out.nfe, other.nfe) && same(out.outcome, other.outcome),
         "layer with a mask depends on the thread count");
@@ -126,6 +158,7 @@ void check_presence(const KernelTable& table, Layer<T> layer, double tol, const 
     if (count == 0) check(Outcome(out.outcome[k]) == Outcome::kEmpty && std::isnan(out.z[k * d]), "a row with nothing");
     else check(out.nfe[k] > 0 && Outcome(out.outcome[k]) != Outcome::kEmpty, "a row with something");
   }
+  check_adjoint_of_presence(table, layer, tol, present.get(), out.z, with_all);
 }
 
 // Prepared parameters give the same bits.

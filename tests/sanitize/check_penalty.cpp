@@ -3,7 +3,8 @@
 //   - values are |J^T v|^2 with J from central differences of the equations, evaluated naively in double;
 //   - gradients agree with central differences of the values along a random direction of all inputs;
 //   - any thread count, and a row alone, give the same bits, and so do calls without the parameters' gradients;
-//   - a NaN row comes back as NaN and changes no other row.
+//   - a NaN row comes back as NaN and changes no other row;
+//   - what is absent has zeros and reaches nothing, and rows that have all modalities keep their bits beside others.
 #include "cases.h"
 
 long long slopes_compared = 0, values_compared = 0;
@@ -49,7 +50,8 @@ struct Penalty {
 };
 
 template <class T>
-Penalty<T> penalty(const KernelTable& table, LayerInputs in, int threads, bool want_params = true) {
+Penalty<T> penalty(const KernelTable& table, LayerInputs in, int threads, bool want_params = true,
+                   const bool* present = nullptr) {
   const Shape& s = in.s;
   const T nan = std::numeric_limits<T>::quiet_NaN();
   Array<Array<T>> params;
@@ -63,7 +65,7 @@ Penalty<T> penalty(const KernelTable& table, LayerInputs in, int threads, bool w
   PenaltyProblem<T> problem{};
   problem.modalities = s.modalities, problem.rows = s.rows, problem.d = s.d, problem.groups = s.groups;
   problem.probes = in.probes, problem.skip = problem.relu_last = s.variant;
-  problem.states = states.data(), problem.noise = noise.data(), problem.x = x.data();
+  problem.states = states.data(), problem.noise = noise.data(), problem.x = x.data(), problem.present = present;
   problem.mask = mask.empty() ? nullptr : mask.data(), problem.weights = p[last - 2];
   problem.bias = in.bias.empty() ? nullptr : p[last - 1], problem.params = p.data();
   problem.value = out.value.data(), problem.dx = dx.data();
@@ -162,6 +164,43 @@ void check_rows(const KernelTable& table, const LayerInputs& in, const Penalty<T
         "a row alone has another penalty");
 }
 
+// With NaN wherever something is absent.
+template <class T>
+void check_presence(const KernelTable& table, LayerInputs in, const Penalty<T>& out) {
+  const int64_t n = in.s.modalities, rows = in.s.rows, d = in.s.d, size = (n + 1) * rows * d;
+  const std::unique_ptr<bool[]> present(new bool[n * rows]);
+  for (int64_t k = 0; k < n * rows; ++k) {
+    present[k] = (k * 7 + k / rows) % 5 > 1;
+    for (int64_t i = k * d; i < (k + 1) * d && !present[k]; ++i) {
+      in.cells.x[i] = in.states[i] = std::nan("");
+      for (int64_t probe = 0; probe < in.probes; ++probe) in.noise[probe * size + i] = std::nan("");
+    }
+  }
+  const Penalty<T> found = penalty<T>(table, in, 1, true, present.get());
+  check(same(found, penalty<T>(table, in, 3, true, present.get())), "penalty with a mask depends on the thread count");
+  const Penalty<T> inputs_only = penalty<T>(table, in, 2, false, present.get());
+  check(same(inputs_only.value, found.value) && same(inputs_only.grads.back(), found.grads.back()),
+        "penalty with a mask depends on whether the parameters' gradients are wanted");
+  for (const auto& grad : found.grads)
+    for (T v : grad) check(std::isfinite(v), "what is absent reached a gradient");
+  for (int64_t r = 0; r < rows; ++r) {
+    int64_t count = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      const int64_t k = i * rows + r;
+      count += present[k];
+      const Array<T> dx = row(found.grads.back(), k, d);
+      if (present[k]) check(found.value[k] == out.value[k], "value of a cell that is present");
+      else check(found.value[k] == 0 && same(dx, Array<T>(d)), "an absent cell");
+    }
+    const int64_t k = n * rows + r;
+    if (count == 0) check(found.value[k] == 0, "a row with nothing");
+    if (count < n) continue;
+    check(found.value[k] == out.value[k], "a row with everything");
+    for (int64_t i = 0; i < n; ++i)
+      check(same(row(found.grads.back(), i * rows + r, d), row(out.grads.back(), i * rows + r, d)), "its gradient");
+  }
+}
+
 template <class T>
 Penalty<T> check_case(const KernelTable& table, const LayerInputs& in) {
   const Penalty<T> out = penalty<T>(table, in, 1);
@@ -171,6 +210,7 @@ Penalty<T> check_case(const KernelTable& table, const LayerInputs& in) {
         "penalty depends on whether the parameters' gradients are wanted");
   for (size_t i = 0; i < out.grads.size(); ++i)
     for (T v : out.grads[i]) check(in.s.rows > 0 ? std::isfinite(v) : v == 0, "gradient", v);
+  check_presence(table, in, out);
   if (in.s.rows > 0) check_rows(table, in, out);
   return out;
 }
