@@ -66,20 +66,19 @@ def unit_size(x: Tensor, grad: Tensor | None) -> Tensor:
     """Rows of x (B, d) of unit size, or with ``grad`` (B, d) the gradient; one launch.
 
     Args:
-        x: (B, d), any floating dtype.
-        grad: (B, d) cotangent of the result, or None where this is asked for.
+        x: (B, d), contiguous, any floating dtype.
+        grad: (B, d), contiguous, cotangent of the result, or None where this is asked for.
 
     Returns:
         (B, d) of x's dtype.
     """
     rows, d = x.shape
-    x = x.contiguous()
     out = torch.empty_like(x)
     columns = min(power_of_two(d), COLUMNS)
     tile = NUMBERS // columns
     launch(
         _unit_size_kernel, (triton.cdiv(rows, tile),), x,
-        None if grad is None else grad.contiguous(), out, rows,
-        D=d, BM=tile, BN=columns, T=TYPES.get(x.dtype, tl.float32), num_warps=4,
+        grad, out, rows,
+        D=d, BM=tile, BN=columns, T=TYPES.get(x.dtype, tl.float32), num_warps=4, num_stages=1,
     )  # fmt: skip
     return out

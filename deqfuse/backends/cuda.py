@@ -290,8 +290,9 @@ def unit_size(x: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
 
     with _on(x[0]):
         if not grads:
-            return [unit.unit_size(t, None) for t in x]
-        return [unit.unit_size(t, grad) for t, grad in zip(x, grads, strict=True)]
+            return [unit.unit_size(aligned(t), None) for t in x]
+        pairs = zip(aligned_all(x), aligned_all(grads), strict=True)
+        return [unit.unit_size(t, grad) for t, grad in pairs]
 
 
 def captures_solve(problem: Problem) -> bool:
