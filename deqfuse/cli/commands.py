@@ -37,7 +37,7 @@ _NUMERALS = (
 )
 _OWN = (
     "Data: {name}, {views}; classes {classes}; {train} training and {validation} validation rows "
-    "(carved from the training files, seed {seed}), {test} test rows."
+    "(taken out of the training files, seed {seed}), {test} test rows."
 )
 
 

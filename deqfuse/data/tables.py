@@ -195,8 +195,9 @@ def _hint(line: Line, column: int, cells: list[str]) -> str:
     found = [cell.strip().strip('"') for cell in cells]
     names = [cell for cell in found if _number(cell) is None and cell.lower() not in _MISSING]
     place = column - (2 if line.sample else 1)
-    if line.number == 1 and place == 0 and not found[0] and len(found) > 1:
-        # An empty corner, with column names or numbers to the right and row names below.
+    header = names or found[1:] == [str(number) for number in range(len(found) - 1)]
+    if line.number == 1 and place == 0 and not found[0] and len(found) > 1 and header:
+        # An empty corner, with column names or 0, 1, 2, ... to the right and row names below.
         return (
             "The empty corner of a header row over row names? Remedy: write the numbers only "
             f"({PANDAS}); names go to {{i}}_featname.csv."

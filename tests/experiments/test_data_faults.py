@@ -104,6 +104,7 @@ def test_whole_numbers_are_read(rows: list[list[str]], folder: Path) -> None:
         ('"1.5","2.5","3.5"', r"quoted cells\. Remedy: remove the quotes\."),
         ('"1,5","2,5","3,5"', r"quoted cells with decimal commas\. Remedy: write decimal points"),
         ("1.5,NA,3.5", r"column 2: .* got 'NA'\. Remedy: impute missing values"),
+        (",2.5,3.5", r"column 1: .* got ''\. Remedy: impute missing values"),
         ("1_000,2.5,3.5", r"column 1: expected a number, got '1_000'"),
     ],
 )
