@@ -21,7 +21,7 @@ from cpu_layer_cases import (
 from torch import Tensor
 
 from deqfuse import Anderson, Implicit
-from deqfuse.backends import cpu
+from deqfuse.backends import cpu_adjoint as cpu
 from deqfuse.backends.layer import LayerParams
 from deqfuse.backends.maps import VARIANTS
 from deqfuse.errors import DoubleBackwardError

@@ -17,11 +17,11 @@ from cpu_cases import Case, assert_equal, named
 from cpu_layer_cases import each_variant, flat, layer_of
 from penalty_cases import Penalty, assert_near, double_backward, inputs
 
-from deqfuse.backends import cpu, cpu_native, reference
+from deqfuse.backends import cpu_adjoint, cpu_native, reference
 from deqfuse.backends.maps import VARIANTS
 from deqfuse.backends.penalty import draw_probes
 
-BACKENDS = {"cpu": cpu, "reference": reference}
+BACKENDS = {"cpu": cpu_adjoint, "reference": reference}
 each_backend = pytest.mark.parametrize("backend", BACKENDS.values(), ids=BACKENDS)
 
 GRID = [
@@ -112,9 +112,9 @@ def test_float32_is_as_exact_as_torchs(rows, dim, groups, variant):
     two products to J^T v, two on the way back and one through the evaluation, and its factors'
     relative errors add up. (Where no digits are left out this is the old limit.)"""
     low = inputs(Case(rows, dim, groups, 1, variant, "f32"), mask=True)
-    exact = low.to(torch.float64).call(cpu)
+    exact = low.to(torch.float64).call(cpu_adjoint)
     limit = max(3 * distance(low.call(reference), exact), 1e-6)
-    assert distance(low.call(cpu), exact) <= limit + 5 * error_of_a_rough_product(dim)
+    assert distance(low.call(cpu_adjoint), exact) <= limit + 5 * error_of_a_rough_product(dim)
 
 
 @each_variant
@@ -123,8 +123,8 @@ def test_left_out_digits_drown_in_the_noise_of_the_probes(dim, variant):
     """What other probes change in the mean over a batch, value and gradients, is far more."""
     given = inputs(Case(64, dim, 4, 1, variant, "f32"))
     other = dataclasses.replace(given, probes=draw_probes(given.states, 1))
-    exact = given.to(torch.float64).call(cpu)
-    assert 100 * distance(given.call(cpu), exact) < distance(other.call(cpu), exact)
+    exact = given.to(torch.float64).call(cpu_adjoint)
+    assert 100 * distance(given.call(cpu_adjoint), exact) < distance(other.call(cpu_adjoint), exact)
 
 
 @pytest.mark.parametrize("dtype", ["f32", "f64"])
@@ -132,9 +132,9 @@ def test_a_row_depends_on_nothing_but_itself(dtype):
     """Tiles of every width, and lanes without a row."""
     for case in (Case(130, 20, 4, 2, "released", dtype), Case(257, 768, 4, 1, dtype=dtype)):
         given = inputs(case, 2, mask=True)
-        value, dx, _ = given.call(cpu)
+        value, dx, _ = given.call(cpu_adjoint)
         for rows in (slice(0, 1), slice(60, 67), slice(case.rows - 5, None), slice(0, 64)):
-            alone = given.call(cpu, rows=rows)
+            alone = given.call(cpu_adjoint, rows=rows)
             assert_equal([alone[0], *alone[1]], [value[:, rows], *(t[rows] for t in dx)])
 
 
@@ -146,7 +146,7 @@ def test_nothing_depends_on_the_thread_count(dtype, probes, threads):
         given, found = inputs(case, probes), []
         for count in (1, 2, 7, 64):
             threads(count)
-            value, dx, grads = given.call(cpu)
+            value, dx, grads = given.call(cpu_adjoint)
             found.append([value, *dx, *grads])
         for other in found[1:]:
             assert_equal(other, found[0])
@@ -240,10 +240,10 @@ def test_wrong_sizes_are_refused_by_the_kernel():
 
 PROGRAM = """
 import json, sys, torch
-from deqfuse.backends import cpu, cpu_native
+from deqfuse.backends import cpu_adjoint, cpu_native
 torch.set_num_threads(1)
 calls = torch.load(sys.argv[1], weights_only=False)
-torch.save([cpu.penalty_layer(*call) for call in calls], sys.argv[2])
+torch.save([cpu_adjoint.penalty_layer(*call) for call in calls], sys.argv[2])
 print(json.dumps(cpu_native.module.build_info()))
 """
 
@@ -260,7 +260,7 @@ def test_instruction_sets_agree(name, tmp_path: Path):
         how = (groups, VARIANTS[variant], True)
         call = (given.probes, given.states, given.xs, params, given.mask, *how)
         calls.append(call)
-        answers.append(given.call(cpu))
+        answers.append(given.call(cpu_adjoint))
         limits.append(1e-10 if dtype == "f64" else 1e-3)
     torch.save(calls, tmp_path / "calls")
     run = subprocess.run(

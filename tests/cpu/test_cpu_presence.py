@@ -16,7 +16,7 @@ from presence_cases import PATTERNS, N, sub_layer
 from torch import Tensor
 
 from deqfuse import Anderson, DEQFusion, Implicit, Neumann, OneStep
-from deqfuse.backends import cpu, presence
+from deqfuse.backends import cpu, cpu_adjoint, presence
 from deqfuse.backends.backend import Launchers
 from deqfuse.backends.maps import VARIANTS
 from deqfuse.backends.penalty import draw_probes
@@ -230,10 +230,10 @@ def test_masks_of_wrong_sizes_are_refused_by_the_kernels() -> None:
         params, how = [t.detach() for t in flat(layer)], (2, VARIANTS["paper"])
         operands = list(given.x), params, given.mask, wrong, *how
         calls = (
-            lambda o=operands: cpu.adjoint_present(
+            lambda o=operands: cpu_adjoint.adjoint_present(
                 given.g[-1], None, given.g, *o, Implicit(tol=1e-6), True
             ),
-            lambda o=operands: cpu.penalty_present(given.probes, given.g, *o, True),
+            lambda o=operands: cpu_adjoint.penalty_present(given.probes, given.g, *o, True),
         )
         for call in calls:
             with pytest.raises(RuntimeError, match="present: expected 15 contiguous values"):
