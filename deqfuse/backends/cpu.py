@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -307,21 +308,10 @@ def adjoint_fuse(
     return dx, dcell_sum, grads, Statistics(*statistics)
 
 
-def adjoint_layer(
-    grad_z: Tensor,  # (B, d)
-    grad_cells: Tensor | None,  # (N, B, d)
-    states: Tensor,  # (N + 1, B, d)
-    x: list[Tensor],  # N tensors (B, d)
-    flat_params: list[Tensor],  # backends/layer.py
-    mask: Tensor | None,  # (B, d)
-    num_groups: int,
-    variant: Variant,
-    adjoint: GradientOption,
-    want_params: bool,
-) -> tuple[list[Tensor], list[Tensor], LayerStatistics]:
-    """Gradients through the whole layer in one call: dx, the parameters', the statistics."""
-    operands = grad_z, grad_cells, states, x, flat_params, mask
-    return adjoint_present(*operands, None, num_groups, variant, adjoint, want_params)
+def adjoint_layer(*problem: Any) -> tuple[list[Tensor], list[Tensor], LayerStatistics]:
+    """As :func:`adjoint_present`, with everything present and without that argument."""
+    operands, how = problem[:6], problem[6:]
+    return adjoint_present(*(*operands, None, *how))
 
 
 def adjoint_present(
@@ -337,7 +327,7 @@ def adjoint_present(
     adjoint: GradientOption,
     want_params: bool,
 ) -> tuple[list[Tensor], list[Tensor], LayerStatistics]:
-    """As :func:`adjoint_layer`, of what is present."""
+    """Gradients through what is present of a layer: dx, the parameters', the statistics."""
     dx, grads, *statistics = cpu_native.adjoint_layer(
         grad_z, grad_cells, states, x, flat_params, want_params, mask,
         None if present is None else present.contiguous(),
@@ -346,19 +336,10 @@ def adjoint_present(
     return dx, grads, LayerStatistics(*statistics)
 
 
-def penalty_layer(
-    probes: Tensor,  # (K, N + 1, B, d)
-    states: Tensor,  # (N + 1, B, d)
-    x: list[Tensor],  # N tensors (B, d)
-    flat_params: list[Tensor],  # backends/layer.py
-    mask: Tensor | None,  # (B, d)
-    num_groups: int,
-    variant: Variant,
-    want_params: bool,
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """The Jacobian penalty, as :func:`deqfuse.backends.penalty.penalty_layer`, in one call."""
-    operands = probes, states, x, flat_params, mask
-    return penalty_present(*operands, None, num_groups, variant, want_params)
+def penalty_layer(*problem: Any) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """As :func:`penalty_present`, with everything present and without that argument."""
+    operands, how = problem[:5], problem[5:]
+    return penalty_present(*(*operands, None, *how))
 
 
 def penalty_present(
@@ -372,7 +353,7 @@ def penalty_present(
     variant: Variant,
     want_params: bool,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """As :func:`penalty_layer`, of what is present."""
+    """The Jacobian penalty of what is present, as ``presence.penalty_layer``, in one call."""
     return cpu_native.penalty_layer(
         probes, states, x, flat_params, want_params, mask,
         None if present is None else present.contiguous(),
