@@ -251,6 +251,14 @@ def _add_experiment(commands: argparse._SubParsersAction[argparse.ArgumentParser
                 metavar="DIR",
                 help="folder with recordings named {digit}_{speaker}_{number}.wav",
             )
+            one.add_argument(
+                "--rows",
+                nargs=3,
+                type=_positive,
+                default=(4000, 1000, 1000),
+                metavar=("TRAIN", "VALIDATION", "TEST"),
+                help="at most so many pairs to train, validate and test (default 4000 1000 1000)",
+            )
         one.add_argument(
             "--out",
             default=f"deqfuse-{name}-report",

@@ -82,8 +82,8 @@ def _omics(options: argparse.Namespace) -> Study:
 
 def _audiovisual(options: argparse.Namespace) -> Study:
     study = AudiovisualStudy(Path(options.images), Path(options.audio), seeds=_seeds(options))
-    study = replace(study, recipe=_recipe(options, study.recipe))
-    return replace(study, rows=(64, 32, 32)) if options.quick else study
+    rows = (64, 32, 32) if options.quick else tuple(options.rows)
+    return replace(study, recipe=_recipe(options, study.recipe), rows=rows)
 
 
 _STUDIES: dict[str, Callable[[argparse.Namespace], Study]] = {
