@@ -16,8 +16,11 @@ from deqfuse.cli.progress import Stage, make_console
 from deqfuse.data import DataWarning
 from deqfuse.experiments.audiovisual import AudiovisualStudy
 from deqfuse.experiments.mmdynamics import ABLATIONS, FUSIONS
+from deqfuse.experiments.mmimdb import MmimdbStudy
+from deqfuse.experiments.mosi import MosiStudy
 from deqfuse.experiments.numerals import NumeralsStudy
 from deqfuse.experiments.omics import LEARNING_RATES, OmicsStudy
+from deqfuse.experiments.paper_study import PaperStudy
 from deqfuse.experiments.provenance import run_facts
 from deqfuse.experiments.runner import run_trials
 from deqfuse.experiments.store import TrialStore
@@ -86,11 +89,26 @@ def _audiovisual(options: argparse.Namespace) -> Study:
     return replace(study, recipe=_recipe(options, study.recipe), rows=rows)
 
 
+def _mmimdb(options: argparse.Namespace) -> Study:
+    return _on_file(options, MmimdbStudy(Path(options.data), seeds=_seeds(options)))
+
+
+def _mosi(options: argparse.Namespace) -> Study:
+    return _on_file(options, MosiStudy(Path(options.data), seeds=_seeds(options)))
+
+
+def _on_file(options: argparse.Namespace, study: PaperStudy) -> Study:
+    rows = (64, 32, 32) if options.quick else None
+    return replace(study, recipe=_recipe(options, study.recipe), rows=rows)
+
+
 _STUDIES: dict[str, Callable[[argparse.Namespace], Study]] = {
     "synthetic": _synthetic,
     "numerals": _numerals,
     "omics": _omics,
     "audiovisual": _audiovisual,
+    "mmimdb": _mmimdb,
+    "mosi": _mosi,
 }
 
 

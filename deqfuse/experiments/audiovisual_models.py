@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from deqfuse import Anderson, DEQFusion, ProFusion, SolveInfo
-from deqfuse.experiments.models import DIM, PRO_EQUILIBRIA, CrossEntropyModel, Joined
+from deqfuse.experiments.models import DIM, PRO_EQUILIBRIA, Joined, StudyModel
 
 __all__ = ["LABELS", "AudiovisualModel"]
 
@@ -50,7 +50,7 @@ class Encoder(nn.Module):
         return torch.relu(self.project(self.features(x)))
 
 
-class AudiovisualModel(CrossEntropyModel):
+class AudiovisualModel(StudyModel):
     """A classifier of the study; ``key`` is one of ``LABELS``."""
 
     def __init__(self, key: str, num_classes: int = 10) -> None:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deqfuse import (
@@ -19,6 +18,7 @@ from deqfuse import (
     present_from_nan,
 )
 from deqfuse.data import MultiviewData
+from deqfuse.experiments.tasks import CLASSES, Task
 
 __all__ = [
     "ABLATIONS",
@@ -27,10 +27,10 @@ __all__ = [
     "MASKED",
     "MODELS",
     "PRO_EQUILIBRIA",
-    "CrossEntropyModel",
     "Fill",
     "FusionClassifier",
     "Joined",
+    "StudyModel",
 ]
 
 DIM = 64
@@ -85,24 +85,25 @@ class Joined(nn.Module):
         return torch.relu(self.layer(torch.cat(tuple(xs), dim=-1)))
 
 
-class CrossEntropyModel(nn.Module):
-    """A classifier that trains by cross-entropy; ``key`` says which one it is."""
+class StudyModel(nn.Module):
+    """A model that trains by the objective of its task; ``key`` says which one it is."""
 
     key: str
+    task: Task = CLASSES
 
     def logits(self, views: Sequence[Tensor]) -> tuple[Tensor, SolveInfo | None]:
-        """(B, classes), and how the solve went; None where there is no equilibrium."""
+        """Answers (B, outputs), and how the solve went; None where there is no equilibrium."""
         raise NotImplementedError
 
     def loss(self, batch: MultiviewData) -> tuple[Tensor, SolveInfo | None]:
-        """Cross-entropy; "pro equilibrium" alone gets no Jacobian penalty for its solve."""
+        """The objective; "pro equilibrium" alone gets no Jacobian penalty for its solve."""
         logits, info = self.logits(batch.views)
         if info is not None and self.key == "pro equilibrium":
             info = dataclasses.replace(info, blocks=())
-        return F.cross_entropy(logits, batch.labels), info
+        return self.task.objective(logits, batch.labels), info
 
 
-class FusionClassifier(CrossEntropyModel):
+class FusionClassifier(StudyModel):
     """One encoder per view, a fusion, a linear head.
 
     A row lacks a view where all of its features are NaN. Fusions of ``MASKED`` are told so; for the
