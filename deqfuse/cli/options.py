@@ -65,6 +65,7 @@ Examples:
   deqfuse experiment numerals               fusions, ablations, robustness, probes (shipped data)
   deqfuse experiment omics --data DIR       MM-Dynamics with several fusions (MOGONET layout)
   deqfuse experiment audiovisual --images DIR --audio DIR     digits seen and spoken
+  deqfuse experiment finance --prices DIR                     stocks of a sector
   deqfuse experiment mmimdb --data multimodal_imdb.hdf5       posters and plots of movies
   deqfuse experiment mosi --data FILE.pkl                     sentiment of words and voice
 """
@@ -93,6 +94,7 @@ _HELP = {
     "numerals": "all fusions and ablations on the handwritten numerals",
     "omics": "MM-Dynamics with concatenation, DEQ Fusion and what lies between",
     "audiovisual": "digits seen (MNIST format) and spoken (free-spoken-digit format)",
+    "finance": "squared returns of stocks, sector by sector (Appendix C)",
     "mmimdb": "genres of movies from posters and plots (MM-IMDB in MultiBench's file)",
     "mosi": "sentiment from text and audio (CMU-MOSI in MultiBench's aligned pickle)",
 }
@@ -101,10 +103,19 @@ _EXAMPLES = {
     "numerals": "deqfuse experiment numerals --seeds 5",
     "omics": "deqfuse experiment omics --data ROSMAP",
     "audiovisual": "deqfuse experiment audiovisual --images mnist --audio recordings",
+    "finance": "deqfuse experiment finance --prices stocks --window 60",
     "mmimdb": "deqfuse experiment mmimdb --data multimodal_imdb.hdf5",
     "mosi": "deqfuse experiment mosi --data mosi_data.pkl",
 }
-_SEEDS = {"synthetic": 30, "numerals": 5, "omics": 10, "audiovisual": 3, "mmimdb": 3, "mosi": 5}
+_SEEDS = {
+    "synthetic": 30,
+    "numerals": 5,
+    "omics": 10,
+    "audiovisual": 3,
+    "finance": 3,
+    "mmimdb": 3,
+    "mosi": 5,
+}
 _FILES = {
     "mmimdb": "MultiBench's multimodal_imdb.hdf5; needs h5py (pip install 'deqfuse[mmimdb]')",
     "mosi": "MultiBench's aligned pickle; its arrays are read without running what it says",
@@ -247,6 +258,21 @@ def _add_experiment(commands: argparse._SubParsersAction[argparse.ArgumentParser
                 metavar="NAME",
                 help="what is run besides concatenation and DEQ Fusion: weighted norm unit-norm "
                 "tied paper (the default), no-cell no-combine no-gate",
+            )
+        if name == "finance":
+            one.add_argument(
+                "--prices",
+                required=True,
+                metavar="DIR",
+                help="folder with open.csv (Date and a column of prices per stock) and sectors.csv "
+                "(Ticker,Sector)",
+            )
+            one.add_argument(
+                "--window",
+                type=_positive,
+                default=500,
+                metavar="N",
+                help="days that a model sees (default %(default)s, as in MultiBench)",
             )
         if name in _FILES:
             one.add_argument("--data", required=True, metavar="FILE", help=_FILES[name])

@@ -15,6 +15,7 @@ import torch
 from deqfuse.cli.progress import Stage, make_console
 from deqfuse.data import DataWarning
 from deqfuse.experiments.audiovisual import AudiovisualStudy
+from deqfuse.experiments.finance import FinanceStudy
 from deqfuse.experiments.mmdynamics import ABLATIONS, FUSIONS
 from deqfuse.experiments.mmimdb import MmimdbStudy
 from deqfuse.experiments.mosi import MosiStudy
@@ -89,6 +90,12 @@ def _audiovisual(options: argparse.Namespace) -> Study:
     return replace(study, recipe=_recipe(options, study.recipe), rows=rows)
 
 
+def _finance(options: argparse.Namespace) -> Study:
+    window = 20 if options.quick else options.window
+    study = FinanceStudy(Path(options.prices), seeds=_seeds(options), window=window)
+    return replace(study, recipe=_recipe(options, study.recipe))
+
+
 def _mmimdb(options: argparse.Namespace) -> Study:
     return _on_file(options, MmimdbStudy(Path(options.data), seeds=_seeds(options)))
 
@@ -107,6 +114,7 @@ _STUDIES: dict[str, Callable[[argparse.Namespace], Study]] = {
     "numerals": _numerals,
     "omics": _omics,
     "audiovisual": _audiovisual,
+    "finance": _finance,
     "mmimdb": _mmimdb,
     "mosi": _mosi,
 }

@@ -75,11 +75,11 @@ class Encoder(nn.Sequential):
 
 
 class Joined(nn.Module):
-    """Late fusion by a layer on the concatenation: N x (B, d) -> (B, d)."""
+    """Late fusion by a layer on the concatenation: N x (B, width) -> (B, d)."""
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, width: int = DIM, dim: int = DIM) -> None:
         super().__init__()
-        self.layer = nn.Linear(count * DIM, DIM)
+        self.layer = nn.Linear(count * width, dim)
 
     def forward(self, xs: Sequence[Tensor]) -> Tensor:
         return torch.relu(self.layer(torch.cat(tuple(xs), dim=-1)))
