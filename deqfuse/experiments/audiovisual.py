@@ -86,7 +86,7 @@ class AudiovisualStudy(Study):
         pro = model.fusion if isinstance(model.fusion, ProFusion) else None
         return {
             "test": evaluate(model, splits.test),
-            "parameters": sum(p.numel() for p in model.parameters()),
+            "parameters": model.num_parameters,
             "overhead": pro.parameter_overhead if pro is not None and "pro" in key else None,
             **history.values(),
         }

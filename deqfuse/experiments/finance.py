@@ -109,7 +109,7 @@ class FinanceStudy(Study):
             "test": evaluate(model, test, model.task),
             "mean_mse": error_metrics(mean, test.labels)["mse"],
             "noise": robustness_curve(score, test.views, NOISE_LEVELS, seed=seed).tolist(),
-            "parameters": sum(p.numel() for p in model.parameters()),
+            "parameters": model.num_parameters,
             "overhead": None if pro is None else pro.parameter_overhead,
             **history.values(),
         }

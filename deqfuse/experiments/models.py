@@ -102,6 +102,13 @@ class StudyModel(nn.Module):
             info = dataclasses.replace(info, blocks=())
         return self.task.objective(logits, batch.labels), info
 
+    @property
+    def num_parameters(self) -> int:
+        """Numbers that the model uses: a single application has no use for back-projections."""
+        once = [m for m in self.modules() if isinstance(m, ProFusion) and m.steps == 1]
+        unused = sum(p.numel() for m in once for p in m.back_projections.parameters())
+        return sum(p.numel() for p in self.parameters()) - unused
+
 
 class FusionClassifier(StudyModel):
     """One encoder per view, a fusion, a linear head.
@@ -139,14 +146,6 @@ class FusionClassifier(StudyModel):
         self.encoders = nn.ModuleList(encoders)
         self.fusion = None if key == "concat" else _FUSION[key](count)
         self.head = nn.Linear(DIM * count if key == "concat" else DIM, num_classes)
-
-    @property
-    def num_parameters(self) -> int:
-        """Trainable numbers that the model uses: "base" has no use for back-projections."""
-        total = sum(p.numel() for p in self.parameters())
-        if self.key == "base" and self.pro is not None:
-            return round(total / (1 + self.pro.parameter_overhead))
-        return total
 
     def encode(self, views: Sequence[Tensor]) -> list[Tensor]:
         """Per view (B, features), with ``fill`` in place of absent ones, -> (B, d)."""

@@ -101,7 +101,7 @@ class PaperStudy(Study):
         history = fit(model, splits.train, splits.validation, self.recipe, seed, task=self.task)
         return {
             "test": evaluate(model, splits.test, self.task),  # the only look at these rows
-            "parameters": sum(p.numel() for p in model.parameters()),
+            "parameters": model.num_parameters,
             **history.values(),
         }
 
