@@ -49,7 +49,7 @@ def data() -> tuple[Tensor, Tensor, Tensor]:
     return words, regions, torch.where(wanted == 0, colour, COLOURS + shape)
 
 
-def main(steps: int = 150) -> float:
+def main(steps: int = 80) -> float:
     """Train, and return the share of right answers to other questions."""
     torch.manual_seed(0)
     model, (words, regions, answers) = VQA(), data()
