@@ -17,7 +17,6 @@ LABELS = {
     "transformer": "transformer (early fusion)",
     "late": "late fusion of LSTMs",
     "pro 2": "Pro-Fusion, R = 2",
-    "pro 3": "Pro-Fusion, R = 3",
     "deq": "DEQ Fusion",
 }
 EMBEDDED, HIDDEN, DIM = 8, 16, 32  # an LSTM's input and state, the fused vector
