@@ -13,12 +13,13 @@ from typing import Any
 
 import pytest
 import torch
-from paper_cases import write_mmimdb, write_mosi
+from paper_cases import write_mmimdb, write_mosi, write_prices
 
 from deqfuse.cli.main import main
 from deqfuse.data import MultiviewData
 from deqfuse.experiments import (
     audiovisual,
+    finance,
     mmimdb,
     mosi,
     numerals,
@@ -62,6 +63,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
                 file.writeframes(struct.pack("<2000h", *tone.short().tolist()))
     found = {"data": root, "images": root, "audio": root / "audio", "mosi": root / "mosi_data.pkl"}
     write_mosi(found["mosi"])
+    write_prices(root)
+    found["prices"] = root
     if importlib.util.find_spec("h5py"):
         found["mmimdb"] = root / "multimodal_imdb.hdf5"
         write_mmimdb(found["mmimdb"])
@@ -163,6 +166,7 @@ STUDIES = {
         ["two standard errors", "Minus concatenation", "ECE %", "seeds with rate 0.001"],
     ),
     "audiovisual": (["images", "audio"], ["recording only", "overhead"]),
+    "finance": (["prices"], ["RobustAUC", "always answering the mean", "F&B", "5% lower error"]),
     "mmimdb": (["data"], ["macro F1", "authors' MM-IMDB code", "left out rather than quoted"]),
     "mosi": (["data"], ["Acc-7", "Corr", "left out rather than quoted"]),
 }
@@ -196,6 +200,7 @@ def test_mistakes_in_data_are_one_line(capsys: pytest.CaptureFixture[str], tmp_p
     for arguments in (
         ["omics", "--data", "nowhere"],
         ["audiovisual", "--images", str(tmp_path), "--audio", str(tmp_path)],
+        ["finance", "--prices", "nowhere"],
         ["mosi", "--data", "nowhere"],
         ["mmimdb", "--data", "nowhere"],
     ):
@@ -241,6 +246,15 @@ def audiovisual_case(folders: dict[str, Path], patch: pytest.MonkeyPatch) -> tup
     return study, Trial("x", {"model": "deq", "seed": 1})
 
 
+def finance_case(folders: dict[str, Path], patch: pytest.MonkeyPatch) -> tuple[Study, Trial]:
+    recipe = replace(finance.RECIPE, epochs=2)
+    study = finance.FinanceStudy(folders["prices"], recipe=recipe, window=20)
+    whole = finance._splits(study.prices, "TECH", 20)
+    changed = replace(whole, test=replace(whole.test, labels=whole.test.labels + 1))
+    patch.setattr(finance, "_splits", lambda *arguments: changed)
+    return study, Trial("x", {"sector": "TECH", "model": "pro 2", "seed": 1})
+
+
 def mmimdb_case(folders: dict[str, Path], patch: pytest.MonkeyPatch) -> tuple[Study, Trial]:
     recipe = replace(mmimdb.RECIPE, epochs=2)
     study = mmimdb.MmimdbStudy(folders["mmimdb"], recipe=recipe, rows=(40, 20, 20))
@@ -277,6 +291,7 @@ def synthetic_case(folders: dict[str, Path], patch: pytest.MonkeyPatch) -> tuple
         omics_case,
         numerals_case,
         audiovisual_case,
+        finance_case,
         pytest.param(mmimdb_case, marks=needs_h5py),
         mosi_case,
         synthetic_case,
@@ -293,7 +308,7 @@ def test_selection_never_reads_the_test_rows(
     torch.manual_seed(0)
     values = study.run(trial)
     times = {"step_ms", "processor_ms"}
-    measured = {"test", "test_mse", "noise", "probes", "residuals", "stopped", *times}
+    measured = {"test", "test_mse", "mean_mse", "noise", "probes", "residuals", "stopped", *times}
     assert {"chosen_epoch", "chosen_step"} & {*values}
     assert any(name.startswith("validation_") for name in values)
     for name in {*values} - measured:

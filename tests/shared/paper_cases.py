@@ -53,3 +53,17 @@ def write_mosi(path: Path, parts: Any = None, protocol: int = 4) -> None:
     """The pickle, of these parts."""
     with path.open("wb") as file:
         pickle.dump(mosi_parts() if parts is None else parts, file, protocol=protocol)
+
+
+def write_prices(folder: Path, days: int = 130) -> None:
+    """open.csv and sectors.csv: two sectors, and prices that wander."""
+    sectors = {"AAA": "F&B", "BBB": "TECH", "CCC": "F&B", "DDD": "TECH"}
+    steps = torch.randn(days, len(sectors), generator=torch.Generator().manual_seed(0))
+    prices = 50 * (0.01 * steps).cumsum(0).exp()
+    lines = [
+        f"2020-{day // 28 + 1:02}-{day % 28 + 1:02}," + ",".join(f"{p:.4f}" for p in row)
+        for day, row in enumerate(prices.tolist())
+    ]
+    (folder / "open.csv").write_text("\n".join([f"Date,{','.join(sectors)}", *lines]) + "\n")
+    listed = [f"{name},{sector}" for name, sector in sectors.items()]
+    (folder / "sectors.csv").write_text("\n".join(["Ticker,Sector", *listed]) + "\n")
