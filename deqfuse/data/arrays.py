@@ -11,6 +11,7 @@ from __future__ import annotations
 import codecs
 import math
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ __all__ = ["load_arrays"]
 
 MULTIARRAY = ("numpy.core.multiarray", "numpy._core.multiarray")
 NUMERIC = ("numpy.core.numeric", "numpy._core.numeric")
-NUMBERS = "biuf"  # kinds of numpy types that are built: bool, int, unsigned, float
+NUMBERS = re.compile(r"[biuf]\d{1,2}")  # types that are built: bool, int, unsigned, float
 
 
 class _Dtype:
@@ -34,7 +35,7 @@ class _Dtype:
 
     def build(self) -> np.dtype[Any] | None:
         """The type; None if it is not one of numbers."""
-        if not isinstance(self.code, str) or self.code[:1] not in NUMBERS:
+        if not isinstance(self.code, str) or not NUMBERS.fullmatch(self.code):
             return None
         return np.dtype(self.code).newbyteorder(">" if self.order == ">" else "<")
 
