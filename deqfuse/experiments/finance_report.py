@@ -130,7 +130,7 @@ def _table(groups: Groups, settings: dict[str, Any], seeds: int) -> Table:
         "ms/step",
     )
     note = (
-        f"Mean ± standard deviation over {seeds} seeds, of the error in units of the training "
+        f"Mean ± standard deviation, seeds: {seeds}, of the error in units of the training "
         "targets' variance; less is better. Against late fusion: paired difference, in brackets "
         "two standard errors to either side. RobustAUC: the transformer's error minus the model's, "
         "integrated over the noise level; positive is more robust. Overhead: parameters that "
