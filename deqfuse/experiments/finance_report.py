@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import isfinite, nan
 from statistics import fmean
 from typing import Any
 
@@ -31,7 +32,12 @@ def build(records: Sequence[Record], settings: dict[str, Any], seeds: int) -> Re
         for sector in settings["sectors"]
     }
     sections = [
-        Section("Results", _reading(groups), _table(groups, settings, seeds), _errors(groups)),
+        Section(
+            "Results",
+            _reading(groups, settings["epochs"]),
+            _table(groups, settings, seeds),
+            _errors(groups),
+        ),
         Section("Robustness to noise", (), None, _noise(groups, settings["noise_levels"])),
         Section("What was done", _method(settings, seeds)),
     ]
@@ -64,8 +70,11 @@ def _lead(groups: Groups, seeds: int) -> str:
     )
 
 
-def _reading(groups: Groups) -> tuple[str, ...]:
-    """What the mean of the training rows would reach, beside which all models have to be seen."""
+def _reading(groups: Groups, epochs: int) -> tuple[str, ...]:
+    """What the mean of the training rows would reach, and whether training was long enough."""
+    runs = [r.values for models in groups.values() for group in models.values() for r in group]
+    chosen = [values["chosen_epoch"] for values in runs]
+    explained = [r for r in numbers([v["test"]["r2"] for v in runs]) if isfinite(r)] or [nan]
     below = []
     for sector, models in groups.items():
         mean = models["late"][0].values["mean_mse"]
@@ -78,6 +87,11 @@ def _reading(groups: Groups) -> tuple[str, ...]:
     return (
         "Models whose mean error is below that of always answering the mean of the training rows, "
         f"by sector. {'. '.join(below)}.",
+        "Of the variance of the test targets the models explain "
+        f"{100 * min(explained):.1f}% to {100 * max(explained):.1f}% (below 0: worse than the test "
+        "days' own mean would be).",
+        f"The chosen epoch is the last one, {epochs}, so that more epochs could have done more, in "
+        f"{chosen.count(epochs)} of {len(chosen)} trainings.",
     )
 
 
