@@ -65,6 +65,9 @@ Examples:
   deqfuse experiment numerals               fusions, ablations, robustness, probes (shipped data)
   deqfuse experiment omics --data DIR       MM-Dynamics with several fusions (MOGONET layout)
   deqfuse experiment audiovisual --images DIR --audio DIR     digits seen and spoken
+  deqfuse experiment finance --prices DIR                     stocks of a sector
+  deqfuse experiment mmimdb --data multimodal_imdb.hdf5       posters and plots of movies
+  deqfuse experiment mosi --data FILE.pkl                     sentiment of words and voice
 """
 
 _INFO = """\
@@ -91,14 +94,32 @@ _HELP = {
     "numerals": "all fusions and ablations on the handwritten numerals",
     "omics": "MM-Dynamics with concatenation, DEQ Fusion and what lies between",
     "audiovisual": "digits seen (MNIST format) and spoken (free-spoken-digit format)",
+    "finance": "squared returns of stocks, sector by sector (Appendix C)",
+    "mmimdb": "genres of movies from posters and plots (MM-IMDB in MultiBench's file)",
+    "mosi": "sentiment from text and audio (CMU-MOSI in MultiBench's aligned pickle)",
 }
 _EXAMPLES = {
     "synthetic": "deqfuse experiment synthetic --jobs 2",
     "numerals": "deqfuse experiment numerals --seeds 5",
     "omics": "deqfuse experiment omics --data ROSMAP",
     "audiovisual": "deqfuse experiment audiovisual --images mnist --audio recordings",
+    "finance": "deqfuse experiment finance --prices stocks --window 60",
+    "mmimdb": "deqfuse experiment mmimdb --data multimodal_imdb.hdf5",
+    "mosi": "deqfuse experiment mosi --data mosi_data.pkl",
 }
-_SEEDS = {"synthetic": 30, "numerals": 5, "omics": 10, "audiovisual": 3}
+_SEEDS = {
+    "synthetic": 30,
+    "numerals": 5,
+    "omics": 10,
+    "audiovisual": 3,
+    "finance": 3,
+    "mmimdb": 3,
+    "mosi": 5,
+}
+_FILES = {
+    "mmimdb": "MultiBench's multimodal_imdb.hdf5; needs h5py (pip install 'deqfuse[mmimdb]')",
+    "mosi": "MultiBench's aligned pickle; its arrays are read without running what it says",
+}
 _SEEDS_HELP = {"synthetic": "trials per setting"}
 
 
@@ -238,6 +259,23 @@ def _add_experiment(commands: argparse._SubParsersAction[argparse.ArgumentParser
                 help="what is run besides concatenation and DEQ Fusion: weighted norm unit-norm "
                 "tied paper (the default), no-cell no-combine no-gate",
             )
+        if name == "finance":
+            one.add_argument(
+                "--prices",
+                required=True,
+                metavar="DIR",
+                help="folder with open.csv (Date and a column of prices per stock) and sectors.csv "
+                "(Ticker,Sector)",
+            )
+            one.add_argument(
+                "--window",
+                type=_positive,
+                default=500,
+                metavar="N",
+                help="days that a model sees (default %(default)s, as in MultiBench)",
+            )
+        if name in _FILES:
+            one.add_argument("--data", required=True, metavar="FILE", help=_FILES[name])
         if name == "audiovisual":
             one.add_argument(
                 "--images",
@@ -250,6 +288,14 @@ def _add_experiment(commands: argparse._SubParsersAction[argparse.ArgumentParser
                 required=True,
                 metavar="DIR",
                 help="folder with recordings named {digit}_{speaker}_{number}.wav",
+            )
+            one.add_argument(
+                "--rows",
+                nargs=3,
+                type=_positive,
+                default=(4000, 1000, 1000),
+                metavar=("TRAIN", "VALIDATION", "TEST"),
+                help="at most so many pairs to train, validate and test (default 4000 1000 1000)",
             )
         one.add_argument(
             "--out",

@@ -15,9 +15,13 @@ import torch
 from deqfuse.cli.progress import Stage, make_console
 from deqfuse.data import DataWarning
 from deqfuse.experiments.audiovisual import AudiovisualStudy
+from deqfuse.experiments.finance import FinanceStudy
 from deqfuse.experiments.mmdynamics import ABLATIONS, FUSIONS
+from deqfuse.experiments.mmimdb import MmimdbStudy
+from deqfuse.experiments.mosi import MosiStudy
 from deqfuse.experiments.numerals import NumeralsStudy
 from deqfuse.experiments.omics import LEARNING_RATES, OmicsStudy
+from deqfuse.experiments.paper_study import PaperStudy
 from deqfuse.experiments.provenance import run_facts
 from deqfuse.experiments.runner import run_trials
 from deqfuse.experiments.store import TrialStore
@@ -82,8 +86,27 @@ def _omics(options: argparse.Namespace) -> Study:
 
 def _audiovisual(options: argparse.Namespace) -> Study:
     study = AudiovisualStudy(Path(options.images), Path(options.audio), seeds=_seeds(options))
-    study = replace(study, recipe=_recipe(options, study.recipe))
-    return replace(study, rows=(64, 32, 32)) if options.quick else study
+    rows = (64, 32, 32) if options.quick else tuple(options.rows)
+    return replace(study, recipe=_recipe(options, study.recipe), rows=rows)
+
+
+def _finance(options: argparse.Namespace) -> Study:
+    window = 20 if options.quick else options.window
+    study = FinanceStudy(Path(options.prices), seeds=_seeds(options), window=window)
+    return replace(study, recipe=_recipe(options, study.recipe))
+
+
+def _mmimdb(options: argparse.Namespace) -> Study:
+    return _on_file(options, MmimdbStudy(Path(options.data), seeds=_seeds(options)))
+
+
+def _mosi(options: argparse.Namespace) -> Study:
+    return _on_file(options, MosiStudy(Path(options.data), seeds=_seeds(options)))
+
+
+def _on_file(options: argparse.Namespace, study: PaperStudy) -> Study:
+    rows = (64, 32, 32) if options.quick else None
+    return replace(study, recipe=_recipe(options, study.recipe), rows=rows)
 
 
 _STUDIES: dict[str, Callable[[argparse.Namespace], Study]] = {
@@ -91,6 +114,9 @@ _STUDIES: dict[str, Callable[[argparse.Namespace], Study]] = {
     "numerals": _numerals,
     "omics": _omics,
     "audiovisual": _audiovisual,
+    "finance": _finance,
+    "mmimdb": _mmimdb,
+    "mosi": _mosi,
 }
 
 

@@ -23,7 +23,7 @@ class MultiviewData:
     """
 
     views: list[Tensor]  # per view (rows, features of that view), float32
-    labels: Tensor  # (rows,), int64, an index into class_names
+    labels: Tensor  # (rows,) int64, an index into class_names; or (rows, outputs) float32
     view_names: tuple[str, ...]
     class_names: tuple[str, ...]
 

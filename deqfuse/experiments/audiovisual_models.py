@@ -1,8 +1,8 @@
 """The models of the audiovisual study.
 
-Encoders are those of AVMNIST in MultiBench, LeNets of 4 and 6 convolutions on 28 x 28 images and
-112 x 112 spectrograms, with GroupNorm instead of batch norm: the rows of an equilibrium must not
-depend on each other.
+Encoders are those of AVMNIST in MultiBench, LeNets of 4 and 6 convolutions (the first one 5 x 5,
+the others 3 x 3) on 28 x 28 images and 112 x 112 spectrograms, with GroupNorm instead of batch
+norm: the rows of an equilibrium must not depend on each other.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from deqfuse import Anderson, DEQFusion, ProFusion, SolveInfo
-from deqfuse.experiments.models import DIM, PRO_EQUILIBRIA, CrossEntropyModel, Joined
+from deqfuse.experiments.models import DIM, PRO_EQUILIBRIA, Joined, StudyModel
 
 __all__ = ["LABELS", "AudiovisualModel"]
 
@@ -40,7 +40,9 @@ class Encoder(nn.Module):
         width = 1
         for k in range(layers):
             out = CHANNELS * 2**k
-            blocks += [nn.Conv2d(width, out, 5, padding=2, bias=False), nn.GroupNorm(2, out)]
+            side = 5 if k == 0 else 3
+            blocks += [nn.Conv2d(width, out, side, padding=side // 2, bias=False)]
+            blocks += [nn.GroupNorm(2, out)]
             blocks += [nn.ReLU(), nn.MaxPool2d(2)]
             width = out
         self.features = nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten())
@@ -50,7 +52,7 @@ class Encoder(nn.Module):
         return torch.relu(self.project(self.features(x)))
 
 
-class AudiovisualModel(CrossEntropyModel):
+class AudiovisualModel(StudyModel):
     """A classifier of the study; ``key`` is one of ``LABELS``."""
 
     def __init__(self, key: str, num_classes: int = 10) -> None:

@@ -1,4 +1,4 @@
-"""Classification metrics, by their textbook formulas."""
+"""Metrics of classes, of labels and of numbers, by their textbook formulas."""
 
 from __future__ import annotations
 
@@ -11,9 +11,12 @@ __all__ = [
     "accuracy",
     "auc",
     "calibration_error",
+    "error_metrics",
     "evaluate_metrics",
     "f1_scores",
+    "multilabel_metrics",
     "probability_metrics",
+    "sentiment_metrics",
 ]
 
 BINS = 15  # of the calibration error
@@ -120,3 +123,68 @@ def evaluate_metrics(logits: Tensor, labels: Tensor) -> dict[str, float]:
     metrics["weighted_f1"] = ((f1 * support).sum() / support.sum().clamp(min=1)).item()
     metrics["macro_f1"] = f1.mean().item()
     return metrics
+
+
+def multilabel_metrics(logits: Tensor, labels: Tensor) -> dict[str, float]:
+    """``micro_f1`` and ``macro_f1`` of rows that may have several labels, as shares of 1.
+
+    A label is answered where its probability is above one half. Micro counts all answers together;
+    macro is the mean over the labels, 0 for one that is neither there nor answered.
+
+    Args:
+        logits: (B, labels); NaN scores if one is not finite.
+        labels: (B, labels) of 0 and 1.
+    """
+    if not logits.isfinite().all():
+        return {"micro_f1": float("nan"), "macro_f1": float("nan")}
+    truth, answered = labels > 0.5, logits > 0
+    hits = (truth & answered).sum(0).double()
+    total = truth.sum(0).double() + answered.sum(0)  # 2 TP + FP + FN
+    each = torch.where(total > 0, 2 * hits / total.clamp(min=1), 0.0)
+    return {
+        "micro_f1": (2 * hits.sum() / total.sum().clamp(min=1)).item(),
+        "macro_f1": each.mean().item(),
+    }
+
+
+def error_metrics(answers: Tensor, truth: Tensor) -> dict[str, float]:
+    """``mse``, and ``r2``: the share of the variance that the answers explain.
+
+    ``r2`` is 1 minus the squared errors over those of the truth's own mean per output; below 0 the
+    answers are worse than that mean, and it is NaN where the truth does not vary.
+
+    Args:
+        answers: (B, outputs).
+        truth: the same shape.
+    """
+    answers, truth = answers.double(), truth.double()
+    error = (answers - truth).square().mean().item()
+    spread = (truth - truth.mean(0)).square().mean().item()
+    return {"mse": error, "r2": 1 - error / spread if spread > 0 else float("nan")}
+
+
+def sentiment_metrics(answers: Tensor, truth: Tensor) -> dict[str, float]:
+    """What is reported of CMU-MOSI, of numbers from -3 (negative) to 3 (positive).
+
+    ``acc7``: both rounded to the same of the seven whole numbers. ``acc2``: both above zero, or
+    neither, over all rows (others leave out rows whose truth is 0). ``f1``: of these two classes,
+    weighted by their rows. ``mae``: mean absolute error. ``corr``: Pearson's correlation, NaN where
+    the answers or the truth do not vary. All are NaN if an answer is not finite.
+
+    Args:
+        answers: (B, 1).
+        truth: (B, 1).
+    """
+    a, t = answers.double().flatten(), truth.double().flatten()
+    if not a.isfinite().all():
+        return dict.fromkeys(("acc7", "acc2", "f1", "mae", "corr"), float("nan"))
+    f1, support = f1_scores((a > 0).long(), (t > 0).long(), 2)
+    seven = a.clamp(-3, 3).round() == t.clamp(-3, 3).round()
+    varies = len(a) > 1 and a.std() > 0 and t.std() > 0
+    return {
+        "acc7": seven.double().mean().item(),
+        "acc2": ((a > 0) == (t > 0)).double().mean().item(),
+        "f1": ((f1 * support).sum() / support.sum()).item(),
+        "mae": (a - t).abs().mean().item(),
+        "corr": torch.corrcoef(torch.stack([a, t]))[0, 1].item() if varies else float("nan"),
+    }

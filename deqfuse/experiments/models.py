@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deqfuse import (
@@ -19,6 +18,7 @@ from deqfuse import (
     present_from_nan,
 )
 from deqfuse.data import MultiviewData
+from deqfuse.experiments.tasks import CLASSES, Task
 
 __all__ = [
     "ABLATIONS",
@@ -27,10 +27,10 @@ __all__ = [
     "MASKED",
     "MODELS",
     "PRO_EQUILIBRIA",
-    "CrossEntropyModel",
     "Fill",
     "FusionClassifier",
     "Joined",
+    "StudyModel",
 ]
 
 DIM = 64
@@ -75,34 +75,42 @@ class Encoder(nn.Sequential):
 
 
 class Joined(nn.Module):
-    """Late fusion by a layer on the concatenation: N x (B, d) -> (B, d)."""
+    """Late fusion by a layer on the concatenation: N x (B, width) -> (B, d)."""
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, width: int = DIM, dim: int = DIM) -> None:
         super().__init__()
-        self.layer = nn.Linear(count * DIM, DIM)
+        self.layer = nn.Linear(count * width, dim)
 
     def forward(self, xs: Sequence[Tensor]) -> Tensor:
         return torch.relu(self.layer(torch.cat(tuple(xs), dim=-1)))
 
 
-class CrossEntropyModel(nn.Module):
-    """A classifier that trains by cross-entropy; ``key`` says which one it is."""
+class StudyModel(nn.Module):
+    """A model that trains by the objective of its task; ``key`` says which one it is."""
 
     key: str
+    task: Task = CLASSES
 
     def logits(self, views: Sequence[Tensor]) -> tuple[Tensor, SolveInfo | None]:
-        """(B, classes), and how the solve went; None where there is no equilibrium."""
+        """Answers (B, outputs), and how the solve went; None where there is no equilibrium."""
         raise NotImplementedError
 
     def loss(self, batch: MultiviewData) -> tuple[Tensor, SolveInfo | None]:
-        """Cross-entropy; "pro equilibrium" alone gets no Jacobian penalty for its solve."""
+        """The objective; "pro equilibrium" alone gets no Jacobian penalty for its solve."""
         logits, info = self.logits(batch.views)
         if info is not None and self.key == "pro equilibrium":
             info = dataclasses.replace(info, blocks=())
-        return F.cross_entropy(logits, batch.labels), info
+        return self.task.objective(logits, batch.labels), info
+
+    @property
+    def num_parameters(self) -> int:
+        """Numbers that the model uses: a single application has no use for back-projections."""
+        once = [m for m in self.modules() if isinstance(m, ProFusion) and m.steps == 1]
+        unused = sum(p.numel() for m in once for p in m.back_projections.parameters())
+        return sum(p.numel() for p in self.parameters()) - unused
 
 
-class FusionClassifier(CrossEntropyModel):
+class FusionClassifier(StudyModel):
     """One encoder per view, a fusion, a linear head.
 
     A row lacks a view where all of its features are NaN. Fusions of ``MASKED`` are told so; for the
@@ -138,14 +146,6 @@ class FusionClassifier(CrossEntropyModel):
         self.encoders = nn.ModuleList(encoders)
         self.fusion = None if key == "concat" else _FUSION[key](count)
         self.head = nn.Linear(DIM * count if key == "concat" else DIM, num_classes)
-
-    @property
-    def num_parameters(self) -> int:
-        """Trainable numbers that the model uses: "base" has no use for back-projections."""
-        total = sum(p.numel() for p in self.parameters())
-        if self.key == "base" and self.pro is not None:
-            return round(total / (1 + self.pro.parameter_overhead))
-        return total
 
     def encode(self, views: Sequence[Tensor]) -> list[Tensor]:
         """Per view (B, features), with ``fill`` in place of absent ones, -> (B, d)."""

@@ -4,17 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from statistics import fmean
-from typing import Any, NamedTuple
+from typing import Any
 
 from deqfuse.data import MultiviewData
+from deqfuse.experiments.fusion_tables import (
+    Groups,
+    Metric,
+    difference_table,
+    on_test,
+    score_table,
+    solve_table,
+    verdict,
+)
 from deqfuse.experiments.metrics import BINS, METRIC_NAMES
 from deqfuse.experiments.mmdynamics import ABLATIONS, LABELS, SOLVED
 from deqfuse.experiments.statistics import describe, mean_error, numbers, paired
 from deqfuse.experiments.study import Record, select
-from deqfuse.experiments.training import BEGINNING
 from deqfuse.reports import charts
 from deqfuse.reports.charts import to_png
-from deqfuse.reports.page import NOTHING, Picture, Report, Section, Table, file_name
+from deqfuse.reports.page import Picture, Report, Section, Table, file_name
 
 __all__ = ["FILES", "build"]
 
@@ -22,20 +30,10 @@ CONVERGENCE = "Convergence through training"
 FILES = (file_name(CONVERGENCE),)
 
 
-class Metric(NamedTuple):
-    """How a number of the test rows is shown."""
-
-    header: str
-    scale: float
-    digits: int
-
-
 METRICS = {name: Metric(header, 100.0, 1) for name, header in METRIC_NAMES.items()} | {
     "cross_entropy": Metric("cross-entropy", 1.0, 3),
     "ece": Metric("ECE %", 100.0, 1),
 }
-
-_Groups = Mapping[str, Sequence[Record]]  # fusion -> its trials, in the order of the seeds
 
 
 def build(
@@ -49,7 +47,8 @@ def build(
     groups = {fusion: group for fusion, group in groups.items() if group}
     ablations = [fusion for fusion in ABLATIONS if fusion in groups]
     main = [fusion for fusion in groups if fusion not in ablations]
-    metrics = [name for name in METRICS if name in groups["concat"][0].values["test"]]
+    known = groups["concat"][0].values["test"]
+    metrics = {name: metric for name, metric in METRICS.items() if name in known}
     sections = [
         Section("Results", _reading(groups, main), _scores(groups, main, metrics)),
         Section(
@@ -66,7 +65,7 @@ def build(
         sections.insert(2, Section("Ablations: difference to DEQ Fusion", (), table))
     summary = {
         "test": {
-            LABELS[fusion]: {metric: describe(_test(group, metric)) for metric in metrics}
+            LABELS[fusion]: {metric: describe(on_test(group, metric)) for metric in metrics}
             for fusion, group in groups.items()
         },
         "processor_ms_per_epoch": {
@@ -77,37 +76,23 @@ def build(
     return Report(f"Omics: {settings['data']}", _lead(groups, settings), sections, summary)
 
 
-def _test(group: Sequence[Record], metric: str) -> list[float | None]:
-    return [record.values["test"][metric] for record in group]
-
-
-def _lead(groups: _Groups, settings: dict[str, Any]) -> str:
+def _lead(groups: Groups, settings: dict[str, Any]) -> str:
     """Whether DEQ Fusion is worse than what it replaces; the first line of the page."""
-    accuracy = {fusion: _test(groups[fusion], "accuracy") for fusion in ("deq", "concat")}
-    result = paired(accuracy["deq"], accuracy["concat"], 100)
-    seeds = len(groups["deq"])
-    verdict = "cannot be compared with concatenation: an answer is not finite"
-    if result is not None and result.error is None:
-        verdict = f"differs from concatenation by {result.mean:+.1f} points of accuracy (one seed)"
-    elif result is not None:
-        place = {-1: "is below", 0: "is not below", 1: "is not below, but above,"}[result.sign]
-        verdict = (
-            f"{place} concatenation by more than two standard errors: the accuracies differ by "
-            f"{result.mean:+.1f} ± {result.error:.1f} points (mean ± standard error, {seeds} seeds)"
-        )
+    ours, theirs = (on_test(groups[fusion], "accuracy") for fusion in ("deq", "concat"))
     return (
-        f"On {settings['data']} DEQ Fusion {verdict}. MM-Dynamics with other fusions in place of "
-        "its concatenation, after arXiv 2306.16645, Section 4.1 and Table 1."
+        f"On {settings['data']} DEQ Fusion {verdict(ours, theirs, 'accuracy')}. MM-Dynamics with "
+        "other fusions in place of its concatenation, after arXiv 2306.16645, Section 4.1 and "
+        "Table 1."
     )
 
 
-def _reading(groups: _Groups, main: Sequence[str]) -> tuple[str, ...]:
+def _reading(groups: Groups, main: Sequence[str]) -> tuple[str, ...]:
     """What the numbers say, in sentences that hold whatever they are."""
     lines = []
     for metric, better in (("accuracy", 1), ("cross_entropy", -1)):
         found: dict[int, list[str]] = {better: [], -better: [], 0: []}
         for fusion in main:
-            result = paired(_test(groups[fusion], metric), _test(groups["concat"], metric))
+            result = paired(on_test(groups[fusion], metric), on_test(groups["concat"], metric))
             if fusion != "concat" and result is not None:
                 found[result.sign].append(LABELS[fusion])
         words = {better: "Better", -better: "Worse", 0: "Undecided"}
@@ -122,26 +107,14 @@ def _reading(groups: _Groups, main: Sequence[str]) -> tuple[str, ...]:
     ):
         if control in groups:
             result = paired(
-                _test(groups["deq"], "accuracy"), _test(groups[control], "accuracy"), 100
+                on_test(groups["deq"], "accuracy"), on_test(groups[control], "accuracy"), 100
             )
             if result is not None:
                 lines.append(f"DEQ Fusion against {text}, accuracy in points: {result}.")
     return tuple(lines)
 
 
-def _scores(groups: _Groups, main: Sequence[str], metrics: Sequence[str]) -> Table:
-    rows = [
-        (
-            LABELS[fusion],
-            *(
-                mean_error(_test(groups[fusion], name), METRICS[name].digits, METRICS[name].scale)
-                for name in metrics
-            ),
-            f"{groups[fusion][0].values['parameters']:,}",
-        )
-        for fusion in main
-    ]
-    headers = ("fusion", *(METRICS[name].header for name in metrics), "parameters")
+def _scores(groups: Groups, main: Sequence[str], metrics: Mapping[str, Metric]) -> Table:
     seeds = len(groups["concat"])
     one = ", F1: of class 1, AUC: of its probability" if "f1" in metrics else ""
     note = (
@@ -150,33 +123,23 @@ def _scores(groups: _Groups, main: Sequence[str], metrics: Sequence[str]) -> Tab
         "GroupNorm before the head, as at the end of DEQ Fusion, and no equilibrium; the control "
         "of the papers' equations has injections as they come, that of DEQ Fusion of unit size."
     )
-    return Table(headers, tuple(rows), (note,))
+    return score_table({fusion: groups[fusion] for fusion in main}, LABELS, metrics, note)
 
 
 def _differences(
-    groups: _Groups, fusions: Sequence[str], baseline: str, metrics: Sequence[str]
+    groups: Groups, fusions: Sequence[str], baseline: str, metrics: Mapping[str, Metric]
 ) -> Table:
-    rows = []
-    for fusion in fusions:
-        cells = []
-        for name in metrics:
-            metric = METRICS[name]
-            ours, theirs = _test(groups[fusion], name), _test(groups[baseline], name)
-            result = paired(ours, theirs, metric.scale)
-            cells.append(NOTHING if result is None else result.interval(metric.digits))
-        rows.append((LABELS[fusion], *cells))
-    headers = ("fusion", *(METRICS[name].header.replace(" %", "") for name in metrics))
     note = (
-        f"Minus {LABELS[baseline]}, seed by seed (same validation rows, same initial values of the "
+        "seed by seed (same validation rows, same initial values of the "
         "shared parts): mean, and in brackets two standard errors to either side (for normal "
         "differences an interval of 92% with ten seeds, 88% with five, 82% with three). Points, "
         "cross-entropy in nats; of cross-entropy and ECE less is better. All seeds share the test "
         "rows, so the interval leaves out what other test rows would change."
     )
-    return Table(headers, tuple(rows), (note,))
+    return difference_table(groups, fusions, baseline, LABELS, metrics, note)
 
 
-def _choices(groups: _Groups, settings: dict[str, Any]) -> Table:
+def _choices(groups: Groups, settings: dict[str, Any]) -> Table:
     rows = []
     for fusion, group in groups.items():
         chosen = [record.values["learning_rate"] for record in group]
@@ -199,7 +162,7 @@ def _choices(groups: _Groups, settings: dict[str, Any]) -> Table:
     return Table(headers, tuple(rows), ("Epoch: mean, lowest and highest of the chosen ones.",))
 
 
-def _at_the_end(groups: _Groups, settings: dict[str, Any]) -> str:
+def _at_the_end(groups: Groups, settings: dict[str, Any]) -> str:
     """Whether more epochs or a higher rate could have done more."""
     epochs, highest = settings["epochs"], max(settings["learning_rate"])
     late = {
@@ -216,48 +179,16 @@ def _at_the_end(groups: _Groups, settings: dict[str, Any]) -> str:
     )
 
 
-def _solves(groups: _Groups) -> Table:
-    rows = []
-    for fusion, group in groups.items():
-        milliseconds = mean_error([r.values["processor_ms"] for r in group], 0)
-        cells: tuple[str, ...] = (NOTHING,) * 5
-        if fusion in SOLVED:
-            values, tests = [r.values for r in group], [r.values["test"] for r in group]
-            steps = " / ".join(
-                f"{fmean(t[key][0] for t in tests):.0f} ({max(t[key][1] for t in tests)})"
-                for key in ("cells_nfe", "fuse_nfe")
-                if key in tests[0]
-            )
-            cells = (
-                steps,
-                f"{100 * fmean(t['converged'] for t in tests):.2f}%",
-                f"{100 * fmean(v['train_converged_settled'] for v in values):.3f}%",
-                f"{100 * min(v['train_converged_worst_step'] for v in values):.1f}%",
-                f"{100 * fmean(v['train_rescued'] for v in values):.1f}%",
-            )
-        rows.append((LABELS[fusion], milliseconds, *cells))
-    beginning = f"{100 * BEGINNING:g}%"
-    headers = (
-        "fusion",
-        "processor ms per epoch",
-        "cell / fuse steps",
-        "converged, test",
-        f"training, after the first {beginning}",
-        "worst step there",
-        "rescued in training",
-    )
+def _solves(groups: Groups) -> Table:
     note = (
         "Processor ms: time of the processor, one thread, of an epoch (one step on all training "
         "rows, every fifth with a look at the validation rows), over all learning rates; not the "
-        "clock's, as other programs ran beside. Steps: evaluations per test row, median (maximum). "
-        "Converged: rows whose every block reached the tolerance of 1e-4. Worst step: the lowest "
-        f"share of a single step after the first {beginning} of any training that was chosen. "
-        "Rescued: rows that the iteration gave up and continuation solved, over all steps."
+        "clock's, as other programs ran beside."
     )
-    return Table(headers, tuple(rows), (note,))
+    return solve_table(groups, LABELS, "processor_ms", 0, note)
 
 
-def _curves(groups: _Groups) -> Picture:
+def _curves(groups: Groups) -> Picture:
     panels = []
     for key, title, ylabel, scale in (
         ("train_converged_curve", "Rows that converged", "share of rows, %", 100.0),
@@ -281,7 +212,7 @@ def _resampled(curve: Sequence[float], points: int) -> list[float]:
 
 
 def _method(
-    groups: _Groups, settings: dict[str, Any], learning: MultiviewData, test: MultiviewData
+    groups: Groups, settings: dict[str, Any], learning: MultiviewData, test: MultiviewData
 ) -> tuple[str, ...]:
     rates = " and ".join(f"{rate:g}" for rate in settings["learning_rate"])
     trained = "; ".join(LABELS[fusion] for fusion in groups)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from deqfuse import ConvergenceWarning, Outcome, SolveInfo
 from deqfuse.data import MultiviewData
-from deqfuse.experiments.metrics import accuracy, evaluate_metrics, probability_metrics
+from deqfuse.experiments.tasks import CLASSES, LOSSES, Task
 
 __all__ = [
     "Classifier",
@@ -45,7 +45,7 @@ class Classifier(Protocol):
         """Training loss without the Jacobian penalty, and how the solve went."""
 
     def logits(self, views: Sequence[Tensor]) -> tuple[Tensor, SolveInfo | None]:
-        """(B, classes), and how the solve went; None where there is no equilibrium."""
+        """Answers (B, outputs), and how the solve went; None where there is no equilibrium."""
 
 
 @dataclass(frozen=True)
@@ -69,30 +69,30 @@ class Recipe:
     jacobian_weight: float = 20.0  # of SolveInfo.jacobian_penalty
     evaluate_every: int = 1  # epochs
     patience: int | None = None  # epochs without a better one after which training ends
-    choose_by: Literal["accuracy", "cross_entropy"] = "accuracy"  # on the validation rows
+    choose_by: Literal["accuracy", "cross_entropy", "macro_f1", "mae", "mse"] = "accuracy"
 
-    def rank(self, accuracy: float, cross_entropy: float) -> tuple[float, float]:
+    def rank(self, score: float, loss: float) -> tuple[float, float]:
         """How good answers on validation rows are, more is better.
 
-        The one rule by which an epoch is chosen, and a training among several. The other of the two
-        numbers decides ties. NaN compares with nothing: any finite answers are better.
+        The one rule by which an epoch is chosen, and a training among several: by the score of the
+        task, or by its loss where ``choose_by`` names one. The other of the two numbers decides
+        ties. NaN compares with nothing: any finite answers are better.
         """
-        if not math.isfinite(accuracy):
+        if not math.isfinite(score):
             return -math.inf, -math.inf
-        if self.choose_by == "cross_entropy":
-            return -cross_entropy, accuracy
-        return accuracy, -cross_entropy
+        return (-loss, score) if self.choose_by in LOSSES else (score, -loss)
 
 
 @dataclass
 class History:
     """What happened in training; the model holds the parameters of the chosen epoch."""
 
+    task: Task = CLASSES
     chosen_epoch: int = 0  # counted from 1
     epochs: int = 0  # that were trained
     rank: tuple[float, float] = (-math.inf, -math.inf)  # of the chosen epoch, see Recipe.rank
-    validation: list[float] = field(default_factory=list)  # accuracy at every evaluation
-    validation_loss: list[float] = field(default_factory=list)  # cross-entropy, likewise
+    validation: list[float] = field(default_factory=list)  # the task's score at every evaluation
+    validation_loss: list[float] = field(default_factory=list)  # the task's loss, likewise
     train_loss: list[float] = field(default_factory=list)  # per epoch, without the penalty
     converged: list[Tensor] = field(default_factory=list)  # per step: which rows
     rescued: list[Tensor] = field(default_factory=list)  # per step: share of rows
@@ -113,8 +113,10 @@ class History:
         out: dict[str, Any] = {
             "chosen_epoch": self.chosen_epoch,
             "epochs": self.epochs,
-            "validation_accuracy": max(filter(math.isfinite, self.validation), default=None),
-            "validation_cross_entropy": min(
+            f"validation_{self.task.score}": max(
+                filter(math.isfinite, self.validation), default=None
+            ),
+            f"validation_{self.task.loss}": min(
                 filter(math.isfinite, self.validation_loss), default=None
             ),
             "step_ms": round(1000 * median(self.step_seconds), 3),
@@ -141,6 +143,7 @@ def fit(
     recipe: Recipe,
     seed: int,
     on_epoch: Callable[[int, float], None] = lambda epoch, validation: None,
+    task: Task = CLASSES,
 ) -> History:
     """Train; keep the epoch that :meth:`Recipe.rank` calls the best on the validation rows.
 
@@ -151,12 +154,13 @@ def fit(
         recipe: how to train.
         seed: of the order of the rows; dropout draws from torch's own generator.
         on_epoch: called after every look at the validation rows with the epoch's number (from 1)
-            and its accuracy.
+            and its score (accuracy).
+        task: what the model learns.
     """
     optimizer = _optimizer(model, recipe)
     schedule = _schedule(optimizer, recipe)
     order = torch.Generator().manual_seed(seed)  # its own stream: same batches for every model
-    history = History()
+    history = History(task)
     best_state = copy.deepcopy(model.state_dict())
     with collect_warnings(ConvergenceWarning) as messages:
         for epoch in range(1, recipe.epochs + 1):
@@ -174,9 +178,8 @@ def fit(
             if validation is None:
                 history.chosen_epoch = epoch
                 continue
-            logits, _ = predict(model, validation)
-            score = accuracy(logits, validation.labels)
-            loss = nn.functional.cross_entropy(logits, validation.labels).item()
+            answers, _ = predict(model, validation)
+            score, loss = task.judge(answers, validation.labels)
             history.validation.append(score)
             history.validation_loss.append(loss)
             rank = recipe.rank(score, loss)
@@ -218,31 +221,30 @@ def train_step(
 
 
 def predict(model: nn.Module, data: MultiviewData) -> tuple[Tensor, SolveInfo | None]:
-    """Logits (rows, classes) in evaluation mode, without gradient."""
+    """Answers (rows, outputs) in evaluation mode, without gradient."""
     model.eval()
     with torch.no_grad():
-        logits, info = model.logits(data.views)  # type: ignore[operator]
-    return logits, info
+        answers, info = model.logits(data.views)  # type: ignore[operator]
+    return answers, info
 
 
-def evaluate(model: nn.Module, data: MultiviewData) -> dict[str, Any]:
+def evaluate(model: nn.Module, data: MultiviewData, task: Task = CLASSES) -> dict[str, Any]:
     """Metrics of a trained model on rows that it has not seen, and how their solves went.
 
     Returns:
-        The metrics of :func:`evaluate_metrics` and :func:`probability_metrics`, None where
-        undefined; ``non_finite_rows``, if there are rows whose logits are not finite; for an
+        The metrics of the task, None where undefined;
+        ``non_finite_rows``, if there are rows whose answers are not finite; for an
         equilibrium ``converged``, the share of rows whose every block converged, and ``fuse_nfe``
         and (where there are cells) ``cells_nfe``: median and maximum over the rows of the
         evaluations, cells of absent views left out.
     """
     with collect_warnings(ConvergenceWarning):  # the share of converged rows says it
-        logits, info = predict(model, data)
+        answers, info = predict(model, data)
     values: dict[str, Any] = {
         name: value if math.isfinite(value) else None  # NaN is no JSON
-        for metrics in (evaluate_metrics, probability_metrics)
-        for name, value in metrics(logits, data.labels).items()
+        for name, value in task.metrics(answers, data.labels).items()
     }
-    broken = int((~logits.isfinite().all(1)).sum())
+    broken = int((~answers.isfinite().all(1)).sum())
     if broken:
         values["non_finite_rows"] = broken
     if info is not None:

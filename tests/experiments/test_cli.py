@@ -202,7 +202,8 @@ def test_options_are_checked(
     [
         [], ["demo"], ["train"], ["info"], ["completion"], ["experiment"],
         ["experiment", "synthetic"], ["experiment", "numerals"], ["experiment", "omics"],
-        ["experiment", "audiovisual"],
+        ["experiment", "audiovisual"], ["experiment", "finance"], ["experiment", "mmimdb"],
+        ["experiment", "mosi"],
     ],
 )  # fmt: skip
 def test_help_reads(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:

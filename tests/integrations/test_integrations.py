@@ -177,5 +177,5 @@ def integrations() -> Iterator[Path]:
 
 def test_examples_are_short() -> None:
     found = {path.name: len(path.read_text().splitlines()) for path in integrations()}
-    assert len(found) == 8
+    assert len(found) == 10
     assert not {name: lines for name, lines in found.items() if lines >= LINES}
