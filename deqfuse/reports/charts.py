@@ -126,7 +126,8 @@ def dots(
         margin = 0.1 * (known.max() - known.min()) or 1.0
         axis.set_ylim(known.min() - margin, known.max() + margin)
     if len(series) > 1:
-        figure.legend(loc="outside upper center", ncols=len(series), frameon=False, fontsize=8)
+        columns = min(len(series), int(figure.get_figwidth() // 2.1))
+        figure.legend(loc="outside upper center", ncols=columns, frameon=False, fontsize=8)
     return figure
 
 
