@@ -109,7 +109,8 @@ class AudiovisualStudy(Study):
         note = (
             f"Mean ± standard deviation, seeds: {self.seeds}. Overhead: parameters that "
             "progressive fusion adds (the paper's models: 1.8% to 4.3%). Converged: rows on the "
-            "test pairs, and in training over all steps."
+            "test pairs, and in training over all steps. Ms per step: the clock's, with whatever "
+            "else ran on the machine."
         )
         series = {"": [numbers(scores[key], 100) for key in LABELS]}
         figure = charts.dots("", "test accuracy, %", list(LABELS.values()), series)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -119,14 +120,15 @@ def dots(
         for center, seeds in zip(centers, values, strict=True):
             spread = np.linspace(-0.3, 0.3, len(seeds)) * width if len(seeds) > 1 else [0.0]
             axis.scatter(center + np.asarray(spread), seeds, s=11, color=colour, zorder=3)
-    axis.set_xticks(range(len(groups)), groups)
+    axis.set_xticks(range(len(groups)), [textwrap.fill(name, 18) for name in groups])
     everything = np.array([v for values in series.values() for seeds in values for v in seeds])
     known = everything[np.isfinite(everything)]
     if len(known):
         margin = 0.1 * (known.max() - known.min()) or 1.0
         axis.set_ylim(known.min() - margin, known.max() + margin)
     if len(series) > 1:
-        figure.legend(loc="outside upper center", ncols=len(series), frameon=False, fontsize=8)
+        columns = min(len(series), int(figure.get_figwidth() // 2.1))
+        figure.legend(loc="outside upper center", ncols=columns, frameon=False, fontsize=8)
     return figure
 
 
