@@ -52,8 +52,9 @@ def _scale(x: Tensor) -> Tensor:
 def _gradient(x: Tensor, grad: Tensor) -> Tensor:
     """For y = s x, with s the scale: ``s (g - y mean(y g))``."""
     scale = _scale(x)
-    along = (x * grad).to(scale.dtype).mean(-1, keepdim=True)
-    return (scale * (grad - scale * scale * along * x)).to(x.dtype)
+    wide, grad = x.to(scale.dtype), grad.to(scale.dtype)  # products of 16 bits could overflow
+    along = (wide * grad).mean(-1, keepdim=True)
+    return (scale * (grad - scale * scale * along * wide)).to(x.dtype)
 
 
 class _UnitSize(torch.autograd.Function):

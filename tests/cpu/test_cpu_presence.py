@@ -198,6 +198,18 @@ def test_the_call_is_what_gathered_rows_give(adjoint: Any, want_params: bool) ->
     assert all(t.isfinite().all() for t in (*found.features, *found.params))
 
 
+@both_variants
+def test_a_full_mask_in_the_kernels_is_no_mask(
+    variant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What compiled calls and whoever does not look at the mask take; solves included."""
+    case = Case(70, 12, 2, 3, variant)
+    layer, given = layer_of(case), rows_of(case, torch.ones(70, 3, dtype=torch.bool))
+    expected = step(layer, given._replace(present=None))
+    monkeypatch.setattr(presence, "_complete", lambda present: present is None)
+    assert_equal(step(layer, given).every(), expected.every())
+
+
 def test_nothing_is_gathered(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*what: Any) -> None:
         raise AssertionError("single blocks ran")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from given_cases import TanhCell
@@ -23,13 +25,11 @@ from deqfuse import (
     Anderson,
     DEQFusion,
     Implicit,
-    ModalityDropout,
     NewtonKrylov,
     Outcome,
     Unrolled,
     backends,
     operators,
-    present_from_nan,
 )
 from deqfuse.backends.maps import VARIANTS
 from deqfuse.backends.penalty import draw_probes
@@ -115,20 +115,25 @@ def test_ablations_and_other_solvers(name: str) -> None:
         check_contract(layer, **options)
         return
     present, xs = present_rows(), poisoned(features(layer), present_rows())
-    layer(xs, present=present).pow(2).sum().backward()
-    for i, (x, projection) in enumerate(zip(xs, layer.projections, strict=True)):
-        assert (x.grad[~present[:, i]] == 0).all()
-        here = x.detach()[present[:, i]]
-        assert projection.weight.grad.isfinite().all()
-        inside = layer.projections[i](here).detach()  # as features of the layer behind it
-        assert inside.isfinite().all()
-    plain = layer_of(**TIGHT)
+    z = layer(xs, present=present)
+    z.pow(2).sum().backward()
+    assert all((x.grad[~here] == 0).all() for x, here in zip(xs, present.T, strict=True))
+    # The layer behind the projections of what is present has been held to its sub-layers.
+    plain, projections = layer_of(**TIGHT), copy.deepcopy(layer.projections)
     plain.load_state_dict(layer.state_dict(), strict=False)
     clean = [
-        torch.where(here[:, None], x.detach(), 0.0) for x, here in zip(xs, present.T, strict=True)
+        torch.where(here[:, None], x.detach(), 0.0).requires_grad_()
+        for x, here in zip(xs, present.T, strict=True)
     ]
-    inner = [p(x) for p, x in zip(layer.projections, clean, strict=True)]
-    torch.testing.assert_close(layer(xs, present=present), plain(inner, present=present))
+    projections.zero_grad()
+    expected = plain([p(x) for p, x in zip(projections, clean, strict=True)], present=present)
+    expected.pow(2).sum().backward()
+    found = [z, *(x.grad for x in xs), *(p.grad for p in layer.parameters())]
+    own = {n: p.grad for n, p in plain.named_parameters()}
+    own |= {f"projections.{n}": p.grad for n, p in projections.named_parameters()}
+    wanted = [expected, *(x.grad for x in clean), *(own[n] for n, _ in layer.named_parameters())]
+    for mine, right in zip(found, wanted, strict=True):
+        torch.testing.assert_close(mine, right, rtol=1e-8, atol=1e-8)
 
 
 @pytest.mark.skipif("cpu" not in BACKENDS, reason="needs the compiled backend")
@@ -350,50 +355,3 @@ def test_a_row_with_nothing_that_nobody_saw() -> None:
     others = [0, 1, 3]
     torch.testing.assert_close(z[others], expected[others])
     assert z[2].isnan().all()
-
-
-# ---- where masks come from -----------------------------------------------------------------------
-
-
-def test_present_from_nan() -> None:
-    a = torch.tensor([[1.0, 2.0], [torch.nan, torch.nan], [torch.nan, 1.0]])
-    b = torch.zeros(3, 5)
-    assert present_from_nan([a, b]).tolist() == [[True, True], [False, True], [True, True]]
-    assert present_from_nan([a, b], "any").tolist() == [[True, True], [False, True], [False, True]]
-    assert present_from_nan([a[None], b[None]]).shape == (1, 3, 2)
-    with pytest.raises(ValueError, match="absent: expected one of 'all', 'any'"):
-        present_from_nan([a], "some")
-    with pytest.raises(ValueError, match=r"features\[1\]"):
-        present_from_nan([a, b[:2]])
-
-
-def test_modality_dropout() -> None:
-    torch.manual_seed(0)
-    drop, xs = ModalityDropout(0.4), [torch.randn(20_000, 3) for _ in range(3)]
-    kept = drop(xs)
-    assert kept.dtype == torch.bool
-    assert kept.any(1).all()
-    # Dropped with probability p, unless it would have been the last: p^3 rows keep one in three.
-    share = 0.4 - 0.4**3 / 3
-    assert abs(float((~kept).double().mean()) - share) < 0.01
-    counts = torch.stack([kept[kept.sum(1) == 1].double().mean(0)])
-    torch.testing.assert_close(counts, torch.full_like(counts, 1 / 3), rtol=0, atol=0.02)
-    torch.manual_seed(1)
-    first = drop(xs)
-    torch.manual_seed(1)
-    assert torch.equal(first, drop(xs)), "seeded by torch"
-    assert drop.eval()(xs).all()
-
-
-def test_modality_dropout_keeps_to_what_is_present() -> None:
-    torch.manual_seed(0)
-    present = torch.rand(5000, N) > 0.5
-    present[~present.any(1), 0] = True
-    kept = ModalityDropout(0.9)([torch.randn(5000, 2)] * N, present)
-    assert kept.any(1).all()
-    assert not (kept & ~present).any()
-    for wrong in (1.0, -0.1):
-        with pytest.raises(ValueError, match=r"p: expected a probability in \[0, 1\)"):
-            ModalityDropout(wrong)
-    with pytest.raises(TypeError, match="p: expected a number"):
-        ModalityDropout("0.1")

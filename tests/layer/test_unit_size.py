@@ -68,6 +68,17 @@ def test_gradients_of_both_orders() -> None:
     assert torch.autograd.gradgradcheck(lambda *x: unit_size(x, "cpu"), x, eps=1e-7)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_a_gradient_is_the_same_where_it_is_to_be_differentiated_again(dtype: torch.dtype) -> None:
+    """Products of x and its cotangent, which 16 bits do not hold, included."""
+    x = [(300 * torch.randn(4, 9)).to(dtype).requires_grad_()]
+    y, g = unit_size(x, "cpu"), [(300 * torch.randn(4, 9)).to(dtype)]
+    (once,) = torch.autograd.grad(y, x, g, retain_graph=True)
+    (again,) = torch.autograd.grad(y, x, g, create_graph=True)
+    assert once.isfinite().all()
+    torch.testing.assert_close(again, once, rtol=4 * torch.finfo(dtype).eps, atol=1e-5)
+
+
 def test_one_gradient_of_two_and_none() -> None:
     x = drawn(3, 5)
     (grad,) = torch.autograd.grad(unit_size(x, "cpu")[1].sum(), x[1])
