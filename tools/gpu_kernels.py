@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from deqfuse import Anderson, DEQFusion, Implicit
+from deqfuse import Anderson, DEQFusion, Implicit, operators
 from deqfuse.backends import Backend, cpu_native, cuda, cuda_native, reference
 from deqfuse.backends.arguments import adjoint_numbers
 from deqfuse.backends.maps import PAPER
@@ -115,6 +115,19 @@ def penalty(backend: Backend, given: Operands, z: Sequence[Tensor]) -> list[Tens
     return [rows, *dx, *(g for g in grads if g.any())]
 
 
+def units(given: Operands) -> list[Tensor]:
+    """Injections of unit size and their gradients, by the kernels."""
+    x = list(given.x)
+    return [*cuda.unit_size(x, []), *cuda.unit_size(x, list(given.cotangent))]
+
+
+def exact_units(given: Operands) -> list[Tensor]:
+    """The same by torch's operations and autograd."""
+    x = [t.requires_grad_() for t in given.x]
+    y = operators.unit_size(x, "reference")
+    return [*(t.detach() for t in y), *torch.autograd.grad(y, x, list(given.cotangent))]
+
+
 def _library_cells(*given: Any) -> Any:
     *tensors, groups, _, option, want = given
     how = (groups, False, *adjoint_numbers(option), _tf32())
@@ -184,6 +197,8 @@ def runs(device: str) -> Iterator[tuple[str, Callable[[], float], float]]:
                 exact = penalty(reference.BACKEND, given.exact(), truth)
                 measure = functools.partial(penalty, cuda.BACKEND, given, z)
                 yield f"penalty {name}", functools.partial(error, measure, exact), backward
+                exact, measure = exact_units(given.exact()), functools.partial(units, given)
+                yield f"unit size {name}", functools.partial(error, measure, exact), TOL
 
 
 def main() -> int:
