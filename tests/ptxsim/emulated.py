@@ -18,11 +18,11 @@ from launches import reseed
 from torch import Tensor
 from triton_cases import Case, SolveCase, stacked, tupled, upcast
 
-from deqfuse import Anderson
+from deqfuse import Anderson, operators
 from deqfuse.backends import cuda, maps, penalty, reference
 from deqfuse.backends.linearization import CellLinearization, FuseLinearization
 from deqfuse.backends.maps import VARIANTS
-from deqfuse.triton_kernels import cell, cell_penalty, cell_vjp, fuse, fuse_penalty, fuse_vjp
+from deqfuse.triton_kernels import cell, cell_penalty, cell_vjp, fuse, fuse_penalty, fuse_vjp, unit
 from deqfuse.triton_kernels.anderson import AndersonState, anderson_step
 
 NARROW, PADDED = (20, 5), (50, 2)  # features and groups: 32 columns, and 64 of which 50 are there
@@ -116,6 +116,16 @@ def mixed(n: int) -> Answer:
     return [state.best], [exact.z], 1e-2
 
 
+def units(dim: int) -> Answer:
+    """Injections of unit size and their gradient."""
+    torch.manual_seed(dim)
+    x, grad = torch.randn(2, 9, dim)
+    given = [unit.unit_size(x, None), unit.unit_size(x, grad)]
+    exact = x.double().requires_grad_()
+    (y,) = operators.unit_size([exact], "reference")
+    return given, [y.detach(), *torch.autograd.grad(y, exact, grad.double())], 1e-5
+
+
 KERNELS: dict[str, tuple[tuple[str, ...], Callable[[], Answer]]] = {
     "whole cells": (("_solve_cells_kernel",), lambda: solved(0, *NARROW, "paper")),
     "whole cells, padded": (("_solve_cells_kernel",), lambda: solved(0, *PADDED, "released")),
@@ -136,6 +146,7 @@ KERNELS: dict[str, tuple[tuple[str, ...], Callable[[], Answer]]] = {
     "fuse penalty": (
         ("_purify_combine_penalty_kernel",), lambda: penalised(1, *NARROW, "released-mmimdb"),
     ),
+    "unit size": (("_unit_size_kernel",), lambda: units(300)),
     "Anderson step, one warp": (("_anderson_step_kernel",), lambda: mixed(30)),
     "Anderson step, four warps": (("_anderson_step_kernel",), lambda: mixed(300)),
 }  # fmt: skip

@@ -23,7 +23,7 @@ ROOT = HERE.parents[1]
 CXX = shlex.split(os.environ.get("CXX", "c++"))[0]
 needs_compiler = pytest.mark.skipif(shutil.which(CXX) is None, reason="needs a C++ compiler")
 # The library's own tests that hold for compiled arithmetic, too; README.md tells of the others.
-OWN = [f"tests/triton/test_triton_{name}.py" for name in ("anderson", "solve")]
+OWN = {"anderson": "", "solve": "", "unit": "", "presence": "not has_the_bits"}
 
 
 def emulate(*arguments: str, **environment: str) -> None:
@@ -58,9 +58,10 @@ def test_triton_kernels_for_sm_90() -> None:
 @pytest.mark.slow
 @pytest.mark.triton
 @needs_compiler
-@pytest.mark.parametrize("file", OWN)
-def test_the_librarys_own_tests_of_its_triton_kernels(file: str) -> None:
-    emulate("-p", "plugin", "-m", "not slow", file)
+@pytest.mark.parametrize(("name", "chosen"), OWN.items())
+def test_the_librarys_own_tests_of_its_triton_kernels(name: str, chosen: str) -> None:
+    file = f"tests/triton/test_triton_{name}.py"
+    emulate("-p", "plugin", "-m", "not slow", "-k", chosen, file)
 
 
 @pytest.mark.parametrize(
