@@ -45,7 +45,7 @@ from deqfuse.reports.page import Report
 __all__ = ["NumeralsStudy"]
 
 NOISE_LEVELS = (0.0, 0.5, 1.0, 2.0, 3.0, 4.0)  # standard deviations of the feature
-STUDY_VERSION = 1  # rises when the same settings give other results; older trials are refused
+STUDY_VERSION = 2  # rises when the same settings give other results; older trials are refused
 STEPS = (1, 2, 3, 4, 6, 8)  # R of the cost measurement
 TRACE_STEPS = 20  # of the residual curves
 
