@@ -57,7 +57,7 @@ help:
 
 demo: module
 	@echo "== Demo: deqfuse demo $(ARGS); trains five fusions, about 2 minutes (ARGS=--quick: seconds)"
-	@$(PY) -m deqfuse.cli.main demo $(ARGS)
+	@$(PY) -m deqfuse_command demo $(ARGS)
 
 # $(call tests,what,options) on all cores: with worksteal a worker that is done takes tests from
 # another, for a few tests take as long as hundreds. A borrowed Python may lack pytest-xdist.

@@ -155,4 +155,9 @@ def extension() -> dict[str, object]:
 package_dir = packages_under("deqfuse", "deqfuse")
 package_dir |= packages_under("triton_kernels", "deqfuse.triton_kernels")
 
-setuptools.setup(packages=list(package_dir), package_dir=package_dir, **extension())
+setuptools.setup(
+    packages=list(package_dir),
+    package_dir=package_dir,
+    py_modules=["deqfuse_command"],
+    **extension(),
+)

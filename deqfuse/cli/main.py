@@ -11,13 +11,6 @@ from deqfuse.reports.errors import UserError
 
 __all__ = ["main"]
 
-# Said before anything is loaded: what comes takes a while.
-ANNOUNCED = {
-    "demo": "Trains five fusions on handwritten numerals, three times each unless --seeds says "
-    "otherwise, and writes a report. Takes about 2 minutes (--quick: seconds); Ctrl-C stops it.",
-    "train": "Trains five fusions on your data, three times each unless --seeds says otherwise, "
-    "and writes a report. Takes minutes (--quick: seconds); Ctrl-C stops it.",
-}
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130  # what shells expect after Ctrl-C
 
@@ -50,8 +43,6 @@ def _dispatch(options: argparse.Namespace, arguments: Sequence[str]) -> int:
 
         info()
         return 0
-    if options.command in ANNOUNCED:
-        print(ANNOUNCED[options.command] + "\n", flush=True)
     try:
         if options.command == "completion":
             import shtab
@@ -70,7 +61,3 @@ def _dispatch(options: argparse.Namespace, arguments: Sequence[str]) -> int:
         ) from error
     runs = {"demo": commands.demo, "train": commands.train, "experiment": studies.experiment}
     return runs[options.command](options, arguments)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 import signal
 import subprocess
 import sys
 import time
-import warnings
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -18,14 +16,9 @@ import pytest
 import torch
 from data_cases import write_mogonet
 
-from deqfuse import ConvergenceWarning
 from deqfuse.cli.main import main
 from deqfuse.cli.options import SHELLS
-from deqfuse.experiments import metrics, training
-from deqfuse.experiments.comparison import KINDS, Run
 from deqfuse.experiments.comparison_report import PICTURES
-from deqfuse.experiments.comparison_tables import comparison_text
-from deqfuse.experiments.measurements import Curve
 from deqfuse.reports.folder import MANIFEST, OutputFolder, OutputRefused
 from deqfuse.reports.writer import HTML
 
@@ -216,16 +209,6 @@ def test_help_reads(command: list[str], capsys: pytest.CaptureFixture[str]) -> N
     assert re.search(rf"^  (eval \"\$\()?{' '.join(['deqfuse', *command])} ?", out, re.MULTILINE)
 
 
-def test_what_is_to_come_is_said_before_anything_is_loaded(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setitem(sys.modules, "deqfuse.cli.commands", None)  # what loads the rest
-    monkeypatch.delattr("deqfuse.cli.commands", raising=False)
-    with pytest.raises(ModuleNotFoundError):
-        main(["demo"])
-    assert "about 2 minutes" in capsys.readouterr().out.splitlines()[0]
-
-
 @pytest.mark.parametrize("shell", SHELLS)
 def test_shells_complete_commands_and_options(
     shell: str, capsys: pytest.CaptureFixture[str]
@@ -263,6 +246,23 @@ def test_help_does_not_import_plotting() -> None:
     subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code], check=True, timeout=120, capture_output=True
     )
+
+
+@pytest.mark.parametrize("command", ["demo", "train"])
+def test_what_takes_minutes_is_announced_before_torch_is_loaded(command: str) -> None:
+    code = """
+import sys
+import deqfuse_command
+assert not {"deqfuse", "torch"} & set(sys.modules)
+sys.modules["deqfuse"] = None  # importing it is an error from here on
+sys.argv[0] = "deqfuse"
+deqfuse_command.main()
+"""
+    for arguments, announced in (([], True), (["--help"], False)):
+        run = [sys.executable, "-c", code, command, *arguments]
+        result = subprocess.run(run, timeout=120, capture_output=True, text=True)
+        assert "'deqfuse' is not a package" in result.stderr
+        assert result.stdout.startswith("Trains five fusions") == announced
 
 
 def test_missing_package_is_named(
@@ -335,81 +335,6 @@ def test_full_disk_is_a_user_error(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     with pytest.raises(OutputRefused, match=r"cannot write the report to .*No space left"):
         OutputFolder(tmp_path / "new").write({"b": b"2"})
     assert not (tmp_path / "new").exists()
-
-
-# --- parts ---
-
-
-def test_metrics_against_hand_counted_values() -> None:
-    labels = torch.tensor([0, 0, 0, 1, 1, 2])
-    predicted = torch.tensor([0, 0, 1, 1, 2, 2])
-    f1, support = metrics.f1_scores(predicted, labels, 4)
-    assert f1.tolist() == pytest.approx([0.8, 0.5, 2 / 3, 0.0])
-    assert support.tolist() == [3, 2, 1, 0]
-    logits = torch.nn.functional.one_hot(predicted, 3).double()
-    scores = metrics.evaluate_metrics(logits, labels)
-    assert scores["accuracy"] == pytest.approx(4 / 6)
-    assert scores["macro_f1"] == pytest.approx((0.8 + 0.5 + 2 / 3) / 3)
-    assert scores["weighted_f1"] == pytest.approx((3 * 0.8 + 2 * 0.5 + 2 / 3) / 6)
-
-
-def test_calibration_error_against_hand_counted_values() -> None:
-    """Of 15 bins, 0.61 to 0.65 share one and 0.9 has its own."""
-    sure = torch.tensor([0.61, 0.65, 0.65, 0.9]).double()
-    logits = torch.stack([sure, 1 - sure], 1).log()
-    labels = torch.tensor([0, 0, 1, 1])
-    expected = (abs(0.61 + 0.65 + 0.65 - 2) + abs(0.9 - 0)) / 4
-    assert metrics.calibration_error(logits, labels) == pytest.approx(expected)
-    one = metrics.calibration_error(logits, labels, bins=1)
-    assert one == pytest.approx(abs(0.61 + 0.65 + 0.65 + 0.9 - 2) / 4)
-    scores = metrics.probability_metrics(logits, labels)
-    assert scores["ece"] == pytest.approx(expected)
-    chances = 0.61 * 0.65 * (1 - 0.65) * (1 - 0.9)
-    assert scores["cross_entropy"] == pytest.approx(-math.log(chances) / 4)
-    certain = torch.tensor([[0.0, 500.0]])  # probability 1: the last bin holds it
-    assert metrics.calibration_error(certain, torch.tensor([1])) == 0.0
-
-
-def test_auc_counts_pairs_and_halves_ties() -> None:
-    scores = torch.tensor([0.1, 0.4, 0.4, 0.8])
-    positive = torch.tensor([False, False, True, True])
-    assert metrics.auc(scores, positive) == pytest.approx(3.5 / 4)
-    assert metrics.auc(-scores, positive) == pytest.approx(0.5 / 4)
-    nothing = metrics.auc(scores, torch.zeros(4, dtype=torch.bool))
-    assert nothing != nothing
-
-
-def test_rivals_of_the_best_are_listed() -> None:
-    """Whoever lies within the spread of the best mean is named with it."""
-    scores = {"concat": 0.95, "weighted": 0.949, "progressive": 0.951, "tied": 0.8, "deq": 0.948}
-    runs = [
-        Run(kind, seed, torch.nn.Identity(), training.History(), {"accuracy": scores[kind.key] + d})  # type: ignore[arg-type]
-        for kind in KINDS
-        for seed, d in enumerate((-0.005, 0.005))
-    ]
-    text = comparison_text(runs)
-    assert "Pro-Fusion (concatenation, weighted sum and DEQ Fusion within the spread of it)" in text
-    assert "lowest: 5 tied steps, 15.1 points below" in text
-
-
-def test_curve_holds_the_last_residual_of_stopped_rows() -> None:
-    nan = float("nan")
-    trace = torch.tensor([[0.5, 0.4, 0.3], [nan, 0.2, 0.1], [nan, nan, 0.01]])
-    curve = Curve.of("Anderson", "fuse", trace)
-    assert curve.median.tolist() == pytest.approx([0.4, 0.2, 0.2])
-    assert trace.isnan().sum() == 3  # the caller's trace is left alone
-
-
-def test_convergence_warnings_are_counted_and_others_pass() -> None:
-    def count() -> list[str]:
-        with training.collect_warnings(ConvergenceWarning) as messages:
-            for category in (ConvergenceWarning, ConvergenceWarning, RuntimeWarning):
-                warnings.warn(f"a {category.__name__}", category, stacklevel=1)
-        return messages
-
-    with pytest.warns(RuntimeWarning, match="a RuntimeWarning"):
-        seen = count()
-    assert seen == ["a ConvergenceWarning"] * 2
 
 
 def snapshot(folder: Path) -> dict[Path, bytes]:

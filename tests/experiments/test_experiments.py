@@ -121,7 +121,7 @@ def test_killed_process_goes_on(tmp_path: Path) -> None:
     assert main([*arguments, str(tmp_path / "whole")]) == 0
     out = tmp_path / "killed"
     environment = {**os.environ, "PYTHONPATH": str(Path(deqfuse.__file__).parents[1])}
-    command = [sys.executable, "-W", "ignore", "-m", "deqfuse.cli.main", *arguments, str(out)]
+    command = [sys.executable, "-W", "ignore", "-m", "deqfuse_command", *arguments, str(out)]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, env=environment) as process:
         path = out / TRIALS
         while not path.exists() or path.read_bytes().count(b"\n") < 4:

@@ -173,7 +173,10 @@ def test_wheel_holds_everything_and_nothing_else(wheel: Path) -> None:
     assert [name for name in SHIPPED if name not in names] == []
     modules = {p.relative_to(ROOT).as_posix() for p in (ROOT / "deqfuse").rglob("*.py")}
     assert sorted(modules - set(names)) == []
-    assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"deqfuse"}
+    assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {
+        "deqfuse",
+        "deqfuse_command.py",
+    }
     assert any(name.endswith("/licenses/LICENSE") for name in names)
 
 
@@ -334,7 +337,10 @@ def test_wheel_with_the_extension(source_copy: Path, tmp_path: Path) -> None:
     (path,) = tmp_path.glob("deqfuse-*-cp310-abi3-*.whl")
     names = zipfile.ZipFile(path).namelist()
     assert [name for name in names if name == "deqfuse/_cpu.so"]
-    assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"deqfuse"}
+    assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {
+        "deqfuse",
+        "deqfuse_command.py",
+    }
     pip(["install", "--target", str(tmp_path / "there"), str(path)])
     output = check_python(
         "from deqfuse.backends import cpu_native; print(cpu_native.module.path)",
