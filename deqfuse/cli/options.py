@@ -259,6 +259,12 @@ def _add_experiment(commands: argparse._SubParsersAction[argparse.ArgumentParser
                 help="what is run besides concatenation and DEQ Fusion: weighted norm unit-norm "
                 "tied paper (the default), no-cell no-combine no-gate",
             )
+            one.add_argument(
+                "--absent-views",
+                action="store_true",
+                help="also train each with and without modality dropout, and show how accuracy "
+                "falls when views are absent",
+            )
         if name == "finance":
             one.add_argument(
                 "--prices",

@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deqfuse import Anderson, DEQFusion, Implicit, SolveInfo
+from deqfuse import Anderson, DEQFusion, Implicit, ModalityDropout, SolveInfo, present_from_nan
 from deqfuse.data import MultiviewData
-from deqfuse.experiments.models import GROUPS, TIED_STEPS
+from deqfuse.experiments.models import GROUPS, TIED_STEPS, Fill
 
 __all__ = ["ABLATIONS", "DROPOUT", "FUSIONS", "LABELS", "SOLVED", "MMDynamics"]
 
@@ -57,16 +57,33 @@ SOLVED = ("paper", "deq", *ABLATIONS)  # those with an equilibrium
 class MMDynamics(nn.Module):
     """The model; ``fusion`` is what the comparison is about.
 
+    A row lacks a view where all of its features are NaN; the view's own terms of the loss leave it
+    out. Every fusion is told so but concatenation, for which something has to stand in its place.
+
     Args:
         widths: features of each view.
         num_classes: C.
         fusion: a key of ``LABELS``.
         dim: width d of the encodings.
+        means: per view (features,), of the training rows; only where views may be absent.
+        fill: in place of an absent view, where the fusion takes no mask: "mean": ``means``;
+            "zeros": zeros for its encoding.
+        modality_dropout: probability of a view to be absent in training.
     """
 
-    def __init__(self, widths: Sequence[int], num_classes: int, fusion: str, dim: int) -> None:
+    def __init__(
+        self,
+        widths: Sequence[int],
+        num_classes: int,
+        fusion: str,
+        dim: int,
+        means: Sequence[Tensor] = (),
+        fill: Fill = "mean",
+        modality_dropout: float = 0.0,
+    ) -> None:
         super().__init__()
-        self.key = fusion
+        self.key, self.means, self.fill = fusion, means, fill
+        self.drop = ModalityDropout(modality_dropout)
         # Everything that the fusions share first: under one seed it starts from the same values.
         self.gates = nn.ModuleList(_linear(width, width) for width in widths)
         self.encoders = nn.ModuleList(_linear(width, dim) for width in widths)
@@ -83,8 +100,9 @@ class MMDynamics(nn.Module):
 
     def logits(self, views: Sequence[Tensor]) -> tuple[Tensor, SolveInfo | None]:
         """Per view (B, features) -> (B, C), and how the solve went."""
+        views, present = self._filled(views)
         encodings = self._encodings(views, self._gates(views))
-        return self._fuse(encodings, self._confidences(encodings))
+        return self._fuse(encodings, self._confidences(encodings), present)
 
     def loss(self, batch: MultiviewData) -> tuple[Tensor, SolveInfo | None]:
         """Cross-entropy of the fusion and of every view, mean gates, errors of the confidences.
@@ -92,19 +110,36 @@ class MMDynamics(nn.Module):
         Han et al. (MM-Dynamics) add them up, and so does this. The code of DEQ Fusion for BRCA adds
         them view after view and multiplies what is there by 1.5 before each.
         """
-        gates = self._gates(batch.views)
-        encodings = self._encodings(batch.views, gates)
+        views, present = self._filled(batch.views)
+        gates = self._gates(views)
+        encodings = self._encodings(views, gates)
         confidences = self._confidences(encodings)
-        logits, info = self._fuse(encodings, confidences)
+        logits, info = self._fuse(encodings, confidences, present)
         total = F.cross_entropy(logits, batch.labels)
-        for gate, encoding, confidence, classifier in zip(
-            gates, encodings, confidences, self.classifiers, strict=True
-        ):
+        for k, classifier in enumerate(self.classifiers):
+            gate, encoding, confidence, labels = (
+                of_rows if present is None else of_rows[present[:, k]]
+                for of_rows in (gates[k], encodings[k], confidences[k], batch.labels)
+            )
             own = classifier(encoding)
-            of_truth = own.softmax(1).gather(1, batch.labels[:, None])
+            of_truth = own.softmax(1).gather(1, labels[:, None])
             total = total + gate.mean()  # a small mean gate: few features
-            total = total + F.mse_loss(confidence, of_truth) + F.cross_entropy(own, batch.labels)
+            total = total + F.mse_loss(confidence, of_truth) + F.cross_entropy(own, labels)
         return total, info
+
+    def _filled(self, views: Sequence[Tensor]) -> tuple[Sequence[Tensor], Tensor | None]:
+        """Finite views, and which are present (B, N); None: all of every row."""
+        present = self.drop(views, present_from_nan(views))
+        if bool(present.all()):
+            return views, None
+        fills = self.means
+        if self.fusion is not None or self.fill == "zeros":
+            fills = [view.new_zeros(()) for view in views]  # anything finite
+        filled = [
+            torch.where(here[:, None], view, fill)
+            for here, view, fill in zip(present.T, views, fills, strict=True)
+        ]
+        return filled, present
 
     def _gates(self, views: Sequence[Tensor]) -> list[Tensor]:
         return [torch.sigmoid(gate(x)) for gate, x in zip(self.gates, views, strict=True)]
@@ -119,12 +154,17 @@ class MMDynamics(nn.Module):
         return [layer(x) for layer, x in zip(self.confidences, encodings, strict=True)]
 
     def _fuse(
-        self, encodings: Sequence[Tensor], confidences: Sequence[Tensor]
+        self,
+        encodings: Sequence[Tensor],
+        confidences: Sequence[Tensor],
+        present: Tensor | None,
     ) -> tuple[Tensor, SolveInfo | None]:
         weighted = [x * c for x, c in zip(encodings, confidences, strict=True)]
         if self.fusion is None:
+            if present is not None and self.fill == "zeros":
+                weighted = [x * here[:, None] for x, here in zip(weighted, present.T, strict=True)]
             return self.head(torch.cat(weighted, dim=1)), None
-        fused, info = self.fusion(weighted, return_info=True)
+        fused, info = self.fusion(weighted, present=present, return_info=True)
         return self.head(self.norm(fused)), info if self.key in SOLVED else None
 
 

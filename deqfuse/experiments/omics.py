@@ -20,8 +20,9 @@ import torch
 
 from deqfuse.data import MultiviewData, Splits, load_mogonet, split_stratified
 from deqfuse.data.multiview import checked
-from deqfuse.experiments import omics_report
+from deqfuse.experiments import absence, omics_report
 from deqfuse.experiments.mmdynamics import (
+    ABLATIONS,
     ADJOINT,
     DROPOUT,
     FUSIONS,
@@ -29,8 +30,9 @@ from deqfuse.experiments.mmdynamics import (
     SOLVER,
     MMDynamics,
 )
+from deqfuse.experiments.models import Fill
 from deqfuse.experiments.study import Record, Study, Trial
-from deqfuse.experiments.training import Recipe, evaluate, fit
+from deqfuse.experiments.training import History, Recipe, evaluate, fit
 from deqfuse.reports.errors import UserError
 from deqfuse.reports.page import Report
 
@@ -66,6 +68,7 @@ class OmicsStudy(Study):
         recipe: how to train, learning rate apart.
         learning_rates: those that a trial tries.
         fusions: keys of ``mmdynamics.LABELS``, besides concatenation and DEQ Fusion.
+        absent_views: also train what shows how accuracy falls when views are absent.
         dim: width of the encodings; 300 in the paper's ROSMAP, 500 in its BRCA configuration.
     """
 
@@ -74,6 +77,7 @@ class OmicsStudy(Study):
     recipe: Recipe = field(default_factory=lambda: RECIPE)
     learning_rates: tuple[float, ...] = LEARNING_RATES
     fusions: tuple[str, ...] = FUSIONS
+    absent_views: bool = False
     dim: int = 300
     name = "omics"
 
@@ -95,24 +99,26 @@ class OmicsStudy(Study):
 
     def trials(self) -> list[Trial]:
         # Seeds outside: an interrupted study has all rows of the table for its first seeds.
-        return [
+        fusions = [key for key in LABELS if key in ("concat", "deq", *self.fusions)]
+        runs = [
             Trial(f"{LABELS[fusion]}, seed {seed}", {"fusion": fusion, "seed": seed})
             for seed in range(self.seeds)
-            for fusion in LABELS
-            if fusion in ("concat", "deq", *self.fusions)
+            for fusion in fusions
         ]
+        if not self.absent_views:
+            return runs
+        absent = [fusion for fusion in fusions if fusion not in ABLATIONS]
+        return [*runs, *absence.absence_trials(absent, LABELS, self.seeds)]
 
     def run(self, trial: Trial) -> dict[str, Any]:
+        if "absent" in trial.params:
+            return self._absent(*(trial.params[name] for name in ("absent", "dropout", "seed")))
         fusion, seed = trial.params["fusion"], trial.params["seed"]
         splits = self._splits(seed)
-        tried, started = [], time.process_time()
-        for rate in self.learning_rates:
-            torch.manual_seed(seed)
-            model = self._model(splits.train, fusion)
-            recipe = replace(self.recipe, learning_rate=rate)
-            tried.append((rate, model, fit(model, splits.train, splits.validation, recipe, seed)))
-        seconds = time.process_time() - started  # not the clock's, which others on the machine stop
-        rate, model, history = max(tried, key=lambda one: one[2].rank)
+        started = time.process_time()  # not the clock's, which others on the machine stop
+        tried = self._tried(splits, fusion, seed)
+        seconds = time.process_time() - started
+        rate, model, history = max(tried, key=_rank)
         return {
             # The only place that reads the test rows.
             "test": evaluate(model, splits.test),
@@ -136,16 +142,49 @@ class OmicsStudy(Study):
         return omics_report.build(records, self.settings(), learning, test)
 
     def files(self) -> list[str]:
-        return list(omics_report.FILES)
+        return [*omics_report.FILES, *([absence.FILE] if self.absent_views else [])]
 
-    def _model(self, train: MultiviewData, fusion: str) -> MMDynamics:
-        return MMDynamics(train.widths, train.num_classes, fusion, self.dim)
+    def _tried(
+        self, splits: Splits, fusion: str, seed: int, fill: Fill = "mean", dropout: float = 0.0
+    ) -> list[_Tried]:
+        """A training at every learning rate."""
+        train, tried = splits.train, []
+        means = [view.mean(0) for view in train.views]
+        for rate in self.learning_rates:
+            torch.manual_seed(seed)
+            model = MMDynamics(
+                train.widths, train.num_classes, fusion, self.dim, means, fill, dropout
+            )
+            recipe = replace(self.recipe, learning_rate=rate)
+            tried.append((rate, model, fit(model, train, splits.validation, recipe, seed)))
+        return tried
+
+    def _absent(self, fusion: str, dropout: bool, seed: int) -> dict[str, Any]:
+        """Accuracy against the number of absent views, for everything that may replace them."""
+        splits = self._splits(seed)
+        fills: tuple[Fill, ...] = ("zeros", "mean") if fusion == "concat" else ("mean",)
+        p = absence.MODALITY_DROPOUT if dropout else 0.0
+        curves, model = {}, None
+        for fill in fills:
+            if model is None or dropout:  # complete rows: trained alike
+                _, model, _ = max(self._tried(splits, fusion, seed, fill, p), key=_rank)
+            model.fill = fill
+            name = fill if fusion == "concat" else "mask"
+            curves[name] = absence.absence_curve(model, splits.test, seed)
+        return {"curves": curves}
 
     def _splits(self, seed: int) -> Splits:
         """The seed's validation rows taken out of the training rows; every feature scaled."""
         learning, test = _read(self.folder)
         kept, held = split_stratified(learning.labels, (1 - VALIDATION, VALIDATION), seed=seed)
         return Splits(*_scaled(Splits(learning.rows(kept), learning.rows(held), test)))
+
+
+_Tried = tuple[float, MMDynamics, History]  # learning rate, trained model, how training went
+
+
+def _rank(tried: _Tried) -> tuple[float, float]:
+    return tried[2].rank
 
 
 @functools.lru_cache(maxsize=1)

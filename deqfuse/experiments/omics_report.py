@@ -7,6 +7,7 @@ from statistics import fmean
 from typing import Any
 
 from deqfuse.data import MultiviewData
+from deqfuse.experiments.absence import absence_section, absence_summary
 from deqfuse.experiments.fusion_tables import (
     Groups,
     Metric,
@@ -60,6 +61,10 @@ def build(
         Section("Convergence and cost", (), _solves(groups), _curves(groups)),
         Section("What was done", _method(groups, settings, learning, test)),
     ]
+    absent = [record for record in records if "absent" in record.params]
+    if absent:
+        how = "Learning rate and epoch are chosen as above."
+        sections.insert(-1, absence_section(absent, LABELS, "concat", how))
     if ablations:
         table = _differences(groups, ablations, "deq", metrics)
         sections.insert(2, Section("Ablations: difference to DEQ Fusion", (), table))
@@ -72,7 +77,7 @@ def build(
             LABELS[fusion]: describe([r.values["processor_ms"] for r in group])
             for fusion, group in groups.items()
         },
-    }
+    } | ({"absent views": absence_summary(absent, LABELS)} if absent else {})
     return Report(f"Omics: {settings['data']}", _lead(groups, settings), sections, summary)
 
 

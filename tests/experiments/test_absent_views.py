@@ -15,9 +15,11 @@ import torch.nn.functional as F
 from data_cases import empty_lines, with_ids, write_mogonet
 from torch import Tensor, nn
 
+from deqfuse import Outcome
 from deqfuse.cli.main import main
 from deqfuse.data import MultiviewData
 from deqfuse.experiments import absence, numerals
+from deqfuse.experiments.mmdynamics import MMDynamics
 from deqfuse.experiments.models import LABELS, MASKED, FusionClassifier
 from deqfuse.experiments.study import Record
 from deqfuse.experiments.training import evaluate
@@ -93,6 +95,49 @@ def test_cells_of_absent_views_have_no_steps_to_count() -> None:
     model, data = model_of("deq"), batch()
     few = data.rows(torch.tensor([1] * 6))  # one view of three: most cells have nothing to solve
     assert evaluate(model, few)["cells_nfe"][0] > 1
+
+
+def mm_dynamics(key: str, **how: Any) -> MMDynamics:
+    torch.manual_seed(0)
+    means = [torch.full((n,), 0.5) for n in WIDTHS]
+    return MMDynamics(WIDTHS, 3, key, 16, means, **how).eval()
+
+
+@pytest.mark.parametrize("fill", ["mean", "zeros"])
+@pytest.mark.parametrize("key", ["concat", "deq"])
+def test_a_views_own_loss_is_that_of_the_rows_that_have_it(key: str, fill: Any) -> None:
+    model, data = mm_dynamics(key, fill=fill), batch()
+    expected = F.cross_entropy(model.logits(data.views)[0], data.labels)
+    for k, view in enumerate(data.views):
+        x, labels = view[data.present[:, k]], data.labels[data.present[:, k]]
+        gate = model.gates[k](x).sigmoid()
+        encoding = model.encoders[k](x * gate).relu()
+        own = model.classifiers[k](encoding)
+        of_truth = own.softmax(1)[torch.arange(len(labels)), labels]
+        expected = expected + gate.mean() + F.cross_entropy(own, labels)
+        expected = expected + F.mse_loss(model.confidences[k](encoding)[:, 0], of_truth)
+    loss, _ = model.loss(data)
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_mm_dynamics_fuses_what_is_present() -> None:
+    """By the mask; concatenation with the means of the features, or with zeros for the encoding."""
+    data = batch()
+    filled = [torch.where(view.isnan(), 0.5, view) for view in data.views]
+    mean = mm_dynamics("concat")
+    torch.testing.assert_close(mean.logits(data.views)[0], mean.logits(filled)[0])
+    zeros = mm_dynamics("concat", fill="zeros")
+    lacking = zeros.logits(data.views)[0][0]  # the row that has the views 0 and 2
+    with torch.no_grad():
+        zeros.head.weight[:, 16:32] = 0  # where the encoding of view 1 goes in
+    torch.testing.assert_close(lacking, zeros.logits(filled)[0][0])
+    deq = mm_dynamics("deq")
+    logits, info = deq.logits(data.views)
+    assert info is not None
+    assert (info.cells.outcome == Outcome.ABSENT).sum() == 4
+    assert (logits - deq.logits(filled)[0]).abs().amax(1)[[*ABSENT]].min() > 1e-3
 
 
 # --- measurements ---
