@@ -112,7 +112,7 @@ def _residual_cell_penalty_kernel(
         h = relu(h + load_vector(norms_ptr + D, cols, real, T))
         store_tile(y1_ptr, r, real_row, cols, real, y, D)
         store_tile(h_ptr, r, real_row, cols, real, h, D)
-    if FIRST < LAST:
+    if (FIRST == 1) & (LAST > 1):
         tl.debug_barrier()  # threads read what others of the program wrote
     if (FIRST <= 2) & (LAST >= 2):
         y = product(h_ptr, r, real_row, w2_ptr, cols, real, True, D, BM, GT * C2, BK, T, PREC)

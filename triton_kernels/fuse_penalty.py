@@ -121,7 +121,7 @@ def _purify_combine_penalty_kernel(
         q = load_tile(z_ptr, r, real_row, cols, real, D, T) * gate
         store_tile(gate_ptr, r, real_row, cols, real, gate, D)
         store_tile(q_ptr, r, real_row, cols, real, q, D)
-    if FIRST < LAST:
+    if (FIRST == 1) & (LAST > 1):
         tl.debug_barrier()  # threads read what others of the program wrote
     if (FIRST <= 2) & (LAST >= 2):
         e = product(q_ptr, r, real_row, wf_ptr, cols, real, True, D, BM, GT * C2, BK, T, PREC)

@@ -77,9 +77,10 @@ class Continuation {
     return residual <= tol_;
   }
 
-  // Along the curve from z, which becomes the start a, for at most `most` Jacobians.
-  bool follow(int most) {
+  // Along the curve from z, which becomes the start a, within |H| <= on_curve |f|, for at most `most` Jacobians.
+  bool follow(int most, S on_curve) {
     const int all = most_;
+    on_curve_ = on_curve;
     most_ = jacobians_ + most < most_ ? jacobians_ + most : most_;
     const bool found = follow();
     most_ = all;
@@ -93,7 +94,6 @@ class Continuation {
     keep_t();
     if (!is_finite(residual_at(0)) || !look_ahead()) return false;
     S h = S(0.1) * std::sqrt(S(d_));
-    on_curve_ = kOnCurve;
     bool may_land = true;  // not again from where it has failed
     for (int kinks = 0; jacobians_ < most_;) {
       if (may_land && u_[d_] + h * tangent_[d_] >= 1) {

@@ -30,7 +30,7 @@ from torch import Tensor
 from deqfuse.solvers.derivatives import Jacobian, Map, rows_at_once
 from deqfuse.solvers.rows import RESIDUAL_FLOOR
 
-STARTS = 8  # curves to try: from f(0), then from f of fixed random points
+STARTS = 24  # curves to try: from f(0), then from f of fixed random points
 JACOBIANS_PER_START = 400, 5  # and so many for each feature, since a curve has more kinks
 NEWTON_STEPS, LANDING_STEPS = 8, 8  # from the best iterate; at t = 1
 PATH_TOLERANCE = 0.1  # of the tolerance; the rest is for rounding
@@ -133,13 +133,13 @@ def _search(best: Tensor, tol: float, max_jacobians: int) -> _Search:
     z = (yield from row.newton(best, NEWTON_STEPS, 0.95)) if finite else None
     generator = torch.Generator().manual_seed(0)  # the answer depends on nothing but the row
     start = torch.zeros_like(best)
-    for _ in range(STARTS):
+    for k in range(STARTS):
         if z is not None or row.left <= 0:
             break
         a = yield from row.evaluate(start)
         if not bool(a.isfinite().all()):
             break
-        z = yield from _follow(row, a)
+        z = yield from _follow(row, a, ON_CURVE if k == 0 else ON_CURVE / 10)
         start = torch.randn(best.shape, generator=generator, dtype=best.dtype).to(best.device)
     return _Zero(z, row.work)
 
@@ -233,10 +233,10 @@ def _curve(row: _Row, a: Tensor, u: Tensor) -> Generator[_Ask, Tensor, _Point]:
     return h, fz, _relative(h, fz)
 
 
-def _follow(row: _Row, a: Tensor) -> Generator[_Ask, Tensor, Tensor | None]:
+def _follow(row: _Row, a: Tensor, on_curve: float) -> Generator[_Ask, Tensor, Tensor | None]:
     """The zero at the end of the curve from ``a``, or None."""
     least, each = JACOBIANS_PER_START
-    end, on_curve = row.left - least - each * len(a), ON_CURVE
+    end = row.left - least - each * len(a)
     u = torch.cat([a, a.new_zeros(1)])
     upwards = torch.zeros_like(u)
     upwards[-1] = 1

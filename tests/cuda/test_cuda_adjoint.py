@@ -5,7 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from cpu_cases import Case, assert_equal
-from cuda_cases import CUTS, Problem, distance, every_machine  # noqa: F401 - a fixture
+from cuda_cases import (
+    CUTS,
+    Problem,
+    distance,
+    every_machine,  # noqa: F401 - a fixture
+    own_and_common_numbers,
+)
 from torch import Tensor
 
 from deqfuse import Implicit, Outcome
@@ -74,27 +80,8 @@ def test_a_cut_series_is_that_of_the_cpu_backend(machine, mode, cut, kind):
 def test_rows_may_have_numbers_of_modalities_of_their_own(machine, cut, variant):
     """What rows with the same number get without such numbers, and the parameters their sums."""
     case = machine.case(cut, Case(rows=18, variant=variant))
-    counts = torch.arange(case.rows) % 4  # some have none
-    *rows, params, mask = Problem(case, mask=True).fuse
-    how = (case.groups, variant == "released-mmimdb", 3, 0.0, 3, 0, 1.0, 1e-6, False)
-
-    def run(which: Tensor, n: int, own: Tensor | None) -> dict[str, Tensor]:
-        some = machine.place([t[which].contiguous() for t in (*rows, mask)])
-        given = (*some[:-1], machine.place(params), True, some[-1], n, *how, machine.place(own))
-        dx, dsum, grads, *_ = cuda_native.adjoint_fuse(*given)
-        named = {"dx": dx, "dcell_sum": dsum} | {f"params[{i}]": g for i, g in enumerate(grads)}
-        return {name: t.cpu() for name, t in named.items()}
-
     with machine.playing(cut, case):
-        given = run(torch.arange(case.rows), case.n, counts.to(rows[0]))
-        expected = {name: torch.zeros_like(t) for name, t in given.items()}
-        for n in range(4):
-            which = torch.nonzero(counts == n).flatten()
-            for name, t in run(which, n, None).items():
-                if name.startswith("params"):
-                    expected[name] += t
-                else:
-                    expected[name][which] = t
+        given, expected = own_and_common_numbers(case, cuda_native, machine.place)
     assert distance(given, expected) <= 1e-11
 
 

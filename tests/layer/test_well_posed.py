@@ -126,6 +126,18 @@ def test_rescue_finds_rows_that_anderson_lost() -> None:
     assert found[1] == ROWS
 
 
+def test_the_rescue_goes_on_to_starts_that_succeed() -> None:
+    """One of these rows is solved from none of the first eight starts."""
+    torch.manual_seed(0)
+    solver = Anderson(tol=TOL, max_iter=50)
+    layer = DEQFusion(16, 2, init="torch", injection_norm=False, solver=solver).double()
+    xs = list(torch.randn(2, 1024, 16).relu().double() * 0.3 * 2**0.5)
+    with torch.no_grad():
+        _, info = layer(xs, return_info=True)
+    assert info.converged.all()
+    assert info.rescued.double().mean() > 0.1
+
+
 def test_newton_solves_the_cells_at_torch_init() -> None:
     """Plain iteration solves 99% of them; the robust solver must not do worse."""
     torch.manual_seed(0)

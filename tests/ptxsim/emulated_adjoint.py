@@ -11,7 +11,15 @@ import pytest
 import torch
 from adjoints import Emulated, lib, playing, take, texts
 from cpu_cases import Case
-from cuda_cases import CUTS, H100, Problem, device, distance, limit_for
+from cuda_cases import (
+    CUTS,
+    H100,
+    Problem,
+    device,
+    distance,
+    limit_for,
+    own_and_common_numbers,
+)
 from emulator import SEED, faults, reports
 
 from deqfuse import Outcome
@@ -63,6 +71,15 @@ def check(case: Case, cut: str, kind: str, **options: bool) -> None:
 @each_cut
 def test_answers_and_no_findings(cut: str, kind: str) -> None:
     check(CASES[cut], cut, kind)
+
+
+@each_cut
+def test_rows_may_have_numbers_of_modalities_of_their_own(cut: str) -> None:
+    case = CASES[cut]
+    playing(limit_for(cut, case), SEED)
+    given, expected = own_and_common_numbers(case, Emulated)
+    assert not faults(reports())
+    assert distance(given, expected) <= 64 * torch.finfo(torch.float32).eps
 
 
 @each_kind

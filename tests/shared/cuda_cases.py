@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -152,6 +153,38 @@ class Problem:
             dx, dsum, grads, *statistics = backend.adjoint_fuse(*given, want, mask, *how, *tail)
             named = {"dx": dx, "dcell_sum": dsum}
         return named | {f"params[{i}]": g for i, g in enumerate(grads)}, statistics
+
+
+def own_and_common_numbers(
+    case: Case, backend: ModuleType, place: Callable[[Any], Any] = lambda given: given
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Three terms of the fuse step's adjoint, rows with 0 to 3 modalities.
+
+    Returns:
+        Gradients of one call that is told each row's number; and those of a call for the rows of
+        each number, put together.
+    """
+    counts = torch.arange(case.rows) % 4  # some have none
+    *rows, params, mask = Problem(case, mask=True).fuse
+    how = (case.groups, case.variant == "released-mmimdb", 3, 0.0, 3, 0, 1.0, 1e-6, False)
+
+    def run(which: Tensor, n: int, own: Tensor | None) -> dict[str, Tensor]:
+        some = place([t[which].contiguous() for t in (*rows, mask)])
+        given = (*some[:-1], place(params), True, some[-1], n, *how, place(own))
+        dx, dsum, grads, *_ = backend.adjoint_fuse(*given)
+        named = {"dx": dx, "dcell_sum": dsum} | {f"params[{i}]": g for i, g in enumerate(grads)}
+        return {name: t.cpu() for name, t in named.items()}
+
+    given = run(torch.arange(case.rows), case.n, counts.to(rows[0]))
+    expected = {name: torch.zeros_like(t) for name, t in given.items()}
+    for n in range(4):
+        which = torch.nonzero(counts == n).flatten()
+        for name, t in run(which, n, None).items():
+            if name.startswith("params"):
+                expected[name] += t
+            else:
+                expected[name][which] = t
+    return given, expected
 
 
 def distance(given: dict, expected: dict) -> float:

@@ -295,8 +295,8 @@ for kind, dim, groups in (
 print(json.dumps({name: sorted(counts) for name, counts in found.items()}))
 """
 # Between the stages of a launch, and between loads by several threads and the store of one of them.
-# Two numbers: with the skip or weights and without; launches of one stage each; of a penalty's
-# probes the last, which has a stage and a sum more, and the others.
+# Two numbers: with the skip or weights and without; launches of one stage each. Three: of a penalty's
+# probes the first has a stage more than the others, and the last has a sum more.
 EXPECTED = {
     "_residual_cell_kernel whole": [1],
     "_residual_cell_kernel wide": [0],
@@ -311,8 +311,8 @@ EXPECTED = {
     "_solve_cells_kernel whole": [0],
     "_solve_fuse_kernel whole": [0, 1],
     "_anderson_step_kernel whole": [1],
-    "_residual_cell_penalty_kernel whole": [12, 13],
-    "_purify_combine_penalty_kernel whole": [9, 10],
+    "_residual_cell_penalty_kernel whole": [11, 12, 13],
+    "_purify_combine_penalty_kernel whole": [8, 9, 10],
 }
 
 
