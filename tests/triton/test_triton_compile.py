@@ -295,8 +295,8 @@ for kind, dim, groups in (
 print(json.dumps({name: sorted(counts) for name, counts in found.items()}))
 """
 # Between the stages of a launch, and between loads by several threads and the store of one of them.
-# Two numbers: with the skip or weights and without; launches of one stage each. Three: of a penalty's
-# probes the first has a stage more than the others, and the last has a sum more.
+# Two numbers: with the skip or weights and without; launches of one stage each. Three: of a
+# penalty's probes the first has a stage more than the others, and the last has a sum more.
 EXPECTED = {
     "_residual_cell_kernel whole": [1],
     "_residual_cell_kernel wide": [0],
