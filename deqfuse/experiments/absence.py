@@ -35,8 +35,8 @@ MODALITY_DROPOUT = 0.3  # of the models trained with it
 PICTURE = "Test accuracy against the share of absent views"
 FILE = file_name(PICTURE)
 TRAINED = {False: "complete rows", True: "modality dropout"}  # whether dropped: in training
-# What stands in place of an absent view; "mask" is nothing at all.
-FILLS = {"mask": "nothing (mask)", "zeros": "zeros", "mean": "training mean"}
+# What stands in place of an absent view; "mask": nothing, the fusion is told.
+FILLS = {"mask": "mask", "zeros": "zeros", "mean": "training mean"}
 
 
 def without_views(data: MultiviewData, count: int, seed: int) -> MultiviewData:

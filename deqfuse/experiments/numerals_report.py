@@ -118,7 +118,8 @@ def _fusions(runs: Sequence[Record], sizes: Sequence[int]) -> Table:
         f"Mean ± standard deviation over {seeds} seeds, all of them, on 1000 test rows. Overhead: "
         "parameters that progressive fusion adds to its base (the paper's models: 1.8% to 4.3%; "
         "here the encoders are one layer, so the back-projections weigh more). Steps: evaluations "
-        "per test row, median (maximum).",
+        "per test row, median (maximum). ms/step: of the training, beside which other programs may "
+        "have run; times to compare are those against R.",
     )
     return Table(headers, tuple(table), notes)
 
