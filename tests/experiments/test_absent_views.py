@@ -207,15 +207,15 @@ def test_section_compares_with_the_baseline() -> None:
     assert section.table is not None
     rows = {row[:3]: row[3:] for row in section.table.rows}
     assert len(rows) == 6
-    masked = rows["DEQ Fusion", "nothing (mask)", "complete rows"]
+    masked = rows["DEQ Fusion", "mask", "complete rows"]
     assert masked == (
         "91.0 ± 1.0", "81.0 ± 1.0", "51.0 ± 1.0", "66.0 ± 1.0", "+15.0 ± 0.0 (3 up, 0 down)"
     )  # fmt: skip
     assert rows["concatenation", "training mean", "complete rows"][-1] == "-"
     assert section.paragraphs[0].endswith(
-        "Trained with complete rows, better: DEQ Fusion (nothing (mask)); complete rows, worse: "
+        "Trained with complete rows, better: DEQ Fusion (mask); complete rows, worse: "
         "concatenation (zeros); modality dropout, better: none; modality dropout, worse: DEQ "
-        "Fusion (nothing (mask))."
+        "Fusion (mask)."
     )
     assert section.picture is not None
     assert section.picture.name == absence.FILE
