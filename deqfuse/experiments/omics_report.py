@@ -63,7 +63,8 @@ def build(
     ]
     absent = [record for record in records if "absent" in record.params]
     if absent:
-        how = "Learning rate and epoch are chosen as above."
+        seeds = len({record.params["seed"] for record in absent})
+        how = f"Seeds: {seeds}. Learning rate and epoch are chosen as above."
         sections.insert(-1, absence_section(absent, LABELS, "concat", how))
     if ablations:
         table = _differences(groups, ablations, "deq", metrics)
