@@ -86,7 +86,7 @@ def lines(panels: Sequence[Panel], columns: int = 3, share_y: bool = False) -> F
         [drawn[label] for label in labels],
         labels,
         loc="outside upper center",
-        ncols=min(len(labels), int(figure.get_figwidth() // 2.1)),
+        ncols=_legend_columns(figure, labels),
         frameon=False,
         fontsize=8,
     )
@@ -127,9 +127,15 @@ def dots(
         margin = 0.1 * (known.max() - known.min()) or 1.0
         axis.set_ylim(known.min() - margin, known.max() + margin)
     if len(series) > 1:
-        columns = min(len(series), int(figure.get_figwidth() // 2.1))
+        columns = _legend_columns(figure, [*series])
         figure.legend(loc="outside upper center", ncols=columns, frameon=False, fontsize=8)
     return figure
+
+
+def _legend_columns(figure: Figure, labels: Sequence[str]) -> int:
+    """How many entries fit side by side; some 0.065 inches a letter, and 0.6 for the line."""
+    widest = max(2.1, 0.6 + 0.065 * max(map(len, labels)))
+    return max(1, min(len(labels), int(figure.get_figwidth() // widest)))
 
 
 def surfaces(

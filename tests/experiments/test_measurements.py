@@ -13,6 +13,7 @@ from deqfuse.experiments import metrics, training
 from deqfuse.experiments.comparison import KINDS, Run
 from deqfuse.experiments.comparison_tables import comparison_text
 from deqfuse.experiments.measurements import Curve
+from deqfuse.reports import charts
 
 
 def test_metrics_against_hand_counted_values() -> None:
@@ -85,3 +86,13 @@ def test_convergence_warnings_are_counted_and_others_pass() -> None:
     with pytest.warns(RuntimeWarning, match="a RuntimeWarning"):
         seen = count()
     assert seen == ["a ConvergenceWarning"] * 2
+
+
+@pytest.mark.parametrize("label", ["short", "GN(relu(x_f)), injections as they come"])
+def test_legends_stay_inside_the_picture(label: str) -> None:
+    drawn = [charts.Line(f"{label} {k}", [0, 1], [[k, 2 * k]]) for k in range(7)]
+    figure = charts.lines([charts.Panel("", "x", "y", drawn)] * 2, columns=2)
+    figure.canvas.draw()
+    box = figure.legends[0].get_window_extent()
+    assert box.x0 >= 0
+    assert box.x1 <= figure.bbox.x1
