@@ -139,9 +139,16 @@ def _of_dtype(
     dtype: torch.dtype,
 ) -> None:
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: expected a tensor of {dtype}, got {type(value).__name__}")
+        raise TypeError(
+            f"{name}: expected a tensor of {dtype}, got {type(value).__name__}. "
+            f"Remedy: torch.as_tensor({name}, dtype={dtype})"
+        )
     if value.dtype is not dtype:
-        raise TypeError(f"{name}: expected {dtype}, got {value.dtype}")
+        raise TypeError(f"{name}: expected {dtype}, got {value.dtype}. Remedy: {name}.to({dtype})")
+    if value.layout is not torch.strided:
+        raise TypeError(
+            f"{name}: expected a dense tensor, got {value.layout}. Remedy: {name}.to_dense()"
+        )
     device(name, value, like)
     shape(name, value, expected, meaning)
 

@@ -22,6 +22,7 @@ from deqfuse.reporting import OnFailure
 from deqfuse.result import BlockInfo
 from deqfuse.solvers.anderson import Anderson
 from deqfuse.solvers.options import GradientOption, Implicit, SolverOption, Unrolled
+from deqfuse.torch_private import can_look
 
 __all__ = [
     "fixed_point",
@@ -260,7 +261,7 @@ def solve_fuse(
         cell_sum: (B, d) sum of the cells' equilibria ``sum_i z_i*``, on the device of ``x_fuse``.
         params: the six tensors, each (d, d) or (d,), of :func:`purify_combine`, of one dtype.
         num_modalities: N, how many cells ``cell_sum`` adds up.
-        counts: (B, 1) int64, how many it adds up in each row, where rows lack modalities.
+        counts: (B, 1) int64, how many of the N it adds up in each row, where rows lack modalities.
         mask: (B, d) dropout factors (0 or 1 / (1 - p)), one draw for the whole solve.
         num_groups: groups of the GroupNorm; divides d.
         variant: "paper", "released" or "released-mmimdb", as in :func:`purify_combine`.
@@ -297,6 +298,9 @@ def solve_fuse(
     _check_z0(z0, x_fuse, "(B, d)")
     if counts is not None:
         checks.counts("counts", counts, x_fuse, (x_fuse.shape[0], 1), "(B, 1)")
+        if can_look(counts) and ((counts < 0) | (counts > num_modalities)).any():
+            got = f"{int(counts.min())} to {int(counts.max())}"
+            raise ValueError(f"counts: expected 0 to num_modalities = {num_modalities}, got {got}")
     name = choose_backend(x_fuse, num_groups, solver, adjoint, backend)
     rows, others = (x_fuse, cell_sum), (mask, detached(z0), counts, num_modalities)
     if isinstance(adjoint, Unrolled):

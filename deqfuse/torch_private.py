@@ -38,6 +38,11 @@ def in_transform() -> bool:
     return inside
 
 
+def can_look(t: Tensor) -> bool:
+    """Whether its numbers may be read: elsewhere one waits for the device, or no graph holds it."""
+    return t.device.type == "cpu" and not (traced(t) or in_transform())
+
+
 def in_transform_or_forward_mode() -> bool:
     """Whether a transform of ``torch.func`` is running, or forward-mode differentiation is on."""
     return in_transform() or forward_ad._current_level >= 0

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from deqfuse import checks
 from deqfuse.nn.fast import plain_lead
-from deqfuse.torch_private import in_transform, traced
+from deqfuse.torch_private import can_look
 
 
 def check_features(
@@ -54,8 +54,7 @@ def check_present(present: Tensor, expected: tuple[int, ...], like: Tensor) -> T
     """
     checks.present("present", present, like, expected, "(..., N)")
     rows = present.reshape(-1, expected[-1])
-    # Elsewhere a look would wait for the device, or no graph could hold it.
-    seen = rows.device.type == "cpu" and not (traced(rows) or in_transform())
+    seen = can_look(rows)
     if seen and rows.all():
         return None
     if seen and not (some := rows.any(1)).all():
@@ -63,7 +62,8 @@ def check_present(present: Tensor, expected: tuple[int, ...], like: Tensor) -> T
             f"present: expected at least one modality in every row, got none in "
             f"{int((~some).sum())} of {len(rows)} rows. Remedy: leave these rows out"
         )
-    return rows.mT[..., None]
+    # A copy, which the penalty may read when theirs has changed.
+    return rows.mT[..., None].clone()
 
 
 def check_start(

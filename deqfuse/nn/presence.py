@@ -39,20 +39,20 @@ def present_from_nan(
     """
     _check(features)
     checks.one_of("absent", absent, ("all", "any"))
-    for i, feature in enumerate(features):
-        checks.tensor(f"features[{i}]", feature)
-        lead = (*features[0].shape[:-1], feature.shape[-1])
-        checks.shape(f"features[{i}]", feature, lead, "(*leading dims of features[0], d_i)")
     missing = [f.isnan().all(-1) if absent == "all" else f.isnan().any(-1) for f in features]
     return ~torch.stack(missing, -1)
 
 
 def _check(features: Sequence[Tensor]) -> None:
-    """At least one tensor, with features to lack."""
+    """At least one tensor, with features to lack, and the same rows in all of them."""
     checks.sequence("features", features, "tensors")
     if not features or any(isinstance(f, Tensor) and f.dim() == 0 for f in features):
         got = "none" if not features else "a scalar"
         raise ValueError(f"features: expected tensors (..., d_i), got {got}")
+    for i, feature in enumerate(features):
+        checks.tensor(f"features[{i}]", feature)
+        lead = (*features[0].shape[:-1], feature.shape[-1])
+        checks.shape(f"features[{i}]", feature, lead, "(*leading dims of features[0], d_i)")
 
 
 class ModalityDropout(nn.Module):
@@ -100,8 +100,9 @@ class ModalityDropout(nn.Module):
             (..., N) bool, on the device of the features.
 
         Raises:
-            TypeError: ``features`` is no sequence, or ``present`` no bool tensor.
-            ValueError: ``present`` has another shape or device.
+            TypeError: ``features`` is no sequence of floating tensors, or ``present`` no bool
+                tensor.
+            ValueError: leading dimensions that differ, or ``present`` has another shape or device.
         """
         _check(features)
         like, shape = features[0], (*features[0].shape[:-1], len(features))

@@ -29,6 +29,7 @@ from deqfuse.nn.equations import (
 )
 from deqfuse.nn.found import Found
 from deqfuse.nn.statistics import last_step, marked, of_cell, together
+from deqfuse.outcome import Outcome
 from deqfuse.reporting import OnFailure
 from deqfuse.result import BlockInfo, SolvedMap, SolveInfo
 from deqfuse.solvers.options import GradientOption, SolverOption, Unrolled
@@ -159,7 +160,8 @@ def _block_by_block(
         blocks.append(lambda: equations.solved_cells(x, zs.detach(), rows.present))
     else:
         zs = where(rows.present, x)
-        cells, backend = marked(BlockInfo.exact(zs, 0), rows.present), "reference"
+        cells, backend = BlockInfo.exact(zs, 0), "reference"
+        cells = marked(cells, rows.present, Outcome.ABSENT)
 
     x_fuse = equations.x_fuse(x, rows.present, rows.joint)
     if equations.closed_form is None:
@@ -179,8 +181,9 @@ def _block_by_block(
         blocks.append(lambda: equations.solved_fuse(*given, z.detach()))
     else:
         z = equations.closed_form.evaluate(x[0], zs.to(x.dtype), x_fuse, rows.mask)
-        z = where(any_present(rows.present), z, torch.nan)
-        fuse = BlockInfo.exact(z, equations.closed_form.nfe)
+        some = any_present(rows.present)
+        z = where(some, z, torch.nan)
+        fuse = marked(BlockInfo.exact(z, equations.closed_form.nfe), some, Outcome.EMPTY)
     info = SolveInfo(fuse, cells, backend, tuple(blocks))
     # A copy: the backward pass and `info` keep the original, and `z += ...` must be possible.
     return Found(z.clone(), lambda: zs, lambda: info)
@@ -263,12 +266,14 @@ def weight_tied(
         else:
             z = equations.closed_form.evaluate(z, zs.to(x.dtype), x_fuse, rows.mask)
 
-    z = where(any_present(rows.present), z, torch.nan)
+    some = any_present(rows.present)
+    z = where(some, z, torch.nan)
 
     def info() -> SolveInfo:
         with torch.no_grad():
-            fuse = last_step(before[0], z, how.solver, steps)
-            of_cells = marked(last_step(before[1], zs, how.solver, steps), rows.present)
+            fuse = marked(last_step(before[0], z, how.solver, steps), some, Outcome.EMPTY)
+            of_cells = last_step(before[1], zs, how.solver, steps)
+            of_cells = marked(of_cells, rows.present, Outcome.ABSENT)
         blocks, at = [], zs.detach()
         if cells:
             own = functools.partial(equations.solved_own, x=x, present=rows.present)

@@ -19,14 +19,21 @@ def last_step(old: Tensor, new: Tensor, solver: SolverOption, steps: int) -> Blo
     return BlockInfo(found.residual.view(shape), found.nfe.view(shape), found.outcome.view(shape))
 
 
-def marked(cells: BlockInfo, present: Tensor | None) -> BlockInfo:
-    """Statistics (N, B) of cells without those of absent ones; ``present`` is (N, B, 1)."""
+def marked(info: BlockInfo, present: Tensor | None, otherwise: Outcome) -> BlockInfo:
+    """Statistics (...) of a block without those of what is absent; ``present`` is (..., 1).
+
+    Args:
+        info: of all rows.
+        present: which of them have anything to solve; all when None.
+        otherwise: how the others end, ABSENT with zeros or EMPTY with NaN.
+    """
     if present is None:
-        return cells
-    here = present[..., 0]
-    outcome = torch.where(here, cells.outcome, int(Outcome.ABSENT)).to(torch.int8)
+        return info
+    here, residual = present[..., 0], torch.nan if otherwise is Outcome.EMPTY else 0.0
     return BlockInfo(
-        torch.where(here, cells.residual, 0.0), torch.where(here, cells.nfe, 0), outcome
+        torch.where(here, info.residual, residual),
+        torch.where(here, info.nfe, 0),
+        torch.where(here, info.outcome, int(otherwise)).to(torch.int8),
     )
 
 

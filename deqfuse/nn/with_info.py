@@ -30,14 +30,15 @@ class WithInfo(nn.Module):
             raise TypeError(f"fusion: expected a torch.nn.Module, got {type(fusion).__name__}")
         self.fusion = fusion
 
-    def forward(self, features: Sequence[Any]) -> tuple[Tensor, SolveInfo]:
+    def forward(self, features: Sequence[Any], **options: Any) -> tuple[Tensor, SolveInfo]:
         """What the module returns, with its :class:`SolveInfo`.
 
         Args:
             features: what the module takes, N tensors (..., d_i) for a ``DEQFusion``.
+            **options: handed on, such as ``present`` for a ``DEQFusion``.
 
         Returns:
             The fused tensor (..., d) and the record of its solve.
         """
-        fused, info = self.fusion(features, return_info=True)
+        fused, info = self.fusion(features, return_info=True, **options)
         return fused, info

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from deqfuse import Anderson, DEQFusion, ProFusion, SolveInfo
+from deqfuse import Anderson, DEQFusion, Outcome, ProFusion, SolveInfo
 from deqfuse.nn import WithInfo
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "multibench.py"
@@ -172,6 +172,15 @@ def test_jacobian_penalty_through_the_dictionary(
     torch.save(model, tmp_path / "model.pt")
     kept = torch.load(tmp_path / "model.pt", weights_only=False).fuseout[1]
     assert torch.equal(kept.fuse.residual, info.fuse.residual)
+
+
+def test_masks_are_handed_on() -> None:
+    xs, present = (
+        [torch.randn(2, 8), torch.randn(2, 8)],
+        torch.tensor([[True, False], [True, True]]),
+    )
+    _, info = WithInfo(DEQFusion(8, 2, num_groups=2))(xs, present=present)
+    assert (info.cells.outcome == Outcome.ABSENT).tolist() == [[False, False], [True, False]]
 
 
 def test_only_modules_are_wrapped() -> None:

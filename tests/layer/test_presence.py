@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -29,6 +30,7 @@ from deqfuse import (
     Outcome,
     Unrolled,
     backends,
+    functional,
     operators,
 )
 from deqfuse.backends.maps import VARIANTS
@@ -329,8 +331,9 @@ def test_rescued_rows() -> None:
 @pytest.mark.parametrize(
     ("present", "kind", "text"),
     [
-        ([[True]], TypeError, "present: expected a tensor of torch.bool, got list"),
-        (torch.ones(3, N), TypeError, "present: expected torch.bool, got torch.float32"),
+        ([[True]], TypeError, "present: expected a tensor of torch.bool, got list. Remedy: torch"),
+        (torch.ones(3, N), TypeError, r"expected torch.bool, got .*32. Remedy: present.to"),
+        (torch.ones(3, N).bool().to_sparse(), TypeError, r"present: .* Remedy: present.to_dense"),
         (torch.ones(3, N - 1).bool(), ValueError, r"present: expected shape \(3, 4\)"),
         (torch.ones(3, N).bool().to("meta"), ValueError, "present: expected device cpu"),
         (torch.tensor([[True] * N, [False] * N, [True] * N]), ValueError,
@@ -340,6 +343,46 @@ def test_rescued_rows() -> None:
 def test_wrong_masks_are_refused_by_name(present: object, kind: type, text: str) -> None:
     with pytest.raises(kind, match=text):
         layer_of()([torch.randn(3, DIM, dtype=torch.float64)] * N, present=present)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"gate": False}, {"combine": "sum"}, {"combine": "weighted_sum"}, {"cell": "identity"},
+     {"weight_tied_steps": 3}],
+    ids=str,
+)  # fmt: skip
+def test_a_row_with_nothing_is_called_empty(options: dict[str, Any]) -> None:
+    layer, present = layer_of(on_failure="ignore", **options), present_rows()[:4].clone()
+    present[2] = False
+
+    @torch.compile(backend="eager", fullgraph=True)  # nobody looks at the mask
+    def outcome(xs: list[Tensor], present: Tensor) -> Tensor:
+        _, info = layer(xs, present=present, return_info=True)
+        return info.fuse.outcome
+
+    found = outcome([x[:4] for x in features(layer)], present)
+    assert (found == Outcome.EMPTY).tolist() == [False, False, True, False]
+
+
+def test_a_mask_may_be_used_again_before_the_penalty() -> None:
+    layer, present = layer_of(), present_rows()
+    found = []
+    for spoil in (False, True):
+        mask = present.clone()
+        _, info = layer(features(layer), present=mask, return_info=True)
+        if spoil:
+            mask.fill_(True)
+        torch.manual_seed(0)
+        found.append((info.jacobian_penalty(), info.spectral_radius()))
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("number", [-1, 3])
+def test_counts_beyond_the_modalities_are_refused(number: int) -> None:
+    combine, x = layer_of().combine, torch.randn(2, DIM, dtype=torch.float64)
+    counts = torch.tensor([[1], [number]])
+    with pytest.raises(ValueError, match="counts: expected 0 to num_modalities = 2, got"):
+        functional.solve_fuse(x, x, combine.flat(), num_modalities=2, num_groups=2, counts=counts)
 
 
 def test_a_row_with_nothing_that_nobody_saw() -> None:

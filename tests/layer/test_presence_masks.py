@@ -51,3 +51,7 @@ def test_modality_dropout_keeps_to_what_is_present() -> None:
             ModalityDropout(wrong)
     with pytest.raises(TypeError, match="p: expected a number"):
         ModalityDropout("0.1")
+    with pytest.raises(ValueError, match=r"features\[1\]: expected shape"):
+        ModalityDropout()([torch.randn(3, 2), torch.randn(5, 2)])
+    with pytest.raises(TypeError, match=r"features\[0\]: expected a torch.Tensor, got str"):
+        ModalityDropout()(["a", "b"])
