@@ -37,6 +37,8 @@ FILE = file_name(PICTURE)
 TRAINED = {False: "complete rows", True: "modality dropout"}  # whether dropped: in training
 # What stands in place of an absent view; "mask": nothing, the fusion is told.
 FILLS = {"mask": "mask", "zeros": "zeros", "mean": "training mean"}
+# Compared with: what is plainest, and the plainest that takes a mask.
+BASELINES = {"concat": "mean", "weighted": "mask"}
 
 
 def without_views(data: MultiviewData, count: int, seed: int) -> MultiviewData:
@@ -129,27 +131,26 @@ def _curves(records: Sequence[Record], labels: Mapping[str, str]) -> _Curves:
     return found
 
 
-def absence_section(
-    records: Sequence[Record], labels: Mapping[str, str], baseline: str, method: str
-) -> Section:
+def absence_section(records: Sequence[Record], labels: Mapping[str, str], method: str) -> Section:
     """Table and picture of the trials of :func:`absence_trials`.
 
     Args:
         records: of the whole study.
-        labels: names of the models.
-        baseline: the model that the others are compared with, the training mean in place of absent
-            views.
+        labels: names of the models, of which those in ``BASELINES`` are compared with.
         method: what the study has to say about how this was done.
     """
     curves = _curves(records, labels)
     count = len(next(iter(curves.values()))[0])
+    baselines = [(m, fill) for m, fill in BASELINES.items() if (m, fill, False) in curves]
     rows = []
-    found: dict[tuple[bool, int], list[str]] = {}
+    found: dict[tuple[str, bool, int], list[str]] = {}
     for (model, fill, dropout), seeds in curves.items():
         ours = [fmean(curve[1:]) for curve in seeds]
-        theirs = [fmean(curve[1:]) for curve in curves[baseline, "mean", dropout]]
-        result = paired(ours, theirs)
-        own = (model, fill) == (baseline, "mean")
+        results = {
+            m: paired(ours, [fmean(curve[1:]) for curve in curves[m, how, dropout]])
+            for m, how in baselines
+            if (m, how) != (model, fill)
+        }
         rows.append(
             (
                 labels[model],
@@ -157,33 +158,34 @@ def absence_section(
                 TRAINED[dropout],
                 *(spread([curve[k] for curve in seeds], 1) for k in range(count)),
                 spread(ours, 1),
-                NOTHING if own or result is None else str(result),
+                *(str(results.get(m) or NOTHING) for m, _ in baselines),
             )
         )
-        if result is not None and result.sign:
-            found.setdefault((dropout, result.sign), []).append(f"{labels[model]} ({FILLS[fill]})")
+        for m, result in results.items():
+            if result is not None and result.sign:
+                named = f"{labels[model]} ({FILLS[fill]})"
+                found.setdefault((m, dropout, result.sign), []).append(named)
     headers = (
         "fusion",
         "in place of an absent view",
         "trained",
         *(f"{k} of {count} absent" for k in range(count)),
         "mean from 1 on",
-        f"against {labels[baseline]}, training mean",
+        *(f"against {labels[m]}, {FILLS[fill]}" for m, fill in baselines),
     )
     note = (
         "Test accuracy, %; every row lacks as many views as the column says, drawn at random, the "
         "same ones for every model. Against: paired difference of the means from one absent view "
         "on, in points, same training, mean ± standard error over seeds."
     )
-    reading = "; ".join(
-        f"{trained}, {word}: {', '.join(found.get((dropout, sign), ['none']))}"
-        for dropout, trained in TRAINED.items()
-        for word, sign in (("better", 1), ("worse", -1))
-    )
-    text = (
-        f"Against {labels[baseline]} with the training mean, where the mean difference exceeds two "
-        f"standard errors. Trained with {reading}."
-    )
+    texts = ["Better or worse: where the mean difference exceeds two standard errors."]
+    for m, fill in baselines:
+        reading = "; ".join(
+            f"{trained}, {word}: {', '.join(found.get((m, dropout, sign), ['none']))}"
+            for dropout, trained in TRAINED.items()
+            for word, sign in (("better", 1), ("worse", -1))
+        )
+        texts.append(f"Against {labels[m]} ({FILLS[fill]}). Trained with {reading}.")
     about = (
         f"{method} Modality dropout: every view of every row is absent with probability "
         f"{MODALITY_DROPOUT:g} in training, at least one stays; epochs are chosen on complete "
@@ -192,7 +194,7 @@ def absence_section(
         "features, in training as in the test."
     )
     table = Table(headers, tuple(rows), (note,))
-    return Section("Absent views", (text, about), table, _picture(curves, labels, count))
+    return Section("Absent views", (*texts, about), table, _picture(curves, labels, count))
 
 
 def _picture(curves: _Curves, labels: Mapping[str, str], count: int) -> Picture:

@@ -59,7 +59,7 @@ def build(records: Sequence[Record], settings: dict[str, Any]) -> Report:
             measured.probe_picture(runs, sizes),
         ),
         absence.absence_section(
-            records, LABELS, "concat", f"Models trained on {sizes[0]} rows, standardised features."
+            records, LABELS, f"Models trained on {sizes[0]} rows, standardised features."
         ),
         Section("What was done", _method(settings)),
     ]

@@ -65,7 +65,7 @@ def build(
     if absent:
         seeds = len({record.params["seed"] for record in absent})
         how = f"Seeds: {seeds}. Learning rate and epoch are chosen as above."
-        sections.insert(-1, absence_section(absent, LABELS, "concat", how))
+        sections.insert(-1, absence_section(absent, LABELS, how))
     if ablations:
         table = _differences(groups, ablations, "deq", metrics)
         sections.insert(2, Section("Ablations: difference to DEQ Fusion", (), table))

@@ -186,6 +186,8 @@ def test_section_compares_with_the_baseline() -> None:
         ("deq", False): {"mask": [0.9, 0.8, 0.5]},
         ("concat", True): {"zeros": [0.9, 0.7, 0.6], "mean": [0.9, 0.7, 0.6]},
         ("deq", True): {"mask": [0.9, 0.6, 0.5]},
+        ("weighted", False): {"mask": [0.9, 0.8, 0.5]},
+        ("weighted", True): {"mask": [0.9, 0.7, 0.6]},
     }
     records = [
         Record(
@@ -201,21 +203,28 @@ def test_section_compares_with_the_baseline() -> None:
                 }
             },
         )
-        for trial in absence.absence_trials(("concat", "deq"), LABELS, seeds=3)
+        for trial in absence.absence_trials(("concat", "weighted", "deq"), LABELS, seeds=3)
     ]
-    section = absence.absence_section(records, LABELS, "concat", "Method.")
+    section = absence.absence_section(records, LABELS, "Method.")
     assert section.table is not None
     rows = {row[:3]: row[3:] for row in section.table.rows}
-    assert len(rows) == 6
+    assert len(rows) == 8
     masked = rows["DEQ Fusion", "mask", "complete rows"]
     assert masked == (
-        "91.0 ± 1.0", "81.0 ± 1.0", "51.0 ± 1.0", "66.0 ± 1.0", "+15.0 ± 0.0 (3 up, 0 down)"
+        "91.0 ± 1.0", "81.0 ± 1.0", "51.0 ± 1.0", "66.0 ± 1.0", "+15.0 ± 0.0 (3 up, 0 down)",
+        "+0.0 ± 0.0 (0 up, 0 down)",
     )  # fmt: skip
-    assert rows["concatenation", "training mean", "complete rows"][-1] == "-"
-    assert section.paragraphs[0].endswith(
-        "Trained with complete rows, better: DEQ Fusion (mask); complete rows, worse: "
-        "concatenation (zeros); modality dropout, better: none; modality dropout, worse: DEQ "
-        "Fusion (mask)."
+    assert rows["concatenation", "training mean", "complete rows"][-2] == "-"
+    assert rows["weighted sum", "mask", "complete rows"][-1] == "-"
+    assert section.paragraphs[1].endswith(
+        "Trained with complete rows, better: weighted sum (mask), DEQ Fusion (mask); complete "
+        "rows, worse: concatenation (zeros); modality dropout, better: none; modality dropout, "
+        "worse: DEQ Fusion (mask)."
+    )
+    assert section.paragraphs[2].endswith(
+        "(mask). Trained with complete rows, better: none; complete rows, worse: concatenation "
+        "(zeros), concatenation (training mean); modality dropout, better: none; modality "
+        "dropout, worse: DEQ Fusion (mask)."
     )
     assert section.picture is not None
     assert section.picture.name == absence.FILE
