@@ -184,7 +184,7 @@ $(VENV)/.installed: pyproject.toml setup.py $(CONSTRAINTS) | check-python
 	@echo "== Setting up $(VENV) with $$($(BASE) -V); later runs reuse it"
 	@$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
 	@{ grep -Ev '^torch==$(if $(filter $(PINNED),$(TORCH)),,|^(triton|setuptools)==)' $(CONSTRAINTS); echo '$(TORCH)'; } > $(VENV)/constraints.txt
-	@echo "== Installing $(TORCH): 0.2 GB, or several GB where pip picks a CUDA build (TORCH=... chooses)"
+	@echo "== Installing $(TORCH): 0.2 GB, or several GB where pip picks a CUDA build (TORCH_PIP chooses where from; top of Makefile)"
 	@$(PY) -m pip install --disable-pip-version-check -c $(VENV)/constraints.txt $(TORCH_PIP) torch
 	@echo "== Installing what deqfuse builds and tests with"
 	@$(PY) -m pip install --disable-pip-version-check -q -c $(VENV)/constraints.txt torch '$(BUILT_WITH)'

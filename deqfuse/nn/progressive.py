@@ -42,8 +42,9 @@ class ProFusion(nn.Module):
     for an absent input depends on the encoders (no input has a value that means "absent" to all of
     them), and the fusion may or may not know a mask. Two ways: an encoder that answers an absent
     input, marked by NaN for instance, with a constant or learned vector (the context is added to
-    the mark, too, and leaves NaN as it is); or a fusion module that is given the mask beforehand
-    and passes it on, as ``DEQFusion`` takes it.
+    the mark, too, and leaves NaN as it is), and replaces the mark before its first weights, whose
+    gradients would be NaN otherwise; or a fusion module that is given the mask beforehand and
+    passes it on, as ``DEQFusion`` takes it, with zeros for absent inputs.
 
     Args:
         encoders: N modules, each with one positional argument.
