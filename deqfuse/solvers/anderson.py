@@ -58,7 +58,7 @@ class Anderson(SolverOption):
     beta: float = knob(1.0, scalars.mixing)
     lam: float = knob(1e-6, scalars.non_negative_float)
     rescue: bool | None = knob(None, scalars.flag_or_none)
-    max_jacobians: int = knob(10_000, scalars.positive_int)
+    max_jacobians: int = knob(20_000, scalars.positive_int)
 
     def rescues(self, device: torch.device) -> bool:
         return device.type == "cpu" if self.rescue is None else self.rescue
