@@ -15,7 +15,6 @@ from statistics import fmean, median
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from deqfuse import ConvergenceWarning
 from deqfuse.data import MultiviewData
@@ -134,10 +133,6 @@ def _on_test(model: MMDynamics, test: MultiviewData) -> dict[str, Any]:
     return {
         **evaluate(model, test),
         "rescued": info.rescued.double().mean().item(),
-        "radius_max": _finite(radius.max()),
-        "radius_median": _finite(radius.median()),
+        "radius_max": radius.max().item(),
+        "radius_median": radius.median().item(),
     }
-
-
-def _finite(value: Tensor) -> float | None:
-    return value.item() if bool(value.isfinite()) else None  # NaN is no JSON

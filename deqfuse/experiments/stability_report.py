@@ -34,6 +34,7 @@ _COLUMNS: dict[str, tuple[int, float, Callable[[Mapping[str, Any]], float | None
     "cross-entropy": (3, 1.0, lambda v: v["test"]["cross_entropy"]),
     "accuracy %": (1, 100.0, lambda v: v["test"]["accuracy"]),
     "ms per step": (0, 1.0, lambda v: v["processor_ms"]),
+    "mean ms": (0, 1.0, lambda v: v["processor_ms_mean"]),
 }
 
 
@@ -117,8 +118,8 @@ def _table(groups: Groups) -> Table:
         f"solver gave up, rescued or not, {AFTER}; converged: rows that reached the tolerance, by "
         "solver or rescue. Radius: spectral radius of each test row's worst block, at the chosen "
         "epoch and at the last one; below 1 the plain iteration converges. Cross-entropy in nats, "
-        "at the chosen epoch. Milliseconds: time of the processor, median over steps, one thread, "
-        "while other programs ran on the machine."
+        "at the chosen epoch. Milliseconds: time of the processor, one thread, median over the "
+        "steps, and their mean, in which rescued rows show; other programs ran on the machine."
     )
     return Table(("treatment", *_COLUMNS), tuple(rows), (note,))
 
