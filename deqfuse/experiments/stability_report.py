@@ -87,6 +87,8 @@ def _lead(layers: Mapping[str, Groups], settings: dict[str, Any]) -> str:
 
 def _reading(groups: Groups) -> tuple[str, ...]:
     """Paired differences to doing nothing that are decided, in a sentence."""
+    if len(groups["none"]) == 1:
+        return ("One seed: small differences between scores and radii mean nothing.",)
     lines = []
     for name, metric, better in (
         ("Accuracy", "accuracy", 1),
