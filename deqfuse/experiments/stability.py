@@ -28,6 +28,9 @@ from deqfuse.reports.page import Report
 __all__ = ["LAYERS", "RECIPE", "StabilityStudy"]
 
 LAYERS = ("deq", "paper")  # keys of mmdynamics.LABELS: injections of unit size, or as they come
+# W2 of norm 1 and injections as they come: so few rows converge before training that the rescue of
+# the first steps takes longer than all other treatments together.
+SKIPPED = (("paper", "norm one"),)
 STUDY_VERSION = 1  # rises when the same settings give other results; older trials are refused
 
 RECIPE = Treated(
@@ -43,7 +46,7 @@ RECIPE = Treated(
 
 @dataclass(frozen=True)
 class StabilityStudy(Study):
-    """Every treatment of both layers with ``seeds`` seeds.
+    """Every treatment of both layers, but for ``SKIPPED``, with ``seeds`` seeds.
 
     Args:
         folder: data in MOGONET layout.
@@ -85,6 +88,7 @@ class StabilityStudy(Study):
             for seed in range(self.seeds)
             for fusion in LAYERS
             for key, treatment in TREATMENTS.items()
+            if (fusion, key) not in SKIPPED
         ]
 
     def run(self, trial: Trial) -> dict[str, Any]:
