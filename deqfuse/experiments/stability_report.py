@@ -165,9 +165,9 @@ def _method(
         "Spectral norm 1: torch.nn.utils.parametrizations.spectral_norm on W2 of every cell, W_f "
         "and W_a. The library draws these matrices smaller (norms of about 0.2, 0.2 and 0.5 / N), "
         "so that norm 1 makes them larger; 'as drawn' multiplies the parametrised matrix by the "
-        "norm that it was drawn with. Norm 1 with the papers' equations was left out: rows that do "
-        "not converge before training are rescued one by one, which takes longer than all other "
-        "treatments together.",
+        "norm that it was drawn with. Norm 1 with the papers' equations was left out: so many "
+        "rows have to be rescued, one by one, that on ROSMAP a training had not ended after three "
+        "minutes of processor time; the others take half a minute or less there.",
         "A tenth of the learning rate: for the layer's parameters alone. Output gain: the weights "
         "of the GroupNorms that give z_i and z_f start at 0.5 instead of 1 and are then trained.",
     )
