@@ -249,6 +249,14 @@ def _add_experiment(commands: argparse._SubParsersAction[argparse.ArgumentParser
             one.add_argument(
                 "--data", required=True, metavar="DIR", help="folder in MOGONET layout"
             )
+        if name == "stability":
+            one.add_argument(
+                "--treatments",
+                nargs="+",
+                metavar="NAME",
+                help="what is compared to 'none': 'jacobian 2' 'jacobian 20' 'jacobian 100' "
+                "'radius 1' 'radius 10' 'norm one' 'norm drawn' rate gain (default: all)",
+            )
         if name == "omics":
             one.add_argument(
                 "--learning-rates",

@@ -29,6 +29,7 @@ from deqfuse.experiments.store import TrialStore
 from deqfuse.experiments.study import Record, Study, Trial
 from deqfuse.experiments.synthetic import Size, SyntheticStudy
 from deqfuse.experiments.training import Recipe, collect_warnings
+from deqfuse.experiments.treatments import TREATMENTS
 from deqfuse.reports.errors import UserError
 from deqfuse.reports.facts import machine_facts
 from deqfuse.reports.folder import MANIFEST, OutputFolder
@@ -90,7 +91,12 @@ def _omics(options: argparse.Namespace) -> Study:
 
 
 def _stability(options: argparse.Namespace) -> Study:
-    study = StabilityStudy(Path(options.data), seeds=_seeds(options))
+    treatments = tuple(options.treatments or TREATMENTS)
+    if unknown := [name for name in treatments if name not in TREATMENTS]:
+        raise UserError(
+            f"--treatments: expected some of {', '.join(TREATMENTS)}, got {unknown[0]!r}"
+        )
+    study = StabilityStudy(Path(options.data), seeds=_seeds(options), treatments=treatments)
     study = replace(study, recipe=_recipe(options, study.recipe))
     return replace(study, dim=32) if options.quick else study
 

@@ -52,12 +52,14 @@ class StabilityStudy(Study):
         folder: data in MOGONET layout.
         seeds: how many; a seed decides initial values, dropout and the validation rows.
         recipe: how to train, treatments apart.
+        treatments: keys of ``treatments.TREATMENTS``; "none" is always among them.
         dim: width of the encodings, as in the omics study.
     """
 
     folder: Path
     seeds: int = 3
     recipe: Treated = field(default_factory=lambda: RECIPE)
+    treatments: tuple[str, ...] = tuple(TREATMENTS)
     dim: int = 300
     name = "stability"
 
@@ -88,7 +90,7 @@ class StabilityStudy(Study):
             for seed in range(self.seeds)
             for fusion in LAYERS
             for key, treatment in TREATMENTS.items()
-            if (fusion, key) not in SKIPPED
+            if key in ("none", *self.treatments) and (fusion, key) not in SKIPPED
         ]
 
     def run(self, trial: Trial) -> dict[str, Any]:

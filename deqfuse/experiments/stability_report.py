@@ -140,7 +140,7 @@ def _curves(layers: Mapping[str, Groups]) -> Picture:
     caption = (
         "Evaluations of the fuse solve: mean over seeds, shaded from the lowest to the highest."
     )
-    return Picture(to_png(charts.lines(panels, columns=2)), PICTURE, caption)
+    return Picture(to_png(charts.lines(panels, columns=1)), PICTURE, caption)
 
 
 def _method(

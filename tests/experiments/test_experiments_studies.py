@@ -143,6 +143,20 @@ def test_omics_refuses_unknown_fusions(
     assert "got 'sum'" in told
 
 
+def test_stability_runs_the_treatments_that_are_asked_for(
+    folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["experiment", "stability", "--data", str(folders["data"]), "--out", str(tmp_path)]
+    assert main([*arguments, "--treatments", "rate", "radius"]) == 2
+    assert "--treatments: expected some of none, jacobian 2," in (told := capsys.readouterr().err)
+    assert "got 'radius'" in told
+    study = stability.StabilityStudy(folders["data"], 1, treatments=("rate", "norm one"))
+    asked = [(trial.params["fusion"], trial.params["treatment"]) for trial in study.trials()]
+    assert asked == [
+        ("deq", "none"), ("deq", "norm one"), ("deq", "rate"), ("paper", "none"), ("paper", "rate")
+    ]  # fmt: skip
+
+
 def test_omics_ablations_have_a_table_of_their_own(
     folders: dict[str, Path], tmp_path: Path
 ) -> None:
