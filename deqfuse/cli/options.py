@@ -257,6 +257,13 @@ def _add_experiment(commands: argparse._SubParsersAction[argparse.ArgumentParser
                 help="what is compared to 'none': 'jacobian 2' 'jacobian 20' 'jacobian 100' "
                 "'radius 1' 'radius 10' 'norm one' 'norm drawn' rate gain (default: all)",
             )
+            one.add_argument(
+                "--layers",
+                nargs="+",
+                choices=("deq", "paper"),
+                default=("deq", "paper"),
+                help="the default layer, or the papers' equations (default: both)",
+            )
         if name == "omics":
             one.add_argument(
                 "--learning-rates",

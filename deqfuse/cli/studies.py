@@ -96,7 +96,9 @@ def _stability(options: argparse.Namespace) -> Study:
         raise UserError(
             f"--treatments: expected some of {', '.join(TREATMENTS)}, got {unknown[0]!r}"
         )
-    study = StabilityStudy(Path(options.data), seeds=_seeds(options), treatments=treatments)
+    study = StabilityStudy(
+        Path(options.data), _seeds(options), treatments=treatments, layers=tuple(options.layers)
+    )
     study = replace(study, recipe=_recipe(options, study.recipe))
     return replace(study, dim=32) if options.quick else study
 

@@ -46,13 +46,14 @@ RECIPE = Treated(
 
 @dataclass(frozen=True)
 class StabilityStudy(Study):
-    """Every treatment of both layers, but for ``SKIPPED``, with ``seeds`` seeds.
+    """Every treatment of every layer, but for ``SKIPPED``, with ``seeds`` seeds.
 
     Args:
         folder: data in MOGONET layout.
         seeds: how many; a seed decides initial values, dropout and the validation rows.
         recipe: how to train, treatments apart.
         treatments: keys of ``treatments.TREATMENTS``; "none" is always among them.
+        layers: some of ``LAYERS``.
         dim: width of the encodings, as in the omics study.
     """
 
@@ -60,6 +61,7 @@ class StabilityStudy(Study):
     seeds: int = 3
     recipe: Treated = field(default_factory=lambda: RECIPE)
     treatments: tuple[str, ...] = tuple(TREATMENTS)
+    layers: tuple[str, ...] = LAYERS
     dim: int = 300
     name = "stability"
 
@@ -88,7 +90,7 @@ class StabilityStudy(Study):
                 {"fusion": fusion, "treatment": key, "seed": seed},
             )
             for seed in range(self.seeds)
-            for fusion in LAYERS
+            for fusion in self.layers
             for key, treatment in TREATMENTS.items()
             if key in ("none", *self.treatments) and (fusion, key) not in SKIPPED
         ]

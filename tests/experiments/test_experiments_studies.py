@@ -155,6 +155,7 @@ def test_stability_runs_the_treatments_that_are_asked_for(
     assert asked == [
         ("deq", "none"), ("deq", "norm one"), ("deq", "rate"), ("paper", "none"), ("paper", "rate")
     ]  # fmt: skip
+    assert len(replace(study, layers=("paper",)).trials()) == 2
 
 
 def test_omics_ablations_have_a_table_of_their_own(
