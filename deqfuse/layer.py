@@ -111,6 +111,7 @@ def layer_penalty(
     num_groups: int,
     variant: VariantName,
     backend: str,
+    probes: Tensor | None = None,  # (K, N + 1, B, d)
 ) -> Tensor:
     """Jacobian penalty of a layer that :func:`solve_layer` has solved, in closed form.
 
@@ -120,6 +121,7 @@ def layer_penalty(
         num_probes: Gaussian probes per row and block, drawn from torch's default generator.
         num_groups, variant: as in the solve.
         backend: the name of the backend that ran it.
+        probes: in the place of drawn ones, then K = ``num_probes``; held constant.
 
     Returns:
         Scalar ``sum_b |J_bb^T v|^2 / (B (N + 1) d)``, averaged over the probes; B (N + 1) is the
@@ -129,7 +131,8 @@ def layer_penalty(
     if states.numel() == 0:
         return states.new_zeros(())
     states = states.detach()
-    probes = draw_probes(states, num_probes)
+    if probes is None:
+        probes = draw_probes(states, num_probes)
     options = (num_groups, variant, backend)
     total = operators.penalty_layer(probes, states, x, params, mask, present, options)
     if present is None:

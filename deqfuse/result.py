@@ -126,8 +126,9 @@ class SolveInfo:
         blocks: for the Jacobian measurements, one function without arguments for each kind of
             block, which gives a :class:`SolvedMap`. () where there is no equilibrium or it is in
             closed form (J = 0), None in a copy, where nothing was kept to measure.
-        penalty: ``num_probes`` -> the whole layer's Jacobian penalty, a scalar of shape (), where
-            there is an operator for it; None otherwise.
+        penalty: ``(num_probes, probes=None)`` -> the whole layer's Jacobian penalty, a scalar of
+            shape (), where there is an operator for it; None otherwise. Probes (num_probes, N + 1,
+            B, d) take the place of drawn ones.
     """
 
     fuse: BlockInfo  # (...)
@@ -136,7 +137,7 @@ class SolveInfo:
     blocks: tuple[Callable[[], SolvedMap], ...] | None = field(
         default=(), repr=False, compare=False
     )
-    penalty: Callable[[int], Tensor] | None = field(default=None, repr=False, compare=False)
+    penalty: Callable[..., Tensor] | None = field(default=None, repr=False, compare=False)
 
     def __getstate__(self) -> dict[str, Any]:
         """What pickle and deepcopy keep: the statistics, not the closures over the graph."""

@@ -64,6 +64,7 @@ Examples:
   deqfuse experiment synthetic              progressive fusion's Appendix B.1
   deqfuse experiment numerals               fusions, ablations, robustness, probes (shipped data)
   deqfuse experiment omics --data DIR       MM-Dynamics with several fusions (MOGONET layout)
+  deqfuse experiment stability --data DIR   what keeps training convergent (MOGONET layout)
   deqfuse experiment audiovisual --images DIR --audio DIR     digits seen and spoken
   deqfuse experiment finance --prices DIR                     stocks of a sector
   deqfuse experiment mmimdb --data multimodal_imdb.hdf5       posters and plots of movies
@@ -93,6 +94,7 @@ _HELP = {
     "synthetic": "progressive fusion and DEQ Fusion on two dependent views (Appendix B.1)",
     "numerals": "all fusions and ablations on the handwritten numerals",
     "omics": "MM-Dynamics with concatenation, DEQ Fusion and what lies between",
+    "stability": "penalties and other means that keep DEQ Fusion convergent in training",
     "audiovisual": "digits seen (MNIST format) and spoken (free-spoken-digit format)",
     "finance": "squared returns of stocks, sector by sector (Appendix C)",
     "mmimdb": "genres of movies from posters and plots (MM-IMDB in MultiBench's file)",
@@ -102,6 +104,7 @@ _EXAMPLES = {
     "synthetic": "deqfuse experiment synthetic --jobs 2",
     "numerals": "deqfuse experiment numerals --seeds 5",
     "omics": "deqfuse experiment omics --data ROSMAP",
+    "stability": "deqfuse experiment stability --data ROSMAP",
     "audiovisual": "deqfuse experiment audiovisual --images mnist --audio recordings",
     "finance": "deqfuse experiment finance --prices stocks --window 60",
     "mmimdb": "deqfuse experiment mmimdb --data multimodal_imdb.hdf5",
@@ -111,6 +114,7 @@ _SEEDS = {
     "synthetic": 30,
     "numerals": 5,
     "omics": 10,
+    "stability": 3,
     "audiovisual": 3,
     "finance": 3,
     "mmimdb": 3,
@@ -241,10 +245,26 @@ def _add_experiment(commands: argparse._SubParsersAction[argparse.ArgumentParser
             formatter_class=raw,
             allow_abbrev=False,
         )
-        if name == "omics":
+        if name in ("omics", "stability"):
             one.add_argument(
                 "--data", required=True, metavar="DIR", help="folder in MOGONET layout"
             )
+        if name == "stability":
+            one.add_argument(
+                "--treatments",
+                nargs="+",
+                metavar="NAME",
+                help="what is compared to 'none': 'jacobian 2' 'jacobian 20' 'jacobian 100' "
+                "'radius 1' 'radius 10' 'norm one' 'norm drawn' rate gain (default: all)",
+            )
+            one.add_argument(
+                "--layers",
+                nargs="+",
+                choices=("deq", "paper"),
+                default=("deq", "paper"),
+                help="the default layer, or the papers' equations (default: both)",
+            )
+        if name == "omics":
             one.add_argument(
                 "--learning-rates",
                 type=_positive_number,

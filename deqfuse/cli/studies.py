@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -24,10 +24,12 @@ from deqfuse.experiments.omics import LEARNING_RATES, OmicsStudy
 from deqfuse.experiments.paper_study import PaperStudy
 from deqfuse.experiments.provenance import run_facts
 from deqfuse.experiments.runner import run_trials
+from deqfuse.experiments.stability import StabilityStudy
 from deqfuse.experiments.store import TrialStore
 from deqfuse.experiments.study import Record, Study, Trial
 from deqfuse.experiments.synthetic import Size, SyntheticStudy
 from deqfuse.experiments.training import Recipe, collect_warnings
+from deqfuse.experiments.treatments import TREATMENTS
 from deqfuse.reports.errors import UserError
 from deqfuse.reports.facts import machine_facts
 from deqfuse.reports.folder import MANIFEST, OutputFolder
@@ -37,6 +39,9 @@ from deqfuse.reports.writer import MARKDOWN, write_report
 __all__ = ["experiment", "run_study"]
 
 
+R = TypeVar("R", bound=Recipe)
+
+
 def experiment(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     """Run the study that the options describe; returns the exit code."""
     study = _STUDIES[options.experiment](options)
@@ -44,7 +49,7 @@ def experiment(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     return run_study(study, OutputFolder(options.out), options.jobs, options.threads, command)
 
 
-def _recipe(options: argparse.Namespace, recipe: Recipe) -> Recipe:
+def _recipe(options: argparse.Namespace, recipe: R) -> R:
     epochs = 2 if options.quick else options.epochs or recipe.epochs
     return replace(recipe, epochs=epochs)
 
@@ -85,6 +90,19 @@ def _omics(options: argparse.Namespace) -> Study:
     return replace(study, dim=32) if options.quick else study
 
 
+def _stability(options: argparse.Namespace) -> Study:
+    treatments = tuple(options.treatments or TREATMENTS)
+    if unknown := [name for name in treatments if name not in TREATMENTS]:
+        raise UserError(
+            f"--treatments: expected some of {', '.join(TREATMENTS)}, got {unknown[0]!r}"
+        )
+    study = StabilityStudy(
+        Path(options.data), _seeds(options), treatments=treatments, layers=tuple(options.layers)
+    )
+    study = replace(study, recipe=_recipe(options, study.recipe))
+    return replace(study, dim=32) if options.quick else study
+
+
 def _audiovisual(options: argparse.Namespace) -> Study:
     study = AudiovisualStudy(Path(options.images), Path(options.audio), seeds=_seeds(options))
     rows = (64, 32, 32) if options.quick else tuple(options.rows)
@@ -114,6 +132,7 @@ _STUDIES: dict[str, Callable[[argparse.Namespace], Study]] = {
     "synthetic": _synthetic,
     "numerals": _numerals,
     "omics": _omics,
+    "stability": _stability,
     "audiovisual": _audiovisual,
     "finance": _finance,
     "mmimdb": _mmimdb,

@@ -8,8 +8,6 @@ that was chosen.
 
 from __future__ import annotations
 
-import functools
-import hashlib
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -18,9 +16,8 @@ from typing import Any
 
 import torch
 
-from deqfuse.data import MultiviewData, Splits, load_mogonet, split_stratified
-from deqfuse.data.multiview import checked
-from deqfuse.experiments import absence, omics_report
+from deqfuse.data import Splits
+from deqfuse.experiments import absence, omics_data, omics_report
 from deqfuse.experiments.mmdynamics import (
     ABLATIONS,
     ADJOINT,
@@ -33,13 +30,11 @@ from deqfuse.experiments.mmdynamics import (
 from deqfuse.experiments.models import Fill
 from deqfuse.experiments.study import Record, Study, Trial
 from deqfuse.experiments.training import History, Recipe, evaluate, fit
-from deqfuse.reports.errors import UserError
 from deqfuse.reports.page import Report
 
 __all__ = ["LEARNING_RATES", "RECIPE", "OmicsStudy"]
 
 LEARNING_RATES = (1e-3, 3e-3)
-VALIDATION = 0.2  # of the training rows, drawn anew for every seed
 
 ABSENT_SEEDS = 5  # of the trials with absent views, which take three times as long as the others
 
@@ -84,14 +79,14 @@ class OmicsStudy(Study):
     name = "omics"
 
     def settings(self) -> dict[str, Any]:
-        learning, test = _read(self.folder)
+        learning, test = omics_data.read(self.folder)
         return {
             "version": STUDY_VERSION,
             "data": self.folder.resolve().name,
             "rows": [learning.num_rows, test.num_rows],
             "views": list(learning.widths),
-            "sha256": _checksum(learning, test),
-            "validation": VALIDATION,
+            "sha256": omics_data.checksum(learning, test),
+            "validation": omics_data.VALIDATION,
             "dim": self.dim,
             "dropout": DROPOUT,
             "solver": f"{SOLVER}, {ADJOINT}",
@@ -116,7 +111,7 @@ class OmicsStudy(Study):
         if "absent" in trial.params:
             return self._absent(*(trial.params[name] for name in ("absent", "dropout", "seed")))
         fusion, seed = trial.params["fusion"], trial.params["seed"]
-        splits = self._splits(seed)
+        splits = omics_data.split(self.folder, seed)
         started = time.process_time()  # not the clock's, which others on the machine stop
         tried = self._tried(splits, fusion, seed)
         seconds = time.process_time() - started
@@ -140,7 +135,7 @@ class OmicsStudy(Study):
         }
 
     def report(self, records: Sequence[Record]) -> Report:
-        learning, test = _read(self.folder)
+        learning, test = omics_data.read(self.folder)
         return omics_report.build(records, self.settings(), learning, test)
 
     def files(self) -> list[str]:
@@ -163,7 +158,7 @@ class OmicsStudy(Study):
 
     def _absent(self, fusion: str, dropout: bool, seed: int) -> dict[str, Any]:
         """Accuracy against the number of absent views, for everything that may replace them."""
-        splits = self._splits(seed)
+        splits = omics_data.split(self.folder, seed)
         fills: tuple[Fill, ...] = ("zeros", "mean") if fusion == "concat" else ("mean",)
         p = absence.MODALITY_DROPOUT if dropout else 0.0
         curves, model = {}, None
@@ -175,59 +170,9 @@ class OmicsStudy(Study):
             curves[name] = absence.absence_curve(model, splits.test, seed)
         return {"curves": curves}
 
-    def _splits(self, seed: int) -> Splits:
-        """The seed's validation rows taken out of the training rows; every feature scaled."""
-        learning, test = _read(self.folder)
-        kept, held = split_stratified(learning.labels, (1 - VALIDATION, VALIDATION), seed=seed)
-        return Splits(*_scaled(Splits(learning.rows(kept), learning.rows(held), test)))
-
 
 _Tried = tuple[float, MMDynamics, History]  # learning rate, trained model, how training went
 
 
 def _rank(tried: _Tried) -> tuple[float, float]:
     return tried[2].rank
-
-
-@functools.lru_cache(maxsize=1)
-def _read(folder: Path) -> tuple[MultiviewData, MultiviewData]:
-    try:
-        learning, test = load_mogonet(folder)
-    except (ValueError, OSError) as error:
-        raise UserError(str(error)) from error
-    if int(learning.labels.bincount().min()) < 2:
-        raise UserError(f"{folder}: expected at least 2 training rows of every class.")
-    for part, data in (("tr", learning), ("te", test)):
-        lacking = torch.nonzero(~data.present)
-        if len(lacking):
-            row, view = lacking[0].tolist()
-            raise UserError(
-                f"{folder / f'{data.view_names[view]}_{part}.csv'}, line {row + 1}: expected "
-                f"complete data, got a sample without the view; there are {len(lacking)} such "
-                "lines. "
-                "Remedy: `deqfuse train` takes such data; or leave these samples out of all files."
-            )
-    return learning, test
-
-
-def _scaled(splits: Splits) -> list[MultiviewData]:
-    """Every feature to [0, 1] on the training rows, as the authors do."""
-    parts = (splits.train, splits.validation, splits.test)
-    moments = [(view.amin(0), view.amax(0)) for view in splits.train.views]
-    scaled = []
-    for part in parts:
-        pairs = zip(part.views, moments, strict=True)
-        views = [(view - low) / (high - low).clamp(min=1e-10) for view, (low, high) in pairs]
-        try:
-            scaled.append(checked(replace(part, views=views)))
-        except ValueError as error:
-            raise UserError(str(error)) from error
-    return scaled
-
-
-def _checksum(learning: MultiviewData, test: MultiviewData) -> str:
-    digest = hashlib.sha256()
-    for part in (learning, test):
-        for tensor in (*part.views, part.labels):
-            digest.update(tensor.numpy().tobytes())
-    return digest.hexdigest()[:16]

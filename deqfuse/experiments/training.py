@@ -71,6 +71,16 @@ class Recipe:
     patience: int | None = None  # epochs without a better one after which training ends
     choose_by: Literal["accuracy", "cross_entropy", "macro_f1", "mae", "mse"] = "accuracy"
 
+    def parameters(self, model: nn.Module) -> Any:
+        """What the optimizer trains: parameters, or groups of them with rates of their own."""
+        return model.parameters()
+
+    def penalty(self, info: SolveInfo) -> Tensor | float:
+        """What is added to the loss for the sake of convergence."""
+        if self.jacobian_weight and info.blocks:
+            return self.jacobian_weight * info.jacobian_penalty()
+        return 0.0
+
     def rank(self, score: float, loss: float) -> tuple[float, float]:
         """How good answers on validation rows are, more is better.
 
@@ -98,6 +108,7 @@ class History:
     rescued: list[Tensor] = field(default_factory=list)  # per step: share of rows
     fuse_nfe: list[Tensor] = field(default_factory=list)  # per step: mean over rows
     step_seconds: list[float] = field(default_factory=list)
+    processor_seconds: list[float] = field(default_factory=list)  # likewise, of the processor
     epoch_seconds: list[float] = field(default_factory=list)  # training only
     warnings: Sequence[str] = ()  # texts of ConvergenceWarning, forward and backward
 
@@ -123,12 +134,15 @@ class History:
         }
         if self.converged:
             shares = torch.stack([rows.double().mean() for rows in self.converged])
-            settled = shares[min(math.ceil(BEGINNING * len(shares)), len(shares) - 1) :]
+            rescued = torch.stack(self.rescued)
+            begin = min(math.ceil(BEGINNING * len(shares)), len(shares) - 1)
+            settled = shares[begin:]
             out |= {
                 "train_converged": shares.mean().item(),
                 "train_converged_settled": settled.mean().item(),
                 "train_converged_worst_step": settled.min().item(),
-                "train_rescued": torch.stack(self.rescued).mean().item(),
+                "train_rescued": rescued.mean().item(),
+                "train_left_settled": (1 - settled + rescued[begin:]).mean().item(),
                 "train_converged_curve": _curve(shares),
                 "train_fuse_nfe_curve": _curve(torch.stack(self.fuse_nfe).double()),
                 "convergence_warnings": len(self.warnings),
@@ -203,7 +217,7 @@ def train_step(
     history: History,
 ) -> Tensor:
     """One update of the parameters; returns the loss before it, without the penalty: ()."""
-    started = time.perf_counter()
+    started, processor = time.perf_counter(), time.process_time()
     optimizer.zero_grad(set_to_none=True)
     loss, info = model.loss(batch)  # type: ignore[operator]
     plain = loss.detach()
@@ -211,12 +225,12 @@ def train_step(
         history.converged.append(info.converged.flatten())
         history.rescued.append(info.rescued.double().mean())
         history.fuse_nfe.append(info.fuse.nfe.double().mean())
-        if recipe.jacobian_weight and info.blocks:
-            loss = loss + recipe.jacobian_weight * info.jacobian_penalty()
+        loss = loss + recipe.penalty(info)
     loss.backward()
     nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_norm)
     optimizer.step()
     history.step_seconds.append(time.perf_counter() - started)
+    history.processor_seconds.append(time.process_time() - processor)
     return plain
 
 
@@ -272,7 +286,7 @@ def collect_warnings(category: type[Warning]) -> Iterator[list[str]]:
 
 def _optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     kind = torch.optim.Adam if recipe.optimizer == "adam" else torch.optim.AdamW
-    return kind(model.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
+    return kind(recipe.parameters(model), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
 
 
 def _schedule(

@@ -130,9 +130,9 @@ def of_layer(
             given = x_fuse, states[:-1].sum(0), mask, rows.counts
             return equations.solved_fuse(*given, states[-1])
 
-        def penalty(num_probes: int) -> Tensor:
+        def penalty(num_probes: int, probes: Tensor | None = None) -> Tensor:
             require_memory(params)
-            which = (equations.num_groups, equations.variant, backend)
+            which = (equations.num_groups, equations.variant, backend, probes)
             return layer.layer_penalty(xs, params, mask, present, states, num_probes, *which)
 
         return SolveInfo(block(-1), block(slice(None, -1)), backend, (cells, fuse), penalty)

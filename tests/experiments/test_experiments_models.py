@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from deqfuse import Anderson, ConvergenceWarning, Implicit, ProFusion
 from deqfuse.data import MultiviewData, Splits
-from deqfuse.experiments import audiovisual, measurements, omics, synthetic
+from deqfuse.experiments import audiovisual, measurements, omics_data, synthetic
 from deqfuse.experiments.audiovisual_models import LABELS as SENSES
 from deqfuse.experiments.audiovisual_models import AudiovisualModel
 from deqfuse.experiments.batched import MODELS, BatchedModel, initial_parameters
@@ -224,7 +224,7 @@ def test_fusions_of_mmdynamics_are_what_they_are_called() -> None:
 def test_omics_scales_on_training_rows() -> None:
     part = MultiviewData([torch.tensor([[1.0], [3.0]])], torch.tensor([0, 1]), ("a",), ("0", "1"))
     other = replace(part, views=[torch.tensor([[5.0], [1.0]])])
-    _, validation, test = omics._scaled(Splits(part, other, other))
+    _, validation, test = omics_data.scaled(Splits(part, other, other))
     assert validation.views[0].tolist() == test.views[0].tolist() == [[2.0], [0.0]]
 
 

@@ -24,7 +24,9 @@ from deqfuse.experiments import (
     mosi,
     numerals,
     omics,
+    omics_data,
     omics_report,
+    stability,
     synthetic,
 )
 from deqfuse.experiments.mmdynamics import LABELS
@@ -91,7 +93,8 @@ def test_omics_gives_every_fusion_the_same_budget(folders: dict[str, Path]) -> N
         assert len({one["validation_cross_entropy"] for one in values["tried"]}) == 2
     assert study.settings()["learning_rate"] == [3e-4, 1e-1]
     assert (omics.RECIPE.choose_by, omics.RECIPE.jacobian_weight) == ("cross_entropy", 20.0)
-    learning, splits = omics._read(folders["data"])[0], study._splits(0)
+    learning = omics_data.read(folders["data"])[0]
+    splits = omics_data.split(folders["data"], 0)
     assert splits.validation.num_rows == round(0.2 * learning.num_rows)
     assert splits.train.num_rows + splits.validation.num_rows == learning.num_rows
 
@@ -140,6 +143,21 @@ def test_omics_refuses_unknown_fusions(
     assert "got 'sum'" in told
 
 
+def test_stability_runs_the_treatments_that_are_asked_for(
+    folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["experiment", "stability", "--data", str(folders["data"]), "--out", str(tmp_path)]
+    assert main([*arguments, "--treatments", "rate", "radius"]) == 2
+    assert "--treatments: expected some of none, jacobian 2," in (told := capsys.readouterr().err)
+    assert "got 'radius'" in told
+    study = stability.StabilityStudy(folders["data"], 1, treatments=("rate", "norm one"))
+    asked = [(trial.params["fusion"], trial.params["treatment"]) for trial in study.trials()]
+    assert asked == [
+        ("deq", "none"), ("deq", "norm one"), ("deq", "rate"), ("paper", "none"), ("paper", "rate")
+    ]  # fmt: skip
+    assert len(replace(study, layers=("paper",)).trials()) == 2
+
+
 def test_omics_ablations_have_a_table_of_their_own(
     folders: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -168,6 +186,7 @@ STUDIES = {
             *("1 of 2 absent", "chosen as above"),
         ],
     ),
+    "stability": (["data"], ["radius penalty, weight 1", "left in training", "in the worst seed"]),
     "audiovisual": (["images", "audio"], ["recording only", "overhead"]),
     "finance": (["prices"], ["RobustAUC", "always answering the mean", "F&B", "5% lower error"]),
     "mmimdb": (["data"], ["macro F1", "authors' MM-IMDB code", "left out rather than quoted"]),
@@ -203,6 +222,7 @@ def test_whole_run(name: str, folders: dict[str, Path], tmp_path: Path) -> None:
 def test_mistakes_in_data_are_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     for arguments in (
         ["omics", "--data", "nowhere"],
+        ["stability", "--data", "nowhere"],
         ["audiovisual", "--images", str(tmp_path), "--audio", str(tmp_path)],
         ["finance", "--prices", "nowhere"],
         ["mosi", "--data", "nowhere"],
@@ -226,9 +246,17 @@ def scrambled(data: MultiviewData) -> MultiviewData:
 
 def omics_case(folders: dict[str, Path], patch: pytest.MonkeyPatch) -> tuple[Study, Trial]:
     study = omics.OmicsStudy(folders["data"], recipe=replace(omics.RECIPE, epochs=20), dim=16)
-    learning, test = omics._read(folders["data"])
-    patch.setattr(omics, "_read", lambda folder: (learning, scrambled(test)))
+    learning, test = omics_data.read(folders["data"])
+    patch.setattr(omics_data, "read", lambda folder: (learning, scrambled(test)))
     return study, Trial("x", {"fusion": "deq", "seed": 1})
+
+
+def stability_case(folders: dict[str, Path], patch: pytest.MonkeyPatch) -> tuple[Study, Trial]:
+    recipe = replace(stability.RECIPE, epochs=20)
+    study = stability.StabilityStudy(folders["data"], recipe=recipe, dim=16)
+    learning, test = omics_data.read(folders["data"])
+    patch.setattr(omics_data, "read", lambda folder: (learning, scrambled(test)))
+    return study, Trial("x", {"fusion": "deq", "treatment": "radius 1", "seed": 1})
 
 
 def numerals_case(folders: dict[str, Path], patch: pytest.MonkeyPatch) -> tuple[Study, Trial]:
@@ -293,6 +321,7 @@ def synthetic_case(folders: dict[str, Path], patch: pytest.MonkeyPatch) -> tuple
     "case",
     [
         omics_case,
+        stability_case,
         numerals_case,
         audiovisual_case,
         finance_case,
@@ -311,8 +340,18 @@ def test_selection_never_reads_the_test_rows(
         changed = study.run(trial)
     torch.manual_seed(0)
     values = study.run(trial)
-    times = {"step_ms", "processor_ms"}
-    measured = {"test", "test_mse", "mean_mse", "noise", "probes", "residuals", "stopped", *times}
+    times = {"step_ms", "processor_ms", "processor_ms_mean"}
+    measured = {
+        "test",
+        "last_test",
+        "test_mse",
+        "mean_mse",
+        "noise",
+        "probes",
+        "residuals",
+        "stopped",
+        *times,
+    }
     assert {"chosen_epoch", "chosen_step"} & {*values}
     assert any(name.startswith("validation_") for name in values)
     for name in {*values} - measured:
