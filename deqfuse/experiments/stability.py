@@ -29,7 +29,7 @@ __all__ = ["LAYERS", "RECIPE", "StabilityStudy"]
 
 LAYERS = ("deq", "paper")  # keys of mmdynamics.LABELS: injections of unit size, or as they come
 # W2 of norm 1 and injections as they come: so many rows have to be rescued that on ROSMAP the first
-# training had not ended after three minutes of processor time; others take half a minute or less.
+# training had not ended after three minutes of processor time, where the others took 5 to 40 s.
 SKIPPED = (("paper", "norm one"),)
 STUDY_VERSION = 1  # rises when the same settings give other results; older trials are refused
 

@@ -167,7 +167,7 @@ def _method(
         "so that norm 1 makes them larger; 'as drawn' multiplies the parametrised matrix by the "
         "norm that it was drawn with. Norm 1 with the papers' equations was left out: so many "
         "rows have to be rescued, one by one, that on ROSMAP a training had not ended after three "
-        "minutes of processor time; the others take half a minute or less there.",
+        "minutes of processor time, where the others took 5 to 40 seconds.",
         "A tenth of the learning rate: for the layer's parameters alone. Output gain: the weights "
         "of the GroupNorms that give z_i and z_f start at 0.5 instead of 1 and are then trained.",
     )
