@@ -29,9 +29,8 @@ Generated with triton {TRITON}: `python -m deqfuse.triton_kernels.resources --se
 Read [kernels-gpu.md](kernels-gpu.md) first. In each cell: registers per thread / bytes spilled per
 thread / bytes of shared memory per block, the most over a kernel's stages and variants (paper and
 released, with and without dropout, warm start and damping; of the penalty's kernels only released,
-with dropout). "Some absent": rows lack modalities. A dash: not launched there; steps are. The
-penalty's kernels have not been compiled for sm_100 and gfx942, and for sm_86, sm_89 and sm_120 only
-one size of each kind has been.
+with dropout). "Some absent": rows lack modalities. A dash: not launched there; steps are. For
+sm_86, sm_89 and sm_120 only one size of each kind has been compiled.
 """
 
 Row = tuple[str, str, str]  # kernel, width and history, arithmetic

@@ -163,13 +163,10 @@ class Problem:
     def shipped(self, target: str) -> bool:
         """Whether it is compiled there: not where steps take the place of a solve.
 
-        Nor are the penalty's kernels on targets for which they have not been measured yet, nor more
-        than a sample for some targets.
+        For some targets no more than a sample is.
         """
         if target in SAMPLED and (self.dim != SAMPLE[self.kind] or self.dtype != "float32"):
             return False
-        if self.kind == "penalty":
-            return target in ("sm_80", "sm_90", *SAMPLED)
         dtype = getattr(torch, self.dtype)
         return self.kind != "solve" or tiles.fits_solve(
             self.dim, self.groups, dtype, self.m, SHARED[target]
