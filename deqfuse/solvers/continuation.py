@@ -30,7 +30,7 @@ from torch import Tensor
 from deqfuse.solvers.derivatives import Jacobian, Map, rows_at_once
 from deqfuse.solvers.rows import RESIDUAL_FLOOR
 
-STARTS = 24  # curves to try: from f(0), then from f of fixed random points
+STARTS = 8  # curves to try: from f(0), then from f of fixed random points; C++ can afford more
 JACOBIANS_PER_START = 400, 5  # and so many for each feature, since a curve has more kinks
 NEWTON_STEPS, LANDING_STEPS = 8, 8  # from the best iterate; at t = 1
 PATH_TOLERANCE = 0.1  # of the tolerance; the rest is for rounding

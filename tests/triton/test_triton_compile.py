@@ -250,6 +250,7 @@ print(json.dumps({name: len(seen[name]) - count for name, count in before.items(
 """
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(("dim", "groups"), [(50, 2), (128, 4)])
 def test_another_batch_or_place_in_memory_compiles_nothing(dim: int, groups: int) -> None:
     """What Triton specialises a launch on: alignment of pointers, divisors of numbers."""
@@ -316,6 +317,7 @@ EXPECTED = {
 }
 
 
+@pytest.mark.ci
 def test_barriers_are_where_they_should_be(tmp_path: Path) -> None:
     """What the compiler left of those in the sources; it may merge or drop none."""
     found = json.loads(output("-c", BARRIERS, str(tmp_path)))
