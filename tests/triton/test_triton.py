@@ -38,6 +38,12 @@ SLOW = (
     "test_triton_penalty.py",
     "test_triton_gpu_penalty.py",
 )
+LONG = (  # half a minute and more
+    "test_triton_penalty.py",
+    "test_triton_presence.py",
+    "test_triton_gpu_steps.py",
+    "test_triton_graphs.py",
+)
 interpreted_already = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -46,7 +52,10 @@ interpreted_already = os.environ.get("TRITON_INTERPRET") == "1"
 @pytest.mark.parametrize(
     ("file", "marks"),
     [
-        *((file, "not slow") for file in INTERPRETED),
+        *(
+            pytest.param(file, "not slow", marks=[pytest.mark.ci] if file in LONG else [])
+            for file in INTERPRETED
+        ),
         *(pytest.param(file, "slow", marks=pytest.mark.slow) for file in SLOW),
     ],
 )
