@@ -276,14 +276,14 @@ def _add_experiment(commands: argparse._SubParsersAction[argparse.ArgumentParser
                 "--fusions",
                 nargs="*",
                 metavar="NAME",
-                help="what is run besides concatenation and DEQ Fusion: weighted norm unit-norm "
-                "tied paper (the default), no-cell no-combine no-gate",
+                help="what is run besides concatenation and DEQ Fusion: weighted base pro norm "
+                "unit-norm tied paper (the default), no-cell no-combine no-gate",
             )
             one.add_argument(
-                "--absent-views",
+                "--robustness",
                 action="store_true",
                 help="also train each with and without modality dropout, and show how accuracy "
-                "falls when views are absent",
+                "falls when views are absent or noisy",
             )
         if name == "finance":
             one.add_argument(

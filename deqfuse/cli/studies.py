@@ -84,7 +84,7 @@ def _omics(options: argparse.Namespace) -> Study:
         seeds=_seeds(options),
         learning_rates=tuple(options.learning_rates or LEARNING_RATES),
         fusions=fusions,
-        absent_views=options.absent_views,
+        robustness=options.robustness,
     )
     study = replace(study, recipe=_recipe(options, study.recipe))
     return replace(study, dim=32) if options.quick else study

@@ -23,6 +23,7 @@ from deqfuse.reports.page import NOTHING, Picture, Section, Table, file_name
 __all__ = [
     "FILE",
     "MODALITY_DROPOUT",
+    "TRAINED",
     "absence_curve",
     "absence_section",
     "absence_summary",

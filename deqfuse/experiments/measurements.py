@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from deqfuse import Anderson, ConvergenceWarning, Picard
 from deqfuse.data import MultiviewData, Splits
@@ -99,11 +99,12 @@ def _with_solver(model: FusionClassifier, solver: Anderson | Picard) -> FusionCl
 
 
 def noise_curve(
-    model: FusionClassifier,
+    model: nn.Module,
     data: MultiviewData,
     levels: Sequence[float],
     views: int | None,
     seed: int,
+    scales: Sequence[Tensor] | None = None,
 ) -> Tensor:
     """Accuracy per level of Gaussian noise on one view (None: on all): (levels,) float64.
 
@@ -113,17 +114,21 @@ def noise_curve(
     Args:
         model: a trained one.
         data: rows to classify.
-        levels: standard deviations of the noise.
+        levels: standard deviations of the noise, in units of ``scales``.
         views: number of the noisy view.
         seed: of the noise.
+        scales: per view (features,), the standard deviation of each feature; 1 when not given.
     """
 
-    def score(noisy: list[Tensor]) -> float:
+    def score(noise: list[Tensor]) -> float:
+        units = [torch.ones(())] * len(noise) if scales is None else scales
+        noisy = [x + unit * e for x, unit, e in zip(data.views, units, noise, strict=True)]
         with collect_warnings(ConvergenceWarning):
             logits, _ = predict(model, replace(data, views=noisy))
         return accuracy(logits, data.labels)
 
-    return robustness_curve(score, data.views, levels, modalities=views, seed=seed)
+    nothing = [torch.zeros_like(view) for view in data.views]
+    return robustness_curve(score, nothing, levels, modalities=views, seed=seed)
 
 
 def probe_steps(model: FusionClassifier, splits: Splits) -> list[list[float]]:

@@ -15,18 +15,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deqfuse import Anderson, DEQFusion, Implicit, ModalityDropout, SolveInfo, present_from_nan
+from deqfuse import (
+    Anderson,
+    DEQFusion,
+    Implicit,
+    ModalityDropout,
+    ProFusion,
+    SolveInfo,
+    present_from_nan,
+)
 from deqfuse.data import MultiviewData
-from deqfuse.experiments.models import GROUPS, TIED_STEPS, Fill
+from deqfuse.experiments.models import GROUPS, TIED_STEPS, Fill, Joined
 
-__all__ = ["ABLATIONS", "DROPOUT", "FUSIONS", "LABELS", "SOLVED", "MMDynamics"]
+__all__ = ["ABLATIONS", "DROPOUT", "FUSIONS", "LABELS", "MASKED", "SOLVED", "MMDynamics"]
 
 DROPOUT = 0.5  # of the encodings
-SOLVER, ADJOINT = Anderson(tol=1e-4, max_iter=50), Implicit(tol=1e-4)  # the library's own
+# The library's own, but for the rescue's budget: what trials were made with must not move with it.
+SOLVER, ADJOINT = Anderson(tol=1e-4, max_iter=50, max_jacobians=10_000), Implicit(tol=1e-4)
 
 LABELS = {
     "concat": "concatenation",
     "weighted": "weighted sum",
+    "base": "concatenation + layer",
+    "pro": "Pro-Fusion, R = 2",
     "norm": "GN(relu(x_f)), injections as they come",
     "unit-norm": "GN(relu(x_f)), injections of unit size",
     "tied": f"{TIED_STEPS} tied steps",
@@ -49,9 +60,11 @@ _LAYERS: dict[str, dict[str, Any]] = {
     "no-combine": {"combine": "sum"},
     "no-gate": {"gate": False},
 }
-FUSIONS = ("weighted", "norm", "unit-norm", "tied", "paper")  # besides "concat" and "deq"
+_PRO_STEPS = {"base": 1, "pro": 2}  # the late fusion that Pro-Fusion starts from is one step
+FUSIONS = ("weighted", "base", "pro", "norm", "unit-norm", "tied", "paper")  # and "concat", "deq"
 ABLATIONS = ("no-cell", "no-combine", "no-gate")  # of "deq": Tables 6 and 7 of arXiv 2306.16645
 SOLVED = ("paper", "deq", *ABLATIONS)  # those with an equilibrium
+MASKED = tuple(_LAYERS)  # those that are told which views a row has
 
 
 class MMDynamics(nn.Module):
@@ -67,7 +80,7 @@ class MMDynamics(nn.Module):
         dim: width d of the encodings.
         means: per view (features,), of the training rows; only where views may be absent.
         fill: in place of an absent view, where the fusion takes no mask: "mean": ``means``;
-            "zeros": zeros for its encoding.
+            "zeros": zeros for its encoding (concatenation only).
         modality_dropout: probability of a view to be absent in training.
     """
 
@@ -86,11 +99,17 @@ class MMDynamics(nn.Module):
         self.drop = ModalityDropout(modality_dropout)
         # Everything that the fusions share first: under one seed it starts from the same values.
         self.gates = nn.ModuleList(_linear(width, width) for width in widths)
-        self.encoders = nn.ModuleList(_linear(width, dim) for width in widths)
+        self.encoders = nn.ModuleList(
+            nn.Sequential(_linear(width, dim), nn.ReLU(), nn.Dropout(DROPOUT)) for width in widths
+        )
         self.classifiers = nn.ModuleList(_linear(dim, num_classes) for _ in widths)
         self.confidences = nn.ModuleList(_linear(dim, 1) for _ in widths)
         self.fusion: DEQFusion | None = None
-        if fusion != "concat":
+        self.pro: ProFusion | None = None
+        if fusion in _PRO_STEPS:
+            late = _Weighted(self.confidences, Joined(len(widths), dim, dim))
+            self.pro = ProFusion(list(self.encoders), late, dim, steps=_PRO_STEPS[fusion])
+        elif fusion != "concat":
             how: dict[str, Any] = {"num_groups": GROUPS, "solver": SOLVER, "adjoint": ADJOINT}
             self.fusion = DEQFusion(dim, len(widths), **how, **_LAYERS[fusion])
         self.norm: nn.Module = nn.Identity()
@@ -101,8 +120,9 @@ class MMDynamics(nn.Module):
     def logits(self, views: Sequence[Tensor]) -> tuple[Tensor, SolveInfo | None]:
         """Per view (B, features) -> (B, C), and how the solve went."""
         views, present = self._filled(views)
-        encodings = self._encodings(views, self._gates(views))
-        return self._fuse(encodings, self._confidences(encodings), present)
+        gated = self._gated(views, self._gates(views))
+        encodings = self._encodings(gated)
+        return self._fuse(gated, encodings, self._confidences(encodings), present)
 
     def loss(self, batch: MultiviewData) -> tuple[Tensor, SolveInfo | None]:
         """Cross-entropy of the fusion and of every view, mean gates, errors of the confidences.
@@ -112,9 +132,10 @@ class MMDynamics(nn.Module):
         """
         views, present = self._filled(batch.views)
         gates = self._gates(views)
-        encodings = self._encodings(views, gates)
+        gated = self._gated(views, gates)
+        encodings = self._encodings(gated)
         confidences = self._confidences(encodings)
-        logits, info = self._fuse(encodings, confidences, present)
+        logits, info = self._fuse(gated, encodings, confidences, present)
         total = F.cross_entropy(logits, batch.labels)
         for k, classifier in enumerate(self.classifiers):
             gate, encoding, confidence, labels = (
@@ -144,21 +165,24 @@ class MMDynamics(nn.Module):
     def _gates(self, views: Sequence[Tensor]) -> list[Tensor]:
         return [torch.sigmoid(gate(x)) for gate, x in zip(self.gates, views, strict=True)]
 
-    def _encodings(self, views: Sequence[Tensor], gates: Sequence[Tensor]) -> list[Tensor]:
-        return [
-            F.dropout(F.relu(encoder(x * gate)), DROPOUT, self.training)
-            for encoder, x, gate in zip(self.encoders, views, gates, strict=True)
-        ]
+    def _gated(self, views: Sequence[Tensor], gates: Sequence[Tensor]) -> list[Tensor]:
+        return [x * gate for x, gate in zip(views, gates, strict=True)]
+
+    def _encodings(self, gated: Sequence[Tensor]) -> list[Tensor]:
+        return [encoder(x) for encoder, x in zip(self.encoders, gated, strict=True)]
 
     def _confidences(self, encodings: Sequence[Tensor]) -> list[Tensor]:
         return [layer(x) for layer, x in zip(self.confidences, encodings, strict=True)]
 
     def _fuse(
         self,
+        gated: Sequence[Tensor],
         encodings: Sequence[Tensor],
         confidences: Sequence[Tensor],
         present: Tensor | None,
     ) -> tuple[Tensor, SolveInfo | None]:
+        if self.pro is not None:  # encodes by itself, at every step
+            return self.head(self.pro(gated)), None
         weighted = [x * c for x, c in zip(encodings, confidences, strict=True)]
         if self.fusion is None:
             if present is not None and self.fill == "zeros":
@@ -166,6 +190,18 @@ class MMDynamics(nn.Module):
             return self.head(torch.cat(weighted, dim=1)), None
         fused, info = self.fusion(weighted, present=present, return_info=True)
         return self.head(self.norm(fused)), info if self.key in SOLVED else None
+
+
+class _Weighted(nn.Module):
+    """Late fusion of encodings times their confidence: N x (B, d) -> (B, d)."""
+
+    def __init__(self, confidences: nn.ModuleList, layer: nn.Module) -> None:
+        super().__init__()
+        self.confidences, self.layer = confidences, layer
+
+    def forward(self, encodings: Sequence[Tensor]) -> Tensor:
+        pairs = zip(encodings, self.confidences, strict=True)
+        return self.layer([x * confidence(x) for x, confidence in pairs])
 
 
 def _linear(width: int, out: int) -> nn.Linear:

@@ -31,6 +31,7 @@ __all__ = [
     "FusionClassifier",
     "Joined",
     "StudyModel",
+    "count_parameters",
 ]
 
 DIM = 64
@@ -85,6 +86,13 @@ class Joined(nn.Module):
         return torch.relu(self.layer(torch.cat(tuple(xs), dim=-1)))
 
 
+def count_parameters(model: nn.Module) -> int:
+    """Numbers that a model uses: a single application has no use for back-projections."""
+    once = [m for m in model.modules() if isinstance(m, ProFusion) and m.steps == 1]
+    unused = sum(p.numel() for m in once for p in m.back_projections.parameters())
+    return sum(p.numel() for p in model.parameters()) - unused
+
+
 class StudyModel(nn.Module):
     """A model that trains by the objective of its task; ``key`` says which one it is."""
 
@@ -104,10 +112,8 @@ class StudyModel(nn.Module):
 
     @property
     def num_parameters(self) -> int:
-        """Numbers that the model uses: a single application has no use for back-projections."""
-        once = [m for m in self.modules() if isinstance(m, ProFusion) and m.steps == 1]
-        unused = sum(p.numel() for m in once for p in m.back_projections.parameters())
-        return sum(p.numel() for p in self.parameters()) - unused
+        """Numbers that the model uses."""
+        return count_parameters(self)
 
 
 class FusionClassifier(StudyModel):

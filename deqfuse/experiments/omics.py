@@ -17,17 +17,19 @@ from typing import Any
 import torch
 
 from deqfuse.data import Splits
-from deqfuse.experiments import absence, omics_data, omics_report
+from deqfuse.experiments import absence, noise, omics_data, omics_report
+from deqfuse.experiments.measurements import noise_curve
 from deqfuse.experiments.mmdynamics import (
     ABLATIONS,
     ADJOINT,
     DROPOUT,
     FUSIONS,
     LABELS,
+    MASKED,
     SOLVER,
     MMDynamics,
 )
-from deqfuse.experiments.models import Fill
+from deqfuse.experiments.models import Fill, count_parameters
 from deqfuse.experiments.study import Record, Study, Trial
 from deqfuse.experiments.training import History, Recipe, evaluate, fit
 from deqfuse.reports.page import Report
@@ -36,7 +38,9 @@ __all__ = ["LEARNING_RATES", "RECIPE", "OmicsStudy"]
 
 LEARNING_RATES = (1e-3, 3e-3)
 
-ABSENT_SEEDS = 5  # of the trials with absent views, which take three times as long as the others
+ABSENT_SEEDS = (
+    5  # of the trials with absent views and noise, two more trainings per fusion and seed
+)
 
 STUDY_VERSION = 3  # rises when the same settings give other results; older trials are refused
 
@@ -65,7 +69,7 @@ class OmicsStudy(Study):
         recipe: how to train, learning rate apart.
         learning_rates: those that a trial tries.
         fusions: keys of ``mmdynamics.LABELS``, besides concatenation and DEQ Fusion.
-        absent_views: also train what shows how accuracy falls when views are absent.
+        robustness: also train what shows how accuracy falls when views are absent or noisy.
         dim: width of the encodings; 300 in the paper's ROSMAP, 500 in its BRCA configuration.
     """
 
@@ -74,7 +78,7 @@ class OmicsStudy(Study):
     recipe: Recipe = field(default_factory=lambda: RECIPE)
     learning_rates: tuple[float, ...] = LEARNING_RATES
     fusions: tuple[str, ...] = FUSIONS
-    absent_views: bool = False
+    robustness: bool = False
     dim: int = 300
     name = "omics"
 
@@ -102,7 +106,7 @@ class OmicsStudy(Study):
             for seed in range(self.seeds)
             for fusion in fusions
         ]
-        if not self.absent_views:
+        if not self.robustness:
             return runs
         absent = [fusion for fusion in fusions if fusion not in ABLATIONS]
         return [*runs, *absence.absence_trials(absent, LABELS, min(self.seeds, ABSENT_SEEDS))]
@@ -119,7 +123,7 @@ class OmicsStudy(Study):
         return {
             # The only place that reads the test rows.
             "test": evaluate(model, splits.test),
-            "parameters": sum(p.numel() for p in model.parameters()),
+            "parameters": count_parameters(model),
             "processor_ms": 1000 * seconds / sum(history.epochs for _, _, history in tried),
             "learning_rate": rate,
             "tried": [
@@ -139,7 +143,7 @@ class OmicsStudy(Study):
         return omics_report.build(records, self.settings(), learning, test)
 
     def files(self) -> list[str]:
-        return [*omics_report.FILES, *([absence.FILE] if self.absent_views else [])]
+        return [*omics_report.FILES, *([absence.FILE, noise.FILE] if self.robustness else [])]
 
     def _tried(
         self, splits: Splits, fusion: str, seed: int, fill: Fill = "mean", dropout: float = 0.0
@@ -157,7 +161,7 @@ class OmicsStudy(Study):
         return tried
 
     def _absent(self, fusion: str, dropout: bool, seed: int) -> dict[str, Any]:
-        """Accuracy against the number of absent views, for everything that may replace them."""
+        """Accuracy against absent views, for all that may replace them, and against noise."""
         splits = omics_data.split(self.folder, seed)
         fills: tuple[Fill, ...] = ("zeros", "mean") if fusion == "concat" else ("mean",)
         p = absence.MODALITY_DROPOUT if dropout else 0.0
@@ -166,9 +170,12 @@ class OmicsStudy(Study):
             if model is None or dropout:  # complete rows: trained alike
                 _, model, _ = max(self._tried(splits, fusion, seed, fill, p), key=_rank)
             model.fill = fill
-            name = fill if fusion == "concat" else "mask"
+            name = "mask" if fusion in MASKED else fill
             curves[name] = absence.absence_curve(model, splits.test, seed)
-        return {"curves": curves}
+        assert model is not None
+        scales = [view.std(0) for view in splits.train.views]
+        noisy = noise_curve(model, splits.test, noise.NOISE_LEVELS, None, seed, scales)
+        return {"curves": curves, "noise": noisy.tolist()}
 
 
 _Tried = tuple[float, MMDynamics, History]  # learning rate, trained model, how training went

@@ -19,6 +19,7 @@ from deqfuse.experiments.fusion_tables import (
 )
 from deqfuse.experiments.metrics import BINS, METRIC_NAMES
 from deqfuse.experiments.mmdynamics import ABLATIONS, LABELS, SOLVED
+from deqfuse.experiments.noise import noise_section, noise_summary
 from deqfuse.experiments.statistics import describe, mean_error, numbers, paired
 from deqfuse.experiments.study import Record, select
 from deqfuse.reports import charts
@@ -66,6 +67,7 @@ def build(
         seeds = len({record.params["seed"] for record in absent})
         how = f"Seeds: {seeds}. Learning rate and epoch are chosen as above."
         sections.insert(-1, absence_section(absent, LABELS, how))
+        sections.insert(-1, noise_section(absent, LABELS))
     if ablations:
         table = _differences(groups, ablations, "deq", metrics)
         sections.insert(2, Section("Ablations: difference to DEQ Fusion", (), table))
@@ -78,7 +80,10 @@ def build(
             LABELS[fusion]: describe([r.values["processor_ms"] for r in group])
             for fusion, group in groups.items()
         },
-    } | ({"absent views": absence_summary(absent, LABELS)} if absent else {})
+    }
+    if absent:
+        summary["absent views"] = absence_summary(absent, LABELS)
+        summary["noise"] = noise_summary(absent, LABELS)
     return Report(f"Omics: {settings['data']}", _lead(groups, settings), sections, summary)
 
 
@@ -107,16 +112,16 @@ def _reading(groups: Groups, main: Sequence[str]) -> tuple[str, ...]:
         )
         name = METRICS[metric].header.replace(" %", "").capitalize()
         lines.append(f"{name} against concatenation, decided beyond two standard errors. {listed}.")
-    for control, text in (
-        ("unit-norm", "the same sum with a GroupNorm and without an equilibrium"),
-        ("paper", "the papers' equations"),
+    for fusion, control, text in (
+        ("deq", "unit-norm", "the same sum with a GroupNorm and without an equilibrium"),
+        ("deq", "paper", "the papers' equations"),
+        ("pro", "base", "the late fusion that it starts from"),
     ):
-        if control in groups:
-            result = paired(
-                on_test(groups["deq"], "accuracy"), on_test(groups[control], "accuracy"), 100
-            )
+        if fusion in groups and control in groups:
+            ours, theirs = (on_test(groups[key], "accuracy") for key in (fusion, control))
+            result = paired(ours, theirs, 100)
             if result is not None:
-                lines.append(f"DEQ Fusion against {text}, accuracy in points: {result}.")
+                lines.append(f"{LABELS[fusion]} against {text}, accuracy in points: {result}.")
     return tuple(lines)
 
 
@@ -232,6 +237,8 @@ def _method(
         "DEQ Fusion has the library's own initialisation, solver and tolerance, and no dropout in "
         "its fuse map. It divides every injection by its root mean square, so that of a confidence "
         "only the sign enters; the papers' equations take injections as they come.",
+        "Pro-Fusion starts from a layer with ReLU on the concatenation and leads its output back "
+        "to what the encoders take; the terms of the single views are those of the first step.",
         f"Every fusion has the same budget: learning rates {rates}, Adam, weight decay "
         f"{settings['weight_decay']:g}, gradient norm clipped at {settings['clip_norm']:g}, "
         f"{settings['epochs']} epochs of one full-batch step at most, ended after "

@@ -19,7 +19,7 @@ from deqfuse.experiments.audiovisual_models import AudiovisualModel
 from deqfuse.experiments.batched import MODELS, BatchedModel, initial_parameters
 from deqfuse.experiments.mmdynamics import LABELS as OMICS_LABELS
 from deqfuse.experiments.mmdynamics import SOLVED, MMDynamics
-from deqfuse.experiments.models import ABLATIONS, LABELS, FusionClassifier
+from deqfuse.experiments.models import ABLATIONS, LABELS, FusionClassifier, count_parameters
 from deqfuse.experiments.study import Trial
 from deqfuse.experiments.training import collect_warnings
 
@@ -202,7 +202,7 @@ def test_fusions_of_mmdynamics_are_what_they_are_called() -> None:
     layers = {fusion: model.fusion for fusion, model in models.items() if model.fusion is not None}
     plain = {fusion for fusion, layer in layers.items() if not layer.injection_norm}
     assert plain == {"weighted", "norm", "paper"}
-    assert {"concat", *layers} == {*OMICS_LABELS}
+    assert {"concat", "base", "pro", *layers} == {*OMICS_LABELS}
     assert layers["tied"].weight_tied_steps == 5
     assert (layers["no-cell"].cell, layers["no-combine"].combine_kind) == ("identity", "sum")
     assert layers["no-gate"].combine is not None
@@ -219,6 +219,28 @@ def test_fusions_of_mmdynamics_are_what_they_are_called() -> None:
             xs = [x / x.square().mean(1, keepdim=True).sqrt() for x in xs]
         expected = models[fusion].head(F.group_norm(F.relu(xs[0] + xs[1]), 4))
         torch.testing.assert_close(models[fusion].logits(VIEWS.views)[0], expected)
+
+
+def test_progressive_fusion_of_mmdynamics() -> None:
+    """Its base is a layer on the concatenation; the second step sees what the first one fused."""
+    models = {}
+    for fusion in ("base", "pro"):
+        torch.manual_seed(3)
+        models[fusion] = MMDynamics([5, 3], 3, fusion, dim=8).eval()
+    base, pro = models["base"], models["pro"]
+    assert base.pro is not None
+    assert pro.pro is not None
+    layer = base.pro.fusion.layer.layer  # type: ignore[union-attr]
+    context = F.relu(layer(torch.cat(weighted_encodings(base, VIEWS.views), 1)))
+    torch.testing.assert_close(base.logits(VIEWS.views)[0], base.head(context))
+    again = []
+    for i, x in enumerate(VIEWS.views):
+        gated = torch.sigmoid(pro.gates[i](x)) * x
+        h = pro.encoders[i](gated + pro.pro.back_projections[i](context))
+        again.append(h * pro.confidences[i](h))
+    expected = pro.head(F.relu(pro.pro.fusion.layer.layer(torch.cat(again, 1))))  # type: ignore[union-attr]
+    torch.testing.assert_close(pro.logits(VIEWS.views)[0], expected)
+    assert count_parameters(base) == count_parameters(pro) - 8 * (5 + 3)  # back-projections
 
 
 def test_omics_scales_on_training_rows() -> None:

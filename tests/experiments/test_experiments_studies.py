@@ -139,7 +139,7 @@ def test_omics_refuses_unknown_fusions(
 ) -> None:
     arguments = ["experiment", "omics", "--data", str(folders["data"]), "--fusions", "norm", "sum"]
     assert main([*arguments, "--out", str(tmp_path / "out")]) == 2
-    assert "--fusions: expected some of weighted, norm," in (told := capsys.readouterr().err)
+    assert "--fusions: expected some of weighted, base, pro," in (told := capsys.readouterr().err)
     assert "got 'sum'" in told
 
 
@@ -183,7 +183,7 @@ STUDIES = {
         ["data"],
         [
             *("two standard errors", "Minus concatenation", "ECE %", "seeds with rate 0.001"),
-            *("1 of 2 absent", "chosen as above"),
+            *("1 of 2 absent", "chosen as above", "RobustAUC against concatenation"),
         ],
     ),
     "stability": (["data"], ["radius penalty, weight 1", "left in training", "in the worst seed"]),
@@ -203,7 +203,7 @@ def test_whole_run(name: str, folders: dict[str, Path], tmp_path: Path) -> None:
     wanted, texts = STUDIES[name]
     found = {**folders, "data": folders.get(name, folders["data"])}
     arguments = [f"--{option}={found[option]}" for option in wanted]
-    arguments += ["--absent-views"] if name == "omics" else []
+    arguments += ["--robustness"] if name == "omics" else []
     out = tmp_path / "out"
     assert main(["experiment", name, "--quick", *arguments, "--out", str(out)]) == 0
     page = (out / "README.md").read_text()
