@@ -166,11 +166,19 @@ def test_what_it_finds(one: str, other: str, named: str | None, tmp_path: Path) 
 
 
 def test_no_file_is_too_long() -> None:
-    """What nobody reads in one sitting becomes two files; csrc and benchmarks included."""
+    """What nobody reads in one sitting becomes two files; tests and C++ included."""
     root = Path(__file__).parents[2]
     files = [
         path
-        for folder in ("deqfuse", "triton_kernels", "csrc", "benchmarks", "tools")
+        for folder in (
+            "deqfuse",
+            "triton_kernels",
+            "csrc",
+            "benchmarks",
+            "tools",
+            "tests",
+            "examples",
+        )
         for path in (root / folder).rglob("*")
         if path.suffix in (".py", ".h", ".cpp", ".cuh", ".cu", ".inc")
     ]

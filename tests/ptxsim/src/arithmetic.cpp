@@ -68,83 +68,8 @@ void Builder::decode(Instr& i, const Parts& p, const Pending& s) {
     i.fn = nop;
     return;
   }
-  if (op == "cp") {
-    if (p.size() < 3 || p[1] != "async") unimplemented();
-    if (p[2] == "commit_group") {
-      only(p, {"async", "commit_group"});
-      i.fn = cpCommit;
-      return;
-    }
-    if (p[2] == "wait_group") {
-      only(p, {"async", "wait_group"});
-      i.imm = o.at(0).imm;
-      i.fn = cpWait;
-      return;
-    }
-    if (p[2] == "wait_all") {
-      only(p, {"async", "wait_all"});
-      i.sub2 = 1;
-      i.fn = cpWait;
-      return;
-    }
-    only(p, {"async", "ca", "cg", "shared", "shared::cta", "global", "L2::128B", "L2::256B", "L2::64B"});
-    i.space = Space::Shared;
-    address(i, o.at(0));
-    const Operand& g = o.at(1);
-    if (!g.address || g.type != Operand::Name || widthOfReg(g) != 8) unimplemented("address");
-    i.o[1] = find(g.name).offset;
-    i.o[3] = g.offset;
-    i.sub = o.at(2).imm;
-    if (i.sub != 4 && i.sub != 8 && i.sub != 16) unimplemented("size");
-    if (o.size() > 3) i.o[2] = src(o[3], 4);
-    if (o.size() > 4) unimplemented("operands");
-    i.width = 4;
-    i.fn = cpAsync;
-    return;
-  }
-  if (op == "atom" || op == "red") {
-    const bool atom = op == "atom";
-    for (size_t k = 1; k < p.size(); ++k) {
-      const std::string& a = p[k];
-      if (a == "global")
-        i.space = Space::Global;
-      else if (a == "shared" || a == "shared::cta")
-        i.space = Space::Shared;
-      else if (a == "add")
-        i.sub = kAdd;
-      else if (a == "exch")
-        i.sub = kExch;
-      else if (a == "cas")
-        i.sub = kCas;
-      else if (a == "max")
-        i.sub = kMax;
-      else if (a == "min")
-        i.sub = kMin;
-      else if (a == "and")
-        i.sub = kAnd;
-      else if (a == "or")
-        i.sub = kOr;
-      else if (a == "xor")
-        i.sub = kXor;
-      else if (a == "relaxed" || a == "acquire" || a == "release" || a == "acq_rel" || a == "gpu" || a == "cta" ||
-               a == "sys" || k + 1 == p.size()) {
-      } else
-        unimplemented("modifier ." + a);
-    }
-    if (type[0] == 'f') {
-      if (i.sub != kAdd) unimplemented();
-      i.sub = kFAdd;
-    }
-    i.isSigned = type[0] == 's';
-    i.width = typeWidth(type);
-    if (i.width < 4) unimplemented("type");
-    address(i, o.at(atom ? 1 : 0));
-    if (atom) i.o[0] = o[0].type == Operand::Sink ? -1 : dst(o[0], i.width);
-    i.o[1] = src(o.at(atom ? 2 : 1), i.width);
-    if (i.sub == kCas) i.o[2] = src(o.at(atom ? 3 : 2), i.width);
-    i.fn = atomic;
-    return;
-  }
+  if (op == "cp") return asyncCopy(i, p, s);
+  if (op == "atom" || op == "red") return atomicAccess(i, p, s);
   if (op == "cvta") {
     const bool to = has(p, "to");
     const std::string& space = p[to ? 2 : 1];

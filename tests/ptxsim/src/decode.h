@@ -61,6 +61,8 @@ class Builder {
 
   void decode(Instr& i, const std::vector<std::string>& p, const Pending& s);
   void memory(Instr& i, const std::vector<std::string>& p, const Pending& s);
+  void asyncCopy(Instr& i, const std::vector<std::string>& p, const Pending& s);
+  void atomicAccess(Instr& i, const std::vector<std::string>& p, const Pending& s);
   void convert(Instr& i, const std::vector<std::string>& p, const Pending& s);
   void compare(Instr& i, const std::vector<std::string>& p, const Pending& s);
   void warp(Instr& i, const std::vector<std::string>& p, const Pending& s);

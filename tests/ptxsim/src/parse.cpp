@@ -1,124 +1,24 @@
 // PTX text to instructions.
-#include <cctype>
+#include <cstring>
 #include "decode.h"
+#include "tokens.h"
 
 namespace ptx {
 namespace {
 
-struct Token {
-  enum Type { Id, Num, Punct, Str, End } type;
-  std::string s;
-  u32 line;
-};
-
-std::vector<Token> tokenize(const std::string& t) {
-  std::vector<Token> out;
-  out.reserve(t.size() / 4);
-  u32 line = 1;
-  size_t i = 0, n = t.size();
-  auto idStart = [](char c) { return isalpha((unsigned char)c) || c == '_' || c == '$' || c == '%'; };
-  auto idChar = [](char c) { return isalnum((unsigned char)c) || c == '_' || c == '$'; };
-  while (i < n) {
-    char c = t[i];
-    if (c == '\n') {
-      ++line;
-      ++i;
-      continue;
-    }
-    if (isspace((unsigned char)c)) {
-      ++i;
-      continue;
-    }
-    if (c == '/' && i + 1 < n && t[i + 1] == '/') {
-      while (i < n && t[i] != '\n') ++i;
-      continue;
-    }
-    if (c == '/' && i + 1 < n && t[i + 1] == '*') {
-      i += 2;
-      while (i + 1 < n && !(t[i] == '*' && t[i + 1] == '/')) {
-        if (t[i] == '\n') ++line;
-        ++i;
-      }
-      i += 2;
-      continue;
-    }
-    if (c == '"') {
-      size_t j = i + 1;
-      while (j < n && t[j] != '"') ++j;
-      out.push_back({Token::Str, t.substr(i + 1, j - i - 1), line});
-      i = j + 1;
-      continue;
-    }
-    if (c == '.' || idStart(c)) {
-      size_t j = i + 1;
-      // dots and "::" inside opcodes and special registers belong to the word
-      while (j < n &&
-             (idChar(t[j]) || (t[j] == '.' && j + 1 < n && (isalnum((unsigned char)t[j + 1]) || t[j + 1] == '_')) ||
-              (t[j] == ':' && j + 1 < n && t[j + 1] == ':') || (t[j] == ':' && t[j - 1] == ':')))
-        ++j;
-      out.push_back({Token::Id, t.substr(i, j - i), line});
-      i = j;
-      continue;
-    }
-    if (isdigit((unsigned char)c)) {
-      size_t j = i + 1;
-      while (j < n && (isalnum((unsigned char)t[j]) || t[j] == '.')) ++j;
-      out.push_back({Token::Num, t.substr(i, j - i), line});
-      i = j;
-      continue;
-    }
-    out.push_back({Token::Punct, std::string(1, c), line});
-    ++i;
-  }
-  out.push_back({Token::End, "", line});
-  return out;
-}
-
-u32 widthOf(const std::string& type) {
-  if (type == "pred") return 0;
-  const char* p = type.c_str();
-  while (*p && !isdigit((unsigned char)*p)) ++p;
-  const int bits = atoi(p);
-  if (bits == 16 && type.find("x2") != std::string::npos) return 4;
-  if (bits < 8) throw Error("type ." + type);
-  return bits / 8;
-}
-
-class Parser {
+class Parser : private Reader {
  public:
-  explicit Parser(const std::string& text) : t_(tokenize(text)), m_(new Module) {
-    size_t at = 0;
-    while (at <= text.size()) {
-      size_t end = text.find('\n', at);
-      if (end == std::string::npos) end = text.size();
-      m_->source.push_back(text.substr(at, end - at));
-      at = end + 1;
-    }
-  }
+  explicit Parser(const std::string& text) : Reader(text), m_(new Module) {}
 
   std::unique_ptr<Module> run() {
     while (peek().type != Token::End) top();
+    m_->source = std::move(source_);
+    resolve();
     return std::move(m_);
   }
 
  private:
-  const Token& peek(int k = 0) const { return t_[std::min(p_ + k, t_.size() - 1)]; }
-  Token next() { return t_[std::min(p_++, t_.size() - 1)]; }
-  bool is(const char* s) const { return peek().s == s && peek().type != Token::Str; }
-  bool take(const char* s) {
-    if (!is(s)) return false;
-    ++p_;
-    return true;
-  }
-  void want(const char* s) {
-    if (!take(s)) fail(std::string("expected ") + s + ", got '" + peek().s + "'");
-  }
-  [[noreturn]] void fail(const std::string& why) const {
-    const u32 line = peek().line;
-    throw Error("PTX line " + std::to_string(line) + ": " + why + ": " +
-                (line <= m_->source.size() ? m_->source[line - 1] : ""));
-  }
-
+  // Whatever may stand outside a kernel.
   void top() {
     if (take(".version") || take(".target")) {
       const u32 line = peek().line;
@@ -129,40 +29,19 @@ class Parser {
       next();
       return;
     }
-    if (take(".file")) {
-      file();
-      return;
-    }
+    if (take(".file")) return file();
     if (take(".section")) {
       next();
       want("{");
       skipBraces();
       return;
     }
-    if (is(".loc")) {
-      loc();
-      return;
-    }
+    if (is(".loc")) return loc();
     if (take(".visible") || take(".extern") || take(".weak") || take(".common")) return;
-    if (take(".entry")) {
-      entry();
-      return;
-    }
-    if (is(".shared") || is(".global") || is(".const")) {
-      variable(nullptr);
-      return;
-    }
+    if (take(".entry")) return entry();
+    if (is(".shared") || is(".global") || is(".const")) return variable(nullptr);
     if (take(";")) return;
     fail("unknown directive");
-  }
-  void skipBraces() {
-    int depth = 1;
-    while (depth) {
-      if (is("{")) ++depth;
-      if (is("}")) --depth;
-      if (peek().type == Token::End) fail("no }");
-      next();
-    }
   }
   void file() {
     const size_t n = std::stoul(next().s);
@@ -180,7 +59,7 @@ class Parser {
     next();
     loc_ = "\x01" + std::to_string(f) + ":" + std::to_string(line);
     // Triton says it all in a comment
-    const std::string& whole = m_->source[t_[p_ - 1].line - 1];
+    const std::string& whole = source_[t_[p_ - 1].line - 1];
     const size_t comment = whole.find("// ");
     if (comment != std::string::npos) loc_ = whole.substr(comment + 3);
     while (take(",")) {
@@ -202,8 +81,6 @@ class Parser {
       }
     }
   }
-
-  u64 initAddress(Module&, const std::string&) { return 0; }
 
   void variable(Builder* b) {
     const std::string space = next().s;
@@ -237,7 +114,6 @@ class Parser {
     if (align < w) align = w;
     if (space == ".shared") {
       if (!extent) {
-        dynamicShared_.push_back(name);
         symbols_[name] = {SymbolKind::DynShared, 0};
       } else {
         sharedBytes_ = (sharedBytes_ + align - 1) / align * align;
@@ -275,26 +151,6 @@ class Parser {
     want(";");
   }
 
-  u64 number(const std::string& s, u32 w) {
-    if (s.size() > 2 && s[0] == '0' && (s[1] == 'f' || s[1] == 'F')) return std::stoull(s.substr(2), nullptr, 16);
-    if (s.size() > 2 && s[0] == '0' && (s[1] == 'd' || s[1] == 'D')) return std::stoull(s.substr(2), nullptr, 16);
-    std::string t = s;
-    while (!t.empty() && (t.back() == 'U' || t.back() == 'u')) t.pop_back();
-    if (t.find('.') != std::string::npos) {
-      if (w == 8) {
-        double d = std::stod(t);
-        u64 u;
-        memcpy(&u, &d, 8);
-        return u;
-      }
-      float d = std::stof(t);
-      u32 u;
-      memcpy(&u, &d, 4);
-      return u;
-    }
-    return std::stoull(t, nullptr, 0);
-  }
-
   void entry() {
     Builder b;
     b.f = std::make_unique<Function>();
@@ -313,8 +169,6 @@ class Parser {
           if (take(".global") || take(".shared") || take(".const") || take(".local")) continue;
           if (peek().s[0] == '.') {
             w = widthOf(next().s.substr(1));
-            if (!align_seen(w, align)) {
-            }
             continue;
           }
           break;
@@ -350,10 +204,8 @@ class Parser {
     body(b);
     b.finish();
     b.f->staticShared = 0;
-    pending_.push_back(b.f.get());
     m_->functions[b.f->name] = std::move(b.f);
   }
-  bool align_seen(u32, u32) { return true; }
 
   void body(Builder& b) {
     b.scopes.emplace_back();
@@ -382,7 +234,6 @@ class Parser {
         continue;
       }
       if (is(".shared") || is(".local")) {
-        auto before = symbols_;
         variable(&b);
         for (auto& s : symbols_) b.symbols[s.first] = s.second;
         continue;
@@ -497,10 +348,9 @@ class Parser {
     }
   }
 
- public:
-  // Names of files and the extent of shared memory are known only now.
-  void resolve(Module& m) {
-    for (auto& [name, f] : m.functions) {
+  // Names of files and the extent of shared memory are known only at the end.
+  void resolve() {
+    for (auto& [name, f] : m_->functions) {
       f->staticShared = sharedBytes_;
       for (auto& l : f->locs) {
         std::string out;
@@ -511,7 +361,7 @@ class Parser {
           }
           size_t j = l.find(':', i);
           const size_t n = std::stoul(l.substr(i + 1, j - i - 1));
-          std::string path = n < m.files.size() ? m.files[n] : "?";
+          std::string path = n < m_->files.size() ? m_->files[n] : "?";
           const size_t slash = path.rfind('/');
           out += slash == std::string::npos ? path : path.substr(slash + 1);
           i = j - 1;
@@ -531,13 +381,8 @@ class Parser {
     }
   }
 
- private:
-  std::vector<Token> t_;
-  size_t p_ = 0;
   std::unique_ptr<Module> m_;
   std::map<std::string, Symbol> symbols_;
-  std::vector<std::string> dynamicShared_;
-  std::vector<Function*> pending_;
   u64 sharedBytes_ = 0;
   std::string loc_;
   std::map<std::string, std::string> inlinedAt_;
@@ -545,11 +390,6 @@ class Parser {
 
 }  // namespace
 
-std::unique_ptr<Module> parse(const std::string& text) {
-  Parser p(text);
-  auto m = p.run();
-  p.resolve(*m);
-  return m;
-}
+std::unique_ptr<Module> parse(const std::string& text) { return Parser(text).run(); }
 
 }  // namespace ptx
