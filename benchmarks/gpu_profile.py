@@ -99,7 +99,7 @@ def device_events(call: Callable[[], object], repeats: int) -> list[tuple[str, f
     from torch.profiler import ProfilerActivity, profile
 
     activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA]
-    with profile(activities=activities) as recorded:
+    with profile(activities=activities, acc_events=True) as recorded:
         for _ in range(repeats):
             call()
         torch.cuda.synchronize()

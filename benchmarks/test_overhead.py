@@ -32,7 +32,7 @@ def count(call: Callable[[], object]) -> dict[str, int]:
     if torch.cuda.is_available():
         activities.append(ProfilerActivity.CUDA)
     call()
-    with profile(activities=activities) as profiler:
+    with profile(activities=activities, acc_events=True) as profiler:
         call()
     events = profiler.events() or []
     names = [event.name for event in events]

@@ -218,7 +218,7 @@ def test_rivals_run_nothing_of_deqfuse(name: str, problem: Problem) -> None:
     if missing(name):
         pytest.skip(str(missing(name)))
     contender = BUILDERS[name](problem, CASE.tol)
-    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+    with profile(activities=[ProfilerActivity.CPU], acc_events=True) as profiler:
         contender.fused(problem.features).sum().backward()
     names = {event.name for event in profiler.events() or []}
     assert "aten::native_group_norm" in names

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from interpreter import needs_interpreter
 
 from benchmarks import gpu_profile
 from deqfuse.backends import cpu_native, cuda_native
@@ -28,6 +29,7 @@ KERNEL = re.compile(r"^def (_\w+_kernel)\(", re.MULTILINE)
 
 
 @pytest.mark.triton
+@needs_interpreter
 @pytest.mark.skipif(cpu_native.module is None, reason="needs the compiled module's host policy")
 @pytest.mark.parametrize(
     "program",

@@ -217,7 +217,7 @@ def tensors(value: Any) -> list[torch.Tensor]:
 def profiled(run: Callable[[], Any]) -> tuple[list[str], list[str]]:
     """What the device did in ``run``, and which calls of the CUDA runtime the host made."""
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as profile:
+    with torch.profiler.profile(activities=activities, acc_events=True) as profile:
         with torch.profiler.record_function("the run"):
             run()
         synchronize()

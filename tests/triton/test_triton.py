@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from interpreter import needs_interpreter
 
 HERE = Path(__file__).parent
 INTERPRETED = (
@@ -48,6 +49,7 @@ interpreted_already = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @pytest.mark.triton
+@needs_interpreter
 @pytest.mark.skipif(interpreted_already, reason="this process is under the interpreter already")
 @pytest.mark.parametrize(
     ("file", "marks"),
