@@ -166,8 +166,11 @@ struct LinearRow {
   }
 };
 
-static_assert(sizeof(LinearRow<float>) == 7 * sizeof(float) + 6 * sizeof(int32_t), "padding would never be written");
-static_assert(sizeof(LinearRow<double>) == 7 * sizeof(double) + 6 * sizeof(int32_t), "padding would never be written");
+// Seven numbers, four counts, where it is and how it ended. Padding would never be written.
+template <class T>
+constexpr size_t kRowBytes = 7 * sizeof(T) + 4 * sizeof(int32_t) + sizeof(Phase) + sizeof(Outcome);
+static_assert(sizeof(LinearRow<float>) == kRowBytes<float>, "a row has padding");
+static_assert(sizeof(LinearRow<double>) == kRowBytes<double>, "a row has padding");
 
 }  // namespace DEQFUSE_ISA
 }  // namespace deqfuse
