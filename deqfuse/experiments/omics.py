@@ -38,9 +38,8 @@ __all__ = ["LEARNING_RATES", "RECIPE", "OmicsStudy"]
 
 LEARNING_RATES = (1e-3, 3e-3)
 
-ABSENT_SEEDS = (
-    5  # of the trials with absent views and noise, two more trainings per fusion and seed
-)
+# Of the trials with absent views and noise: two more trainings per fusion and seed.
+ABSENT_SEEDS = 5
 
 STUDY_VERSION = 3  # rises when the same settings give other results; older trials are refused
 

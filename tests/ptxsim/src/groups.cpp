@@ -18,18 +18,12 @@ void mergeGroups(Warp& w) {
 }
 
 u32 complete(Warp& w, const Instr& in, u32 act) {
-  const u32* mm = w.r<u32>(in.memMask);
-  u32 ready = 0, rest = act;
-  while (rest) {
-    const u32 mask = mm[__builtin_ctz(rest)];
-    u32 part = 0;
-    for (u32 q = rest; q; q &= q - 1)
-      if (mm[__builtin_ctz(q)] == mask) part |= 1u << __builtin_ctz(q);
-    rest &= ~part;
+  u32 ready = 0;
+  forMasks(w, in, act, [&](u32 mask, u32 part) {
     if (part & ~mask)
       report("lane outside its own member mask", w, in, -1, "mask " + hex(mask) + " lanes " + hex(part));
     if (!((mask & w.alive) & ~part)) ready |= part;
-  }
+  });
   return ready;
 }
 

@@ -1,5 +1,6 @@
 // Loads, stores, atomics, cp.async.
 #include "memory.h"
+#include <map>
 #include "operation.h"
 #include "ops.h"
 
@@ -115,9 +116,6 @@ void cpWait(Warp& w, const Instr& i, u32 m) {
 
 void nop(Warp&, const Instr&, u32) {}
 
-template <class T>
-void moveVectorIn(Warp& w, const Instr& i, u32 m) {}  // placeholder for templates
-
 // {a, b, ..} -> d: sub parts of regWidth bytes
 void pack(Warp& w, const Instr& i, u32 m) {
   FOR_LANES(m, {
@@ -225,28 +223,16 @@ void Builder::atomicAccess(Instr& i, const Parts& p, const Pending& s) {
   const auto& o = s.operands;
   const std::string type = p.back();
   const bool atom = p[0] == "atom";
+  static const std::map<std::string, int> operations = {{"add", kAdd}, {"exch", kExch}, {"cas", kCas}, {"max", kMax},
+                                                        {"min", kMin}, {"and", kAnd},   {"or", kOr},   {"xor", kXor}};
   for (size_t k = 1; k < p.size(); ++k) {
     const std::string& a = p[k];
     if (a == "global")
       i.space = Space::Global;
     else if (a == "shared" || a == "shared::cta")
       i.space = Space::Shared;
-    else if (a == "add")
-      i.sub = kAdd;
-    else if (a == "exch")
-      i.sub = kExch;
-    else if (a == "cas")
-      i.sub = kCas;
-    else if (a == "max")
-      i.sub = kMax;
-    else if (a == "min")
-      i.sub = kMin;
-    else if (a == "and")
-      i.sub = kAnd;
-    else if (a == "or")
-      i.sub = kOr;
-    else if (a == "xor")
-      i.sub = kXor;
+    else if (auto found = operations.find(a); found != operations.end())
+      i.sub = found->second;
     else if (a == "relaxed" || a == "acquire" || a == "release" || a == "acq_rel" || a == "gpu" || a == "cta" ||
              a == "sys" || k + 1 == p.size()) {
     } else

@@ -113,21 +113,12 @@ bool runWarp(Warp& w, u32 n) {
         }
         break;
       case Kind::WarpSync: {
-        const u32 ready = act == ~0u && w.r<u32>(in.memMask)[0] == ~0u ? complete(w, in, act) : complete(w, in, act);
+        const u32 ready = complete(w, in, act);
         if (ready) {
           in.fn(w, in, ready);
           if (!strict && !(in.memMask < 0)) {
             // every .sync instruction orders the memory of its lanes
-            const u32* mm = w.r<u32>(in.memMask);
-            u32 rest = ready;
-            while (rest) {
-              const u32 mask = mm[__builtin_ctz(rest)];
-              u32 part = 0;
-              for (u32 q = rest; q; q &= q - 1)
-                if (mm[__builtin_ctz(q)] == mask) part |= 1u << __builtin_ctz(q);
-              rest &= ~part;
-              syncLanes(w, part);
-            }
+            forMasks(w, in, ready, [&](u32, u32 part) { syncLanes(w, part); });
           }
         }
         const u32 wait = act & ~ready;
