@@ -238,9 +238,9 @@ def _method(
         "its fuse map. It divides every injection by its root mean square, so that of a confidence "
         "only the sign enters; the papers' equations take injections as they come.",
         "Pro-Fusion starts from a layer with ReLU on the concatenation and leads its output back "
-        "to what the encoders take. The loss terms of the single views take encodings without that, "
-        "which are computed separately, with dropout of their own; the costs of Pro-Fusion and of "
-        "concatenation + layer include it.",
+        "to what the encoders take. The loss terms of the single views take encodings without "
+        "that, which are computed separately, with dropout of their own; the costs of Pro-Fusion "
+        "and of concatenation + layer include it.",
         f"Every fusion has the same budget: learning rates {rates}, Adam, weight decay "
         f"{settings['weight_decay']:g}, gradient norm clipped at {settings['clip_norm']:g}, "
         f"{settings['epochs']} epochs of one full-batch step at most, ended after "
