@@ -7,7 +7,8 @@
 //   - the direction along the curve is that in which det [DH; tangent] is positive, as it is at (a, 0): an invariant
 //     of the curve, also across the kinks that relu makes, where the tangents of both sides have nothing in common;
 //   - the curve is followed closely (kOnCurve): points further away lie on other curves, which lead back or around;
-//   - where no step succeeds, a kink is stepped across.
+//   - where no step succeeds, a kink is jumped across. The jump doubles until a step succeeds, since it must be longer
+//     than the distance from the curve, which is not known.
 #pragma once
 
 #include <utility>
@@ -19,12 +20,13 @@
 namespace deqfuse {
 namespace DEQFUSE_ISA {
 
-constexpr double kOnCurve = 3e-3;       // |H| / |f| of an accepted point; a tenth after each failure to land, down to
+constexpr double kOnCurve = 3e-4;       // |H| / |f| of an accepted point; a tenth after each failure to land, down to
 constexpr double kClosest = 1e-6;       // this, since a zero is missed from as far as that
 constexpr double kChord = 0.5;          // a correction must bring |H| down by this much, or the Jacobian is made anew
 constexpr double kClose = 0.3;          // corrections this short, in steps, keep a Jacobian good for the next tangent
 constexpr double kLeastStep = 1e-5;     // below it a step has failed at a kink
-constexpr int kMostKinks = 100;
+constexpr double kPastKink = 1e-2;      // a step as long as this ends the jumps at a kink, of which there are
+constexpr int kMostJumps = 16;          // at most so many, the last of 0.7
 constexpr int kCorrections = 10, kNewtons = 4;  // at most, per step
 constexpr int kLanding = 8;                     // Newton steps at t = 1
 
@@ -77,10 +79,10 @@ class Continuation {
     return residual <= tol_;
   }
 
-  // Along the curve from z, which becomes the start a, within |H| <= on_curve |f|, for at most `most` Jacobians.
-  bool follow(int most, S on_curve) {
+  // Along the curve from z, which becomes the start a, for at most `most` Jacobians.
+  bool follow(int most) {
     const int all = most_;
-    on_curve_ = on_curve;
+    on_curve_ = kOnCurve;
     most_ = jacobians_ + most < most_ ? jacobians_ + most : most_;
     const bool found = follow();
     most_ = all;
@@ -95,7 +97,7 @@ class Continuation {
     if (!is_finite(residual_at(0)) || !look_ahead()) return false;
     S h = S(0.1) * std::sqrt(S(d_));
     bool may_land = true;  // not again from where it has failed
-    for (int kinks = 0; jacobians_ < most_;) {
+    for (int jumps = 0; jacobians_ < most_;) {
       if (may_land && u_[d_] + h * tangent_[d_] >= 1) {
         h = (1 - u_[d_]) / tangent_[d_];
         if (land(h)) return true;
@@ -105,9 +107,10 @@ class Continuation {
       if (!correct(t, h)) {
         h *= S(0.35);
         if (h >= kLeastStep) continue;
-        if (++kinks > kMostKinks) return false;
-        for (int64_t i = 0; i <= d_; ++i) u_[i] += 2 * kLeastStep * tangent_[i];
-        h = 20 * kLeastStep;
+        if (++jumps > kMostJumps) return false;
+        const S jump = std::ldexp(kLeastStep, jumps);
+        for (int64_t i = 0; i <= d_; ++i) u_[i] += jump * tangent_[i];
+        h = 10 * jump;
       } else if (t >= 1) {  // the curve has crossed t = 1
         if (land_between(t)) return true;
         on_curve_ = on_curve_ > 10 * kClosest ? on_curve_ / 10 : kClosest;
@@ -117,6 +120,7 @@ class Continuation {
       } else {
         may_land = true;
         const S done = h;
+        if (done > kPastKink) jumps = 0;
         if (newtons_ == 0 && corrections_ <= 2) h *= 2;
         if (newtons_ > 1) h *= S(0.7);
         for (int64_t i = 0; i < d_; ++i) u_[i] = now_.z[i];

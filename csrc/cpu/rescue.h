@@ -12,7 +12,7 @@ namespace DEQFUSE_ISA {
 constexpr int kNewtonSteps = 8;          // from the best iterate, before any curve
 constexpr int kStarts = 24;              // curves to try, one from f(0) and the others from fixed random points
 // The most Jacobians of a curve, which has the more kinks the more features there are.
-constexpr int jacobians_per_start(int64_t d) { return int(400 + 5 * d); }
+constexpr int jacobians_per_start(int64_t d) { return int(400 + 15 * d); }
 constexpr double kPathTolerance = 0.1;   // of the tolerance; the rest is for rounding
 constexpr int kRoundings = 16;           // stored numbers that are tried for a zero
 
@@ -50,7 +50,7 @@ class RowRescue {
       for (int64_t i = 0; i < d_; ++i) path_.z()[i] = k == 0 ? 0 : start_value(k, i);
       if (path_.is_exhausted() || !is_finite(path_.evaluate())) return false;
       for (int64_t i = 0; i < d_; ++i) path_.z()[i] = path_.image()[i];
-      if (path_.follow(jacobians_per_start(d_), k == 0 ? kOnCurve : kOnCurve / 10)) return true;
+      if (path_.follow(jacobians_per_start(d_))) return true;
     }
     return false;
   }

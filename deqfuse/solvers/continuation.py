@@ -30,15 +30,16 @@ from torch import Tensor
 from deqfuse.solvers.derivatives import Jacobian, Map, rows_at_once
 from deqfuse.solvers.rows import RESIDUAL_FLOOR
 
-STARTS = 8  # curves to try: from f(0), then from f of fixed random points; C++ can afford more
-JACOBIANS_PER_START = 400, 5  # and so many for each feature, since a curve has more kinks
+STARTS = 4  # curves to try: from f(0), then from f of fixed random points; C++ can afford more
+JACOBIANS_PER_START = 400, 15  # and so many for each feature, since a curve has more kinks
 NEWTON_STEPS, LANDING_STEPS = 8, 8  # from the best iterate; at t = 1
 PATH_TOLERANCE = 0.1  # of the tolerance; the rest is for rounding
-ON_CURVE = 3e-3  # |H| / |f| of an accepted point; further away lie other curves
+ON_CURVE = 3e-4  # |H| / |f| of an accepted point; further away lie other curves
 CLOSEST = 1e-6  # and after failures to land, each of which asks for a tenth
 CHORD = 0.5  # a correction must bring |H| down by this much, or the Jacobian is made anew
-LEAST_STEP = 1e-5  # below it a step has failed at a kink, which is stepped over
-MAX_KINKS = 100
+LEAST_STEP = 1e-5  # below it a step has failed at a kink, which is jumped across
+PAST_KINK = 1e-2  # a step as long as this ends the jumps, each twice as long as the last
+MAX_JUMPS = 16
 CORRECTIONS, NEWTONS = 10, 4  # at most, per step
 
 
@@ -133,13 +134,13 @@ def _search(best: Tensor, tol: float, max_jacobians: int) -> _Search:
     z = (yield from row.newton(best, NEWTON_STEPS, 0.95)) if finite else None
     generator = torch.Generator().manual_seed(0)  # the answer depends on nothing but the row
     start = torch.zeros_like(best)
-    for k in range(STARTS):
+    for _ in range(STARTS):
         if z is not None or row.left <= 0:
             break
         a = yield from row.evaluate(start)
         if not bool(a.isfinite().all()):
             break
-        z = yield from _follow(row, a, ON_CURVE if k == 0 else ON_CURVE / 10)
+        z = yield from _follow(row, a)
         start = torch.randn(best.shape, generator=generator, dtype=best.dtype).to(best.device)
     return _Zero(z, row.work)
 
@@ -233,7 +234,7 @@ def _curve(row: _Row, a: Tensor, u: Tensor) -> Generator[_Ask, Tensor, _Point]:
     return h, fz, _relative(h, fz)
 
 
-def _follow(row: _Row, a: Tensor, on_curve: float) -> Generator[_Ask, Tensor, Tensor | None]:
+def _follow(row: _Row, a: Tensor) -> Generator[_Ask, Tensor, Tensor | None]:
     """The zero at the end of the curve from ``a``, or None."""
     least, each = JACOBIANS_PER_START
     end = row.left - least - each * len(a)
@@ -243,7 +244,7 @@ def _follow(row: _Row, a: Tensor, on_curve: float) -> Generator[_Ask, Tensor, Te
     fz = yield from row.evaluate(a)
     system = yield from _System.at(row, a, u, fz, upwards)
     tangent = system.tangent()
-    step, kinks, may_land = 0.1 * math.sqrt(len(a)), 0, True
+    step, jumps, may_land, on_curve = 0.1 * math.sqrt(len(a)), 0, True, ON_CURVE
     while tangent is not None and row.left > max(end, 0):
         if may_land and u[-1] + step * tangent[-1] >= 1:
             step = float((1 - u[-1]) / tangent[-1])
@@ -258,10 +259,11 @@ def _follow(row: _Row, a: Tensor, on_curve: float) -> Generator[_Ask, Tensor, Te
             step *= 0.35
             if step >= LEAST_STEP:
                 continue
-            kinks += 1
-            if kinks > MAX_KINKS:
+            jumps += 1
+            if jumps > MAX_JUMPS:
                 return None
-            u, step = u + 2 * LEAST_STEP * tangent, 20 * LEAST_STEP
+            jump = LEAST_STEP * 2**jumps
+            u, step = u + jump * tangent, 10 * jump
         elif reached[-1] >= 1:  # the curve has crossed t = 1
             crossing = u + (1 - u[-1]) / (reached[-1] - u[-1]) * (reached - u)
             z = yield from row.newton(crossing[:-1], LANDING_STEPS, 0.5)
@@ -271,6 +273,7 @@ def _follow(row: _Row, a: Tensor, on_curve: float) -> Generator[_Ask, Tensor, Te
             continue
         else:
             u, may_land = reached, True
+            jumps = 0 if step > PAST_KINK else jumps
             if newtons == 0 and corrections <= 2:
                 step *= 2
             elif newtons > 1:
